@@ -1,0 +1,100 @@
+# `make help` lists what there is. Everything is installed into .venv.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+# The first Python >= 3.11 found; `make PYTHON=/path/to/python3.12 test` overrides.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13 python3.14, \
+  $(shell $(p) -c 'import sys, venv; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install --quiet
+
+# Further arguments: `make demo ARGS=--quick`, `make test ARGS="-k stop -x"`.
+ARGS ?=
+# Two processes for two cores; more pay only while each has a core to compile on.
+WORKERS ?= 2
+
+.PHONY: help
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
+	  || sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1   \2/p' Makefile
+
+# The environment -----------------------------------------------------------
+
+.PHONY: install
+install: .venv/installed  ## create .venv with everything the other targets need
+
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "Python >= 3.11 was not found; run make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# pip reads dependency groups since 25.1; the one that comes with Python is older.
+.venv/installed: pyproject.toml | .venv/bin/pip
+	$(PIP) 'pip>=25.1'
+	$(PIP) --editable '.[all]' --group dev
+	@touch $@
+
+.venv/installed-notebooks: pyproject.toml .venv/installed
+	$(PIP) --group notebooks
+	@touch $@
+
+# Ahead-of-time compilers, at the versions that belong to the installed JAX. No
+# accelerator is needed to compile, and none of the nvidia-* packages. They stay
+# outside site-packages: JAX would complain of the missing cuDNN on every start.
+ACCELERATORS := .venv/accelerators
+
+$(ACCELERATORS)/installed: .venv/installed
+	rm -rf $(ACCELERATORS)
+	$(PIP) --target $(ACCELERATORS) $$($(PY) -c "import importlib.metadata as m; \
+	  names = 'libtpu=', 'jax-cuda13-plugin<', 'jax-cuda13-plugin='; \
+	  print(*(r.partition(';')[0] for r in m.requires('jax') if r.startswith(names)))")
+	@touch $@
+
+# For users -----------------------------------------------------------------
+
+.PHONY: demo
+demo: .venv/installed  ## train on real text with and without the guard (ARGS=--quick)
+	$(PY) -m optax_guard demo $(ARGS)
+
+.PHONY: test
+test: .venv/installed  ## run the tests and the examples in docstrings
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+# For developers --------------------------------------------------------------
+
+.PHONY: lint
+lint: .venv/installed  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.PHONY: format
+format: .venv/installed  ## let ruff fix and format what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.PHONY: types
+types: .venv/installed  ## pyright on package, tests and benchmarks
+	$(PY) -m pyright
+
+.PHONY: bench
+bench: .venv/installed  ## print the cost of a guarded step beside Optax's (ARGS)
+	$(PY) -m benchmarks.step_cost $(ARGS)
+
+.PHONY: test-accelerators
+test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert the cost
+	PYTHONPATH=$(ACCELERATORS) $(PY) -m pytest tests/accelerators $(ARGS)
+
+.PHONY: notebooks
+notebooks: .venv/installed-notebooks  ## execute every notebook
+	$(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
+
+.PHONY: wheel
+wheel: .venv/installed  ## build wheel and sdist in dist/ and check what is in them
+	rm -rf dist
+	$(PY) -m build --outdir dist
+	OPTAX_GUARD_DIST=dist $(PY) -m pytest tests/test_packaging.py
+
+.PHONY: clean
+clean:  ## remove what can be made again, except .venv
+	rm -rf build dist runs .pytest_cache .ruff_cache .hypothesis

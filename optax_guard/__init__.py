@@ -1,0 +1,30 @@
+"""The safety layer of a JAX training step: clip, guard, watch, stop, explain."""
+
+from optax_guard import skip as skip
+from optax_guard import stop as stop
+from optax_guard import threshold as threshold
+from optax_guard._clipping import ClipByNormState as ClipByNormState
+from optax_guard._clipping import RecordNormState as RecordNormState
+from optax_guard._clipping import clip_by_global_norm as clip_by_global_norm
+from optax_guard._clipping import record_norm as record_norm
+from optax_guard._early_stopping import EarlyStopping as EarlyStopping
+from optax_guard._early_stopping import EarlyStoppingState as EarlyStoppingState
+from optax_guard._early_stopping import StopReason as StopReason
+from optax_guard._early_stopping import early_stopping as early_stopping
+from optax_guard._early_stopping import explain as explain
+from optax_guard._guarding import GuardState as GuardState
+from optax_guard._guarding import RejectionLog as RejectionLog
+from optax_guard._guarding import apply_gradients as apply_gradients
+from optax_guard._guarding import guard as guard
+from optax_guard._guarding import keep_if_skipped as keep_if_skipped
+from optax_guard._readout import GuardExhaustedError as GuardExhaustedError
+from optax_guard._readout import Rejection as Rejection
+from optax_guard._readout import metrics as metrics
+from optax_guard._readout import raise_if_exhausted as raise_if_exhausted
+from optax_guard._readout import rejections as rejections
+from optax_guard._states import find_state as find_state
+from optax_guard._states import find_states as find_states
+from optax_guard._statistics import NormStats as NormStats
+from optax_guard._value_clipping import ClipByValueState as ClipByValueState
+from optax_guard._value_clipping import clip_by_value as clip_by_value
+from optax_guard.skip import SkipReason as SkipReason

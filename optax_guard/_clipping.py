@@ -1,0 +1,251 @@
+"""Clipping as three parts: ``init``, ``measure`` (scalars), ``rescale`` (elementwise).
+
+``measure`` reads the updates once and decides; ``rescale`` is elementwise and fuses
+into whatever consumes the updates. A clip alone runs one after the other; a guard
+rescales only inside the branch that takes the step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_guard._base import (
+    check_choice,
+    check_positive,
+    check_state,
+    transformation,
+)
+from optax_guard._norms import (
+    AxisName,
+    TreeNorm,
+    accumulator_dtype,
+    is_inexact,
+    tree_norm,
+)
+from optax_guard._statistics import NormStats, init_stats, update_stats
+from optax_guard.threshold import Threshold, as_threshold
+
+
+class Measurement(NamedTuple):
+    """What ``measure`` found out about some updates, before any of them is changed.
+
+    Attributes:
+      norm: The global norm before clipping, and its first non-finite leaf.
+      is_finite: bool[], whether every floating entry is finite.
+      factors: What ``rescale`` needs, of the clip's own making; scalars.
+    """
+
+    norm: TreeNorm
+    is_finite: jax.Array
+    factors: Any
+
+
+class ClipByNormState(NamedTuple):
+    """State of ``clip_by_global_norm``.
+
+    Attributes:
+      stats: What was seen of the norm, a ``NormStats``.
+      threshold: The threshold's own state; () for a constant.
+    """
+
+    stats: NormStats
+    threshold: Any
+
+
+class RecordNormState(NamedTuple):
+    """State of ``record_norm``.
+
+    Attributes:
+      stats: What was seen of the norm, a ``NormStats``.
+      threshold: Always ().
+    """
+
+    stats: NormStats
+    threshold: Any
+
+
+def clip_by_global_norm(
+    max_norm: ArrayLike | optax.Schedule | Threshold,
+    *,
+    ord: ArrayLike | None = None,
+    axis_name: AxisName = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips updates by their global norm, and records the norm.
+
+    Bounds the length of a step and keeps its direction: updates :math:`g` with
+    :math:`\|g\| > c` become :math:`g \, c / \|g\|`, all others come back bit for bit.
+    The norm is over all floating entries of the tree, in float32 (float64 if a leaf
+    is), right from entries of 1e-25 to a norm of 3e38. Leaves that are not floating do
+    not count and are left alone. Non-finite updates pass unscaled and are counted:
+    withholding them is the work of ``guard``.
+
+    Args:
+      max_norm: Largest norm :math:`c` that passes unchanged, in units of the gradient;
+        positive, may be traced, a schedule or a threshold. A schedule is called with
+        the number of finite updates before this one (in a guard: of updates taken).
+      ord: Which norm: ``None`` for the Euclidean; 1, 2, ``inf`` or any positive
+        number. Other than 1, 2 and ``inf`` cost a second read of the updates.
+      axis_name: Mesh axis or axes over which the updates are split, under
+        ``jax.shard_map`` or ``jax.pmap``. Not for arrays sharded under ``jax.jit``.
+      nonfinite: ``"propagate"`` or ``"zero"``: what becomes of updates with a NaN or
+        infinite entry. Note that momentum and weight decay move parameters on zeros
+        too.
+
+    Returns:
+      A transformation whose state is a ``ClipByNormState``. Post-clipping norms exceed
+      ``max_norm`` by rounding at most.
+
+    Raises:
+      ValueError: If ``max_norm`` or ``ord`` is a Python number and not positive, or
+        ``nonfinite`` is unknown.
+      TypeError: If ``max_norm`` is none of the above.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = optax.chain(og.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> state = tx.init({"w": jnp.zeros(2)})
+      >>> updates, state = tx.update({"w": jnp.array([3.0, 4.0])}, state)
+      >>> og.find_state(state, og.ClipByNormState).stats.grad_norm.item()
+      5.0
+
+    References:
+      Pascanu et al., `On the difficulty of training recurrent neural networks
+      <https://arxiv.org/abs/1211.5063>`_, 2013
+    """
+    threshold = as_threshold("max_norm", max_norm)
+    if ord is not None:
+        check_positive("ord", ord)
+        # Traced, it could not choose the reduction.
+        ord = float(np.asarray(ord))
+    check_choice("nonfinite", nonfinite, ("propagate", "zero"))
+
+    def init(params: optax.Params) -> ClipByNormState:
+        del params
+        return ClipByNormState(init_stats(), threshold.start(()))
+
+    def measure(
+        updates: optax.Updates,
+        state: ClipByNormState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Measurement, ClipByNormState]:
+        del params, extra_args
+        check_state("clip_by_global_norm", state, ClipByNormState)
+        norm = tree_norm(updates, ord, axis_name)
+        is_finite = jnp.isfinite(norm.value)
+        trigger, target = threshold.limits(norm.value, state.threshold)
+        is_clipped = is_finite & (norm.value > trigger)
+        clipped_norm = jnp.where(is_clipped, target, norm.value)
+        stats = update_stats(state.stats, norm.value, clipped_norm, trigger, is_clipped)
+        learned = threshold.learn(norm.value, clipped_norm, state.threshold)
+        kept = select(is_finite, learned, state.threshold)
+        factors = (is_finite, is_clipped, *_two_factors(target, norm.value))
+        return Measurement(norm, is_finite, factors), ClipByNormState(stats, kept)
+
+    def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
+        is_finite, is_clipped, first, second = measured.factors
+
+        def leaf(x: jax.Array) -> jax.Array:
+            dtype = accumulator_dtype([x])
+            scaled = x * first.astype(dtype) * second.astype(dtype)
+            # A selection, not a factor of one, so that what is not clipped keeps its
+            # bits: some backends flush denormals whenever they multiply.
+            result = jnp.where(is_clipped, scaled.astype(x.dtype), x)
+            if nonfinite == "zero":
+                result = jnp.where(is_finite, result, jnp.zeros_like(x))
+            return result
+
+        return map_inexact(leaf, updates)
+
+    return clip(init, measure, rescale)
+
+
+def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
+    """Records the global norm of updates and changes nothing.
+
+    For watching a run before choosing a threshold, and for the norm at a second place
+    of a chain, such as the optimizer's output.
+
+    Args:
+      axis_name: Mesh axis or axes over which the updates are split, under
+        ``jax.shard_map`` or ``jax.pmap``.
+
+    Returns:
+      A transformation whose state is a ``RecordNormState``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> tx = og.record_norm()
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> updates, state.stats.norm_mean.item()
+      (Array([3., 4.], dtype=float32), 5.0)
+    """
+
+    def init(params: optax.Params) -> RecordNormState:
+        del params
+        return RecordNormState(init_stats(), ())
+
+    def measure(
+        updates: optax.Updates,
+        state: RecordNormState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Measurement, RecordNormState]:
+        del params, extra_args
+        check_state("record_norm", state, RecordNormState)
+        norm = tree_norm(updates, None, axis_name)
+        stats = update_stats(
+            state.stats, norm.value, norm.value, jnp.array(jnp.inf), jnp.zeros((), bool)
+        )
+        is_finite = jnp.isfinite(norm.value)
+        return Measurement(norm, is_finite, ()), RecordNormState(stats, ())
+
+    def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
+        del measured
+        return updates
+
+    return clip(init, measure, rescale)
+
+
+def clip(
+    init: Callable[..., Any],
+    measure: Callable[..., tuple[Measurement, Any]],
+    rescale: Callable[..., Any],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that measures, then rescales."""
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        measured, state = measure(updates, state, params, **extra_args)
+        return rescale(updates, measured), state
+
+    return transformation(init, update, measure=measure, rescale=rescale)
+
+
+def map_inexact(f: Callable[[Any], Any], tree: Any) -> Any:
+    """Applies ``f`` to the floating leaves and leaves the others alone."""
+    return jax.tree.map(lambda x: f(x) if is_inexact(x) else x, tree)
+
+
+def select(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Leaf by leaf ``new`` where ``condition`` holds, else ``old``."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _two_factors(target: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors with the product ``target / norm``, which may itself underflow."""
+    # The smallest normal float32 is 2**-126; halfway leaves room on both sides.
+    first = jnp.where(target < norm * 2.0**-100, 2.0**-96, 1.0).astype(norm.dtype)
+    scaled = norm * first
+    is_zero = scaled == 0
+    return first, jnp.where(is_zero, 0.0, target / jnp.where(is_zero, 1.0, scaled))

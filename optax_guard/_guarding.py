@@ -1,0 +1,430 @@
+"""The guard: a bad step changes nothing but the guard's own records."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from optax_guard._base import check_count, check_state, part_of, transformation
+from optax_guard._clipping import Measurement, clip_by_global_norm, record_norm, select
+from optax_guard._states import find_states
+from optax_guard._statistics import increment
+from optax_guard.skip import Signals, SkipReason, SkipRule
+from optax_guard.threshold import Threshold, as_threshold
+
+NUM_REJECTIONS = 16
+
+
+class RejectionLog(NamedTuple):
+    """The last 16 withheld steps, in a ring: entry ``i`` is rejection ``i mod 16``.
+
+    Attributes:
+      rejected_update: int32[16], index of the step among all that the guard has seen,
+        from 0; -1 after ``init``.
+      rejected_norm: float32[16], its global norm before clipping; 0 after ``init``.
+      rejected_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
+        ``init``.
+      rejected_reason: int32[16], a ``SkipReason``; 0 after ``init``.
+      rejected_leaf: int32[16], index among ``jax.tree.leaves(params)`` of the first
+        leaf with a non-finite gradient, -1 if there was none; -1 after ``init``.
+    """
+
+    rejected_update: jax.Array
+    rejected_norm: jax.Array
+    rejected_value: jax.Array
+    rejected_reason: jax.Array
+    rejected_leaf: jax.Array
+
+
+class GuardState(NamedTuple):
+    """State of ``guard``.
+
+    Attributes:
+      num_skipped: int32[], steps withheld; 0 after ``init``.
+      skip_streak: int32[], steps withheld in a row up to the last; 0 after ``init``.
+      skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
+      guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
+        were all withheld; False after ``init`` and again after a step that is taken.
+      rejections: The last 16 withheld steps, a ``RejectionLog``.
+      clip_state: State of the clip, with the norm's statistics.
+      rule_states: States of the skip rules, a tuple.
+      wrapped_state: State of the optimizer inside, as of the last step taken.
+    """
+
+    num_skipped: jax.Array
+    skip_streak: jax.Array
+    skip_reason: jax.Array
+    guard_exhausted: jax.Array
+    rejections: RejectionLog
+    clip_state: Any
+    rule_states: tuple[Any, ...]
+    wrapped_state: Any
+
+
+def guard(
+    inner: optax.GradientTransformation,
+    clip: ArrayLike
+    | optax.Schedule
+    | Threshold
+    | optax.GradientTransformationExtraArgs
+    | None = None,
+    *,
+    skip: SkipRule | Sequence[SkipRule] = (),
+    max_consecutive_skips: ArrayLike = 10,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps bad steps away from parameters and from the state of ``inner``.
+
+    A step is bad if its gradients, or the loss given as ``value=``, hold a NaN or an
+    infinity, or if a skip rule says so. On a bad step the updates are zeros and the
+    state of ``inner`` (moments, schedules, counts) is that of before, bit for bit. Good
+    steps are clipped and go to ``inner``. Put the guard outermost, and the clip in
+    ``clip``: the gradients are then read once for norm, verdict and all statistics.
+
+    Non-finite steps are never applied, however many there are: after
+    ``max_consecutive_skips`` in a row ``guard_exhausted`` is set, for
+    ``raise_if_exhausted`` and stop rules to read. Finite steps withheld by a rule are
+    bounded: after that many bad steps in a row, the next finite one is taken and the
+    rules start afresh, so that a lasting change of scale cannot stop a run for good.
+
+    Args:
+      inner: The optimizer, from ``optax.adamw`` to any chain; a clip of Optax's own
+        goes in here.
+      clip: A threshold for the global norm (number, schedule or one of
+        ``optax_guard.threshold``), a clip of this library, or ``None`` to only measure.
+      skip: One or several rules of ``optax_guard.skip``.
+      max_consecutive_skips: Bad steps in a row that count as too many; a whole number
+        of at least 1, may be traced.
+
+    Returns:
+      A transformation whose state is a ``GuardState``. ``value=`` and all other extra
+      arguments of ``update`` go on to ``inner``.
+
+    Raises:
+      TypeError: If ``inner``, ``clip`` or ``skip`` is none of the above.
+      ValueError: If a Python number is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.adamw(1e-3), clip=1.0)
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> grads = jnp.array([1.0, jnp.nan])
+      >>> params, state = og.apply_gradients(tx, params, state, grads)
+      >>> params, state.num_skipped.item()
+      (Array([1., 1.], dtype=float32), 1)
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            "`inner` must be an optax transformation such as `optax.adamw(1e-3)`, got "
+            f"{inner!r} of type {type(inner).__name__}."
+        )
+    inner = optax.with_extra_args_support(inner)
+    clip_init, measure, rescale = _clip_parts(clip)
+    rules = _as_rules(skip)
+    check_count("max_consecutive_skips", max_consecutive_skips)
+
+    def init(params: optax.Params) -> GuardState:
+        return GuardState(
+            num_skipped=jnp.zeros((), jnp.int32),
+            skip_streak=jnp.zeros((), jnp.int32),
+            skip_reason=jnp.zeros((), jnp.int32),
+            guard_exhausted=jnp.zeros((), jnp.bool_),
+            rejections=RejectionLog(
+                rejected_update=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
+                rejected_norm=jnp.zeros(NUM_REJECTIONS, jnp.float32),
+                rejected_value=jnp.zeros(NUM_REJECTIONS, jnp.float32),
+                rejected_reason=jnp.zeros(NUM_REJECTIONS, jnp.int32),
+                rejected_leaf=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
+            ),
+            clip_state=clip_init(params),
+            rule_states=tuple(rule.start() for rule in rules),
+            wrapped_state=inner.init(params),
+        )
+
+    def judge(
+        updates: optax.Updates,
+        state: GuardState,
+        params: optax.Params | None,
+        extra_args: dict[str, Any],
+    ) -> tuple[Measurement, GuardState]:
+        """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
+        check_state("guard", state, GuardState)
+        measured, clip_state = measure(updates, state.clip_state, params, **extra_args)
+        reason, rule_states = _verdict(
+            rules,
+            measured,
+            extra_args.get("value"),
+            state.rule_states,
+            state.skip_streak >= max_consecutive_skips,
+        )
+        is_skipped = reason != SkipReason.NONE
+        streak = jnp.where(is_skipped, increment(state.skip_streak, True), 0)
+        # What the clip learns steers later steps, so a withheld step must not teach it;
+        # what it counts and shows is a record of every step.
+        clip_state = clip_state._replace(
+            threshold=select(
+                is_skipped, state.clip_state.threshold, clip_state.threshold
+            )
+        )
+        return measured, GuardState(
+            num_skipped=increment(state.num_skipped, is_skipped),
+            skip_streak=streak,
+            skip_reason=reason,
+            guard_exhausted=streak >= max_consecutive_skips,
+            rejections=_log(
+                state, measured, extra_args.get("value"), reason, clip_state
+            ),
+            clip_state=clip_state,
+            rule_states=rule_states,
+            wrapped_state=state.wrapped_state,
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: GuardState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GuardState]:
+        measured, state = judge(updates, state, params, extra_args)
+
+        def take(updates: optax.Updates, inner_state: Any) -> tuple[Any, Any]:
+            clipped = rescale(updates, measured)
+            return inner.update(clipped, inner_state, params, **extra_args)
+
+        def keep(like: Any, updates: optax.Updates, inner_state: Any) -> Any:
+            del updates
+            return jax.tree.map(_zeros, like[0]), _cast(inner_state, like[1])
+
+        new_updates, new_inner_state = _take_or_keep(
+            state.skip_reason, take, keep, updates, state.wrapped_state
+        )
+        return new_updates, state._replace(wrapped_state=new_inner_state)
+
+    def apply_gradients(
+        params: optax.Params, state: GuardState, grads: optax.Updates, **extra_args: Any
+    ) -> tuple[optax.Params, GuardState]:
+        measured, state = judge(grads, state, params, extra_args)
+
+        def take(params: Any, inner_state: Any, grads: Any) -> tuple[Any, Any]:
+            clipped = rescale(grads, measured)
+            updates, inner_state = inner.update(
+                clipped, inner_state, params, **extra_args
+            )
+            return optax.apply_updates(params, updates), inner_state
+
+        def keep(like: Any, params: Any, inner_state: Any, grads: Any) -> Any:
+            del grads
+            return _cast((params, inner_state), like)
+
+        new_params, new_inner_state = _take_or_keep(
+            state.skip_reason, take, keep, params, state.wrapped_state, grads
+        )
+        return new_params, state._replace(wrapped_state=new_inner_state)
+
+    return transformation(init, update, apply_gradients=apply_gradients)
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    grads: optax.Updates,
+    **extra_args: Any,
+) -> tuple[optax.Params, optax.OptState]:
+    """One optimizer step: ``tx.update`` and ``optax.apply_updates`` in one.
+
+    With a guard outermost the parameters are changed inside the branch that takes the
+    step, so that on CPU, too, nothing is copied for the sake of the bad steps. With any
+    other transformation it is those two calls.
+
+    Args:
+      tx: Any optax transformation.
+      params: Parameters.
+      opt_state: State of ``tx``.
+      grads: Gradients, structured like ``params``.
+      **extra_args: Extra arguments of ``tx.update``, such as ``value=loss``.
+
+    Returns:
+      New parameters and new state. In a jitted step donate both, and keep them in this
+      order among arguments and results.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.5), clip=1.0)
+      >>> @jax.jit
+      ... def step(params, opt_state):
+      ...     loss, grads = jax.value_and_grad(jnp.sum)(params)
+      ...     return og.apply_gradients(tx, params, opt_state, grads, value=loss)
+      >>> step(jnp.zeros(1), tx.init(jnp.zeros(1)))[0]
+      Array([-0.5], dtype=float32)
+    """
+    whole_step = part_of(tx, "apply_gradients")
+    if whole_step is not None:
+        return whole_step(params, opt_state, grads, **extra_args)
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(grads, opt_state, params, **extra_args)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
+    """What else a step has changed, undone if the guard withheld the step.
+
+    For batch statistics, moving averages of parameters, a loss scale: whatever the
+    forward pass of a bad batch has spoilt outside of ``params`` and ``opt_state``.
+
+    Args:
+      opt_state: Optimizer state after the step, with a guard in it.
+      new: A tree of arrays, after the step.
+      old: The same tree before the step.
+
+    Returns:
+      ``old``, bit for bit, if the last step was withheld, else ``new``. With several
+      guards (as under ``optax.partition``), ``old`` if any of them withheld its step.
+
+    Raises:
+      ValueError: If there is no guard in ``opt_state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> updates, opt_state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))
+      >>> og.keep_if_skipped(opt_state, new=jnp.array([jnp.nan]), old=jnp.array([2.0]))
+      Array([2.], dtype=float32)
+    """
+    guards = find_states(opt_state, GuardState)
+    if not guards:
+        raise ValueError(
+            "`opt_state` must hold a `GuardState`, found none. Wrap the optimizer in "
+            "`guard`, and pass the state after its update."
+        )
+    reason = guards[0].skip_reason
+    for other in guards[1:]:
+        reason = jnp.maximum(reason, other.skip_reason)
+    new, old = jax.tree.map(jnp.asarray, (new, old))
+    return _take_or_keep(
+        reason, lambda new, old: new, lambda like, new, old: _cast(old, like), new, old
+    )
+
+
+def _clip_parts(clip: Any) -> tuple[Callable[..., Any], ...]:
+    """``init``, ``measure`` and ``rescale`` of what was given as ``clip=``."""
+    if clip is None:
+        tx = record_norm()
+    elif isinstance(clip, optax.GradientTransformation):
+        tx = clip
+    else:
+        tx = clip_by_global_norm(as_threshold("clip", clip))
+    measure, rescale = part_of(tx, "measure"), part_of(tx, "rescale")
+    if measure is None or rescale is None:
+        raise TypeError(
+            "`clip` must be a number, a schedule, a threshold or one of this library's "
+            "own clips, got another transformation. Put that one inside: "
+            "`guard(optax.chain(clip, optimizer))`; the guard then only measures."
+        )
+    return tx.init, measure, rescale
+
+
+def _as_rules(skip: Any) -> tuple[SkipRule, ...]:
+    rules = (skip,) if isinstance(skip, SkipRule) else skip
+    if not isinstance(rules, Sequence) or not all(
+        isinstance(rule, SkipRule) for rule in rules
+    ):
+        raise TypeError(
+            "`skip` must be one or several rules of `optax_guard.skip`, got "
+            f"{skip!r} of type {type(skip).__name__}."
+        )
+    return tuple(rules)
+
+
+def _verdict(
+    rules: tuple[SkipRule, ...],
+    measured: Measurement,
+    value: Any,
+    states: tuple[Any, ...],
+    is_overruled: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Reason to withhold the step (0: none), and the rules' new states."""
+    reason = jnp.where(measured.is_finite, SkipReason.NONE, SkipReason.NONFINITE)
+    if value is not None:
+        value = jnp.asarray(value, jnp.float32)
+        is_bad = (reason == SkipReason.NONE) & ~jnp.isfinite(value)
+        reason = jnp.where(is_bad, SkipReason.NONFINITE_VALUE, reason)
+    reason = reason.astype(jnp.int32)
+    is_finite = reason == SkipReason.NONE
+    signals = Signals(measured.norm.value, value)
+    fired = [rule.judge(signals, s) for rule, s in zip(rules, states, strict=True)]
+    for rule, fires in reversed(list(zip(rules, fired, strict=True))):
+        fires = fires & is_finite & ~is_overruled
+        reason = jnp.where(fires, jnp.int32(rule.reason), reason)
+    is_skipped = reason != SkipReason.NONE
+    new_states = []
+    for rule, fires, state in zip(rules, fired, states, strict=True):
+        restarted = select(fires & is_overruled, rule.start(), state)
+        learned = rule.learn(signals, is_skipped, restarted)
+        new_states.append(select(is_finite, learned, state))
+    return reason, tuple(new_states)
+
+
+def _log(
+    state: GuardState,
+    measured: Measurement,
+    value: Any,
+    reason: jax.Array,
+    clip_state: Any,
+) -> RejectionLog:
+    entry = RejectionLog(
+        rejected_update=clip_state.stats.num_updates - 1,
+        rejected_norm=measured.norm.value.astype(jnp.float32),
+        rejected_value=jnp.asarray(jnp.nan if value is None else value, jnp.float32),
+        rejected_reason=reason,
+        rejected_leaf=measured.norm.bad_leaf,
+    )
+    slot = jnp.arange(NUM_REJECTIONS) == state.num_skipped % NUM_REJECTIONS
+    return select(slot & (reason != SkipReason.NONE), entry, state.rejections)
+
+
+def _take_or_keep(
+    reason: jax.Array,
+    take: Callable[..., Any],
+    keep: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """``take(*operands)`` where there is no reason against it, else ``keep``.
+
+    On CPU a masked result is a second copy of everything, and a branch is free; on TPU
+    and GPU the mask fuses into the optimizer and a branch is what costs.
+    """
+    is_taken = reason == SkipReason.NONE
+    # Under jit it is traced once for its shapes and for both platforms.
+    take = jax.jit(take, inline=True)
+    like = jax.eval_shape(take, *operands)
+
+    def branch(*operands: Any) -> Any:
+        return lax.switch(
+            is_taken.astype(jnp.int32), [lambda *x: keep(like, *x), take], *operands
+        )
+
+    def mask(*operands: Any) -> Any:
+        return select(is_taken, take(*operands), keep(like, *operands))
+
+    return lax.platform_dependent(*operands, cpu=branch, default=mask)
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype)
+
+
+def _cast(tree: Any, like: Any) -> Any:
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            "`inner` must not change the structure of its state in `update`, but "
+            f"turned {jax.tree.structure(tree)} into {jax.tree.structure(like)}: a "
+            "step that is withheld could not give the old state back."
+        )
+    return jax.tree.map(
+        lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), tree, like
+    )

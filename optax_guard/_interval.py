@@ -1,0 +1,174 @@
+"""What happens between two evaluations of `fit`, summed up on the device."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._guarding import GuardState
+from optax_guard._readout import metrics
+from optax_guard._states import find_states
+from optax_guard._statistics import NormStats
+
+
+class NormSums(NamedTuple):
+    """Counts of updates, and sums over those with a finite norm.
+
+    Attributes:
+      num_updates: int32[].
+      num_clipped: int32[].
+      num_nonfinite: int32[].
+      norm_sum: float32[], of norms before clipping.
+      grad_norm: float32[], largest norm before clipping; -inf before the first.
+      clipped_norm: float32[], after clipping, of that same update.
+      clip_threshold: float32[], in force at that same update.
+    """
+
+    num_updates: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+    norm_sum: jax.Array
+    grad_norm: jax.Array
+    clipped_norm: jax.Array
+    clip_threshold: jax.Array
+
+
+class Interval(NamedTuple):
+    """Sums since the last evaluation.
+
+    Attributes:
+      metric_sums: Sums of the finite values of each metric of the step, float32[] or
+        wider.
+      metric_counts: How many there were, int32[] each.
+      norms: A `NormSums`, or ``None`` if nothing in the state measures norms.
+      num_skipped: int32[], steps withheld, or ``None`` without a guard.
+    """
+
+    metric_sums: dict[str, jax.Array]
+    metric_counts: dict[str, jax.Array]
+    norms: NormSums | None
+    num_skipped: jax.Array | None
+
+
+def first_interval(
+    train_step: Callable[[Any, Any], Any], state: Any, batch: Any
+) -> Interval:
+    """An empty interval for this step, whose results are checked."""
+    # Through jit, so that this is the one time the step is traced.
+    result = jax.eval_shape(jax.jit(train_step), state, batch)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "`train_step` must return `(state, metrics)`, got a "
+            f"`{type(result).__name__}`."
+        )
+    _check_same_state(state, result[0])
+    found = _as_dict(result[1])
+    for name, value in found.items():
+        if not hasattr(value, "shape") or value.shape != ():
+            raise ValueError(
+                f"`train_step` must return scalars as metrics, got {value} for "
+                f"{name!r}. Take the mean over the batch."
+            )
+    if "loss" not in found:
+        raise ValueError(
+            "`train_step` must return the loss, alone or in a dict under the key "
+            f"'loss'; got the keys {sorted(found)}."
+        )
+    stats = find_states(state, NormStats)
+    known = set(metrics(state)) if stats else set()
+    sums = {
+        name: np.zeros((), jnp.promote_types(value.dtype, jnp.float32))
+        for name, value in found.items()
+        if name not in known
+    }
+    interval = Interval(
+        metric_sums=sums,
+        metric_counts={name: np.zeros((), np.int32) for name in sums},
+        norms=NormSums(*[np.zeros((), x.dtype) for x in _no_norms()])
+        if stats
+        else None,
+        num_skipped=np.zeros((), np.int32) if find_states(state, GuardState) else None,
+    )
+    return _emptied(interval)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def run_step(
+    train_step: Callable[[Any, Any], Any], state: Any, interval: Interval, batch: Any
+) -> tuple[Any, Interval]:
+    """Takes one step and adds it to the interval."""
+    new_state, found = jax.jit(train_step, inline=True)(state, batch)
+    return new_state, _add(interval, _as_dict(found), state, new_state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
+    """The interval's row of means, rates and norms, and an empty interval."""
+    row = {
+        f"train_{name}": _mean(total, interval.metric_counts[name])
+        for name, total in interval.metric_sums.items()
+    }
+    norms = interval.norms
+    if norms is not None:
+        num_finite = norms.num_updates - norms.num_nonfinite
+        worst = norms.grad_norm, norms.clipped_norm, norms.clip_threshold
+        before, after, threshold = (
+            jnp.where(num_finite > 0, x, jnp.nan) for x in worst
+        )
+        row |= {
+            "grad_norm": before,
+            "clipped_norm": after,
+            "clip_threshold": threshold,
+            "grad_norm_mean": _mean(norms.norm_sum, num_finite),
+            "clip_rate": _mean(norms.num_clipped, norms.num_updates),
+            "nonfinite_rate": _mean(norms.num_nonfinite, norms.num_updates),
+        }
+        if interval.num_skipped is not None:
+            row["skip_rate"] = _mean(interval.num_skipped, norms.num_updates)
+    return row, _emptied(interval)
+
+
+def _as_dict(found: Any) -> dict[str, Any]:
+    return dict(found) if isinstance(found, Mapping) else {"loss": found}
+
+
+def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Interval:
+    sums, counts = {}, {}
+    for name, total in interval.metric_sums.items():
+        value = jnp.asarray(found[name], total.dtype)
+        is_finite = jnp.isfinite(value)
+        sums[name] = total + jnp.where(is_finite, value, 0)
+        counts[name] = interval.metric_counts[name] + is_finite
+    norms, num_skipped = interval.norms, interval.num_skipped
+    if norms is not None:
+        norms = _add_norms(
+            norms, find_states(old, NormStats)[0], find_states(new, NormStats)[0]
+        )
+    if num_skipped is not None:
+        num_skipped += (
+            find_states(new, GuardState)[0].num_skipped
+            - find_states(old, GuardState)[0].num_skipped
+        )
+    return Interval(sums, counts, norms, num_skipped)
+
+
+def _add_norms(norms: NormSums, old: NormStats, new: NormStats) -> NormSums:
+    # Under gradient accumulation a step may be no update.
+    is_finite = (new.num_updates > old.num_updates) & jnp.isfinite(new.grad_norm)
+    is_worst = is_finite & (new.grad_norm > norms.grad_norm)
+
+    def worst(now: jax.Array, before: jax.Array) -> jax.Array:
+        return jnp.where(is_worst, now, before)
+
+    return NormSums(
+        num_updates=norms.num_updates + new.num_updates - old.num_updates,
+        num_clipped=norms.num_clipped + new.num_clipped - old.num_clipped,
+        num_nonfinite=norms.num_nonfinite + new.num_nonfinite - old.num_nonfinite,
+        norm_sum=norms.norm_sum + jnp.where(is_finite, new.grad_norm, 0),
+        grad_norm=worst(new.grad_norm, norms.grad_norm),
+        clipped_norm=worst(new.clipped_norm, norms.clipped_norm),
+        clip_threshold=worst(new.clip_threshold, norms.clip_threshold),
+    )

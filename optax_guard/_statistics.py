@@ -1,0 +1,137 @@
+"""Running statistics of norms, carried in the optimizer state."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Weight of the past in the running mean and variance: about the last 100 updates.
+_DECAY = 0.99
+# A larger squared deviation would leave infinity in the variance for good.
+_LARGEST_SQUARE = 1e37
+
+
+class NormStats(NamedTuple):
+    """What a clip has seen of the global norm of the updates that it was given.
+
+    All scalars; float32 even under x64. Units are those of the gradient. "Last" is the
+    most recent call of ``update``, whatever became of the step.
+
+    Attributes:
+      num_updates: int32[], updates seen; 0 after ``init``.
+      num_clipped: int32[], updates that were changed by clipping; 0 after ``init``.
+      num_nonfinite: int32[], updates with a NaN or infinite norm; 0 after ``init``.
+      grad_norm: float32[], norm of the last updates before clipping, NaN or infinite
+        if they were; 0 after ``init``.
+      clipped_norm: float32[], norm of the last updates after clipping; 0 after
+        ``init``.
+      clip_threshold: float32[], norm above which the last updates would have been
+        clipped, infinite where nothing clips; 0 after ``init``.
+      norm_mean: float32[], debiased exponential mean (decay 0.99) of finite norms
+        before clipping; 0 after ``init``.
+      norm_var: float32[], variance around that mean, with the same weights; 0 after
+        ``init``.
+      norm_max: float32[], largest finite norm before clipping; 0 after ``init``.
+    """
+
+    num_updates: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+    grad_norm: jax.Array
+    clipped_norm: jax.Array
+    clip_threshold: jax.Array
+    norm_mean: jax.Array
+    norm_var: jax.Array
+    norm_max: jax.Array
+
+
+def init_stats() -> NormStats:
+    """Statistics of no updates. Every leaf has a buffer of its own, for donation."""
+    return NormStats(
+        num_updates=jnp.zeros((), jnp.int32),
+        num_clipped=jnp.zeros((), jnp.int32),
+        num_nonfinite=jnp.zeros((), jnp.int32),
+        grad_norm=jnp.zeros((), jnp.float32),
+        clipped_norm=jnp.zeros((), jnp.float32),
+        clip_threshold=jnp.zeros((), jnp.float32),
+        norm_mean=jnp.zeros((), jnp.float32),
+        norm_var=jnp.zeros((), jnp.float32),
+        norm_max=jnp.zeros((), jnp.float32),
+    )
+
+
+def update_stats(
+    stats: NormStats,
+    grad_norm: jax.Array,
+    clipped_norm: jax.Array,
+    clip_threshold: jax.Array,
+    is_clipped: jax.Array,
+) -> NormStats:
+    """Adds one update. A non-finite norm is counted and enters no statistic."""
+    grad_norm = grad_norm.astype(jnp.float32)
+    is_finite = jnp.isfinite(grad_norm)
+    num_updates = increment(stats.num_updates, True)
+    num_nonfinite = increment(stats.num_nonfinite, ~is_finite)
+    mean, var = running_moments(
+        stats.norm_mean,
+        stats.norm_var,
+        grad_norm,
+        num_updates - num_nonfinite,
+        _DECAY,
+    )
+    return NormStats(
+        num_updates=num_updates,
+        num_clipped=increment(stats.num_clipped, is_clipped),
+        num_nonfinite=num_nonfinite,
+        grad_norm=grad_norm,
+        clipped_norm=clipped_norm.astype(jnp.float32),
+        clip_threshold=jnp.asarray(clip_threshold, jnp.float32),
+        norm_mean=jnp.where(is_finite, mean, stats.norm_mean),
+        norm_var=jnp.where(is_finite, var, stats.norm_var),
+        norm_max=jnp.where(
+            is_finite, jnp.maximum(stats.norm_max, grad_norm), stats.norm_max
+        ),
+    )
+
+
+def running_moments(
+    mean: jax.Array,
+    var: jax.Array,
+    value: jax.Array,
+    num_values: jax.Array,
+    decay: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Debiased exponential mean and variance after one more value.
+
+    The weights are those of ``decay ** age``, normalised, so that after the first value
+    the mean is that value. In the incremental form nothing cancels: the variance stays
+    non-negative and right for values that hardly vary.
+
+    Args:
+      mean: float32[], before this value.
+      var: float32[], before this value.
+      value: float32[], the new value.
+      num_values: int32[], how many values there are with this one.
+      decay: Weight of a value relative to its successor's, in (0, 1).
+
+    Returns:
+      The new mean and variance.
+
+    References:
+      West, `Updating mean and variance estimates: an improved method
+      <https://doi.org/10.1145/359146.359153>`_, 1979
+    """
+    num_values = jnp.maximum(num_values, 1).astype(jnp.float32)
+    sum_of_weights = -jnp.expm1(num_values * math.log(decay))
+    # Rounded to above one, the weight would make the first variance negative.
+    weight = jnp.minimum((1 - decay) / sum_of_weights, 1.0)
+    deviation = value - mean
+    square = jnp.minimum(deviation * deviation, _LARGEST_SQUARE)
+    return mean + weight * deviation, (1 - weight) * (var + weight * square)
+
+
+def increment(counter: jax.Array, by: jax.Array | bool) -> jax.Array:
+    """Counts up by one where ``by``, and stays at the largest int32 for good."""
+    is_full = counter == jnp.iinfo(jnp.int32).max
+    return counter + jnp.where(is_full, 0, jnp.asarray(by, jnp.int32))

@@ -1,0 +1,105 @@
+"""Machines that stop where those of Flax, Keras and Lightning do."""
+
+from optax_guard._base import check_choice
+from optax_guard._early_stopping import EarlyStopping, early_stopping
+from optax_guard._stop_base import check_not_negative
+from optax_guard._stop_combinators import any_of
+from optax_guard._stop_rules import divergence, target
+from optax_guard._stop_rules import patience as stop_patience
+
+
+def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
+    """Builds the machine that stops where `flax.training.early_stopping` does.
+
+    Flax stops at the evaluation after the patience, so its ``patience=p`` is our
+    ``p + 1``. A non-finite value is a bad evaluation, never the best.
+
+    Args:
+      min_delta: As in Flax: least improvement that counts.
+      patience: As in Flax; at least 0.
+
+    Returns:
+      An `EarlyStopping`; smaller values are better.
+    """
+    check_not_negative("patience", patience)
+    rule = stop_patience(patience + 1, min_delta=min_delta)
+    return early_stopping(rule, nonfinite="wait")
+
+
+def from_keras(
+    monitor: str = "val_loss",
+    min_delta: float = 0.0,
+    patience: int = 0,
+    mode: str = "auto",
+    baseline: float | None = None,
+    restore_best_weights: bool = False,
+    start_from_epoch: int = 0,
+) -> EarlyStopping:
+    """Builds the machine that stops where `keras.callbacks.EarlyStopping` does.
+
+    Update it once an epoch, with a dict that has the key ``monitor`` or with that
+    value alone. A non-finite value is a bad evaluation, never the best.
+
+    Args:
+      monitor: Key of the value to judge.
+      min_delta: Least improvement that counts; as in Keras, its sign does not matter.
+      patience: As in Keras, where 0 means 1.
+      mode: "min", "max", or "auto": "max" if ``monitor`` ends with "acc", "accuracy"
+        or "auc".
+      baseline: Value that must be beaten for an improvement to count.
+      restore_best_weights: Accepted so that arguments can be copied; the parameters
+        are kept if `init` is given them, and `best` returns them.
+      start_from_epoch: First epochs to disregard.
+
+    Returns:
+      An `EarlyStopping`.
+    """
+    del restore_best_weights
+    check_choice("mode", mode, ("auto", "min", "max"))
+    if mode == "auto":
+        grows = monitor.endswith(("acc", "accuracy", "auc"))
+        mode = "max" if grows else "min"
+    check_not_negative("patience", patience)
+    rule = stop_patience(max(patience, 1), min_delta=abs(min_delta), baseline=baseline)
+    return early_stopping(
+        rule, mode=mode, nonfinite="wait", warmup=start_from_epoch, key=monitor
+    )
+
+
+def from_lightning(
+    monitor: str,
+    min_delta: float = 0.0,
+    patience: int = 3,
+    mode: str = "min",
+    check_finite: bool = True,
+    stopping_threshold: float | None = None,
+    divergence_threshold: float | None = None,
+) -> EarlyStopping:
+    """Builds the machine that stops where Lightning's `EarlyStopping` does.
+
+    Update it once a validation check, with a dict that has the key ``monitor`` or
+    with that value alone. Unlike Lightning, the value that reaches
+    ``stopping_threshold`` becomes the best.
+
+    Args:
+      monitor: Key of the value to judge.
+      min_delta: Least improvement that counts; as in Lightning, its sign does not
+        matter.
+      patience: As in Lightning, where 0 means 1.
+      mode: "min" or "max".
+      check_finite: Whether a non-finite value stops at once; otherwise it is a bad
+        evaluation.
+      stopping_threshold: Stop when the value is better than this.
+      divergence_threshold: Stop when the value is worse than this.
+
+    Returns:
+      An `EarlyStopping`.
+    """
+    check_not_negative("patience", patience)
+    rules = [stop_patience(max(patience, 1), min_delta=abs(min_delta))]
+    if stopping_threshold is not None:
+        rules.append(target(stopping_threshold, strict=True))
+    if divergence_threshold is not None:
+        rules.append(divergence(divergence_threshold))
+    nonfinite = "stop" if check_finite else "wait"
+    return early_stopping(any_of(*rules), mode=mode, nonfinite=nonfinite, key=monitor)

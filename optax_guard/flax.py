@@ -1,0 +1,153 @@
+"""Flax: a `TrainState` that honours the guard, and `fit`."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard._fit import FitResult as FitResult
+from optax_guard._fit import fit as fit
+from optax_guard._guarding import GuardState, apply_gradients, keep_if_skipped
+from optax_guard._states import find_states
+
+try:
+    from flax import struct
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
+except ImportError as error:
+    raise ImportError(
+        "`optax_guard.flax` needs Flax: pip install 'optax-guard[flax]'",
+        name=error.name,
+    ) from error
+
+
+class TrainState(train_state.TrainState):
+    """A Flax `TrainState` in which a rejected step changes nothing but `step`.
+
+    It is Flax's own class, with its methods and the same results, except that
+    `apply_gradients` is the one-pass step of `optax_guard.apply_gradients`; that
+    keyword arguments which are no fields go to the optimizer, so that a guard sees the
+    loss (``value=loss``); and that fields given to it stay as they were if the guard
+    withholds the step. Any Optax optimizer works, with a guard or without.
+
+    Attributes:
+      step: int32[], calls of `apply_gradients`, rejected steps included: a key folded
+        with it is fresh after a rejection too; 0 after `create`.
+      batch_stats: The collection of the same name, ``None`` if the model has none.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> import optax_guard as og
+      >>> from optax_guard.flax import TrainState
+      >>> model = nn.Dense(1, use_bias=False)
+      >>> params = {"kernel": jnp.ones((2, 1))}
+      >>> tx = og.guard(optax.sgd(0.5), clip=1.0)
+      >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+      >>> grads = {"kernel": jnp.array([[3.0], [4.0]])}
+      >>> state = state.apply_gradients(grads=grads, value=2.0)
+      >>> state.params["kernel"].ravel()
+      Array([0.7, 0.6], dtype=float32)
+    """
+
+    # Keyword-only, so that a subclass may add fields without defaults, as Flax's can.
+    batch_stats: Any = struct.field(default=None, kw_only=True)
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """Takes one optimizer step, unless the guard withholds it.
+
+        Args:
+          grads: Gradients with the structure of `params`.
+          **kwargs: New values of fields, such as `batch_stats` or a moving average in
+            a subclass; and extra arguments of the optimizer, such as ``value=loss``.
+
+        Returns:
+          The state after the step. If the guard withheld it: the state before, with
+          the guard's records and ``step + 1``. Fields that are not part of the tree
+          are replaced in either case.
+
+        Raises:
+          TypeError: If an argument is no field but is spelt almost like one, or names
+            what the step itself computes.
+          ValueError: If a new value has not the structure of the old one.
+        """
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        replaced = {k: v for k, v in kwargs.items() if k in fields}
+        extra_args = {k: v for k, v in kwargs.items() if k not in fields}
+        for name in extra_args:
+            # An optimizer ignores what it does not know: the field would stay as it is.
+            if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
+                raise TypeError(
+                    f"`apply_gradients` got `{name}`, which is no field of "
+                    f"`{type(self).__name__}`: did you mean `{close[0]}`?"
+                )
+
+        params, opt_state = apply_gradients(
+            self.tx, _trained(self.params), self.opt_state, _trained(grads), **extra_args
+        )
+        is_guarded = bool(find_states(opt_state, GuardState))
+
+        def judged(name: str, new: Any, old: Any) -> Any:
+            if not is_guarded:
+                return new
+            if jax.tree.structure(new) != jax.tree.structure(old):
+                raise ValueError(
+                    f"`{name}` must keep its structure, so that a rejected step can "
+                    f"give the old value back: got {jax.tree.structure(new)} for "
+                    f"{jax.tree.structure(old)}. Give `create` the initial value: "
+                    f"`create(..., {name}=...)`."
+                )
+            return keep_if_skipped(opt_state, new, old)
+
+        if _has_overwritten(grads):
+            name = OVERWRITE_WITH_GRADIENT
+            kept = judged(name, grads[name], self.params[name])
+            params = {"params": params, name: kept}
+        for name, new in replaced.items():
+            if fields[name].metadata.get("pytree_node", True):
+                replaced[name] = judged(name, new, getattr(self, name))
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **replaced
+        )
+
+    @classmethod
+    def create(
+        cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
+    ) -> "TrainState":
+        """Makes the state before the first step.
+
+        No two leaves share a buffer, so that the state can be donated even if one tree
+        was given twice, as for ``params=params, ema_params=params``.
+
+        Args:
+          apply_fn: Usually ``model.apply``.
+          params: Parameters.
+          tx: The optimizer.
+          **kwargs: Other fields: `batch_stats`, and those of a subclass.
+
+        Returns:
+          A state with ``step`` 0, as an array: Flax's Python number would make a jitted
+          step be traced twice.
+        """
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        seen: set[int] = set()
+
+        def own(leaf: Any) -> Any:
+            if isinstance(leaf, jax.Array) and id(leaf) in seen:
+                leaf = jnp.copy(leaf)
+            seen.add(id(leaf))
+            return leaf
+
+        state = state.replace(step=jnp.zeros((), jnp.int32))
+        return jax.tree.map(own, state)
+
+
+def _has_overwritten(tree: Any) -> bool:
+    # Flax's fp8 layers: a collection whose "gradients" are its new values.
+    return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
+
+
+def _trained(tree: Any) -> Any:
+    return tree["params"] if _has_overwritten(tree) else tree
