@@ -25,6 +25,9 @@ from optax_guard._readout import rejections as rejections
 from optax_guard._states import find_state as find_state
 from optax_guard._states import find_states as find_states
 from optax_guard._statistics import NormStats as NormStats
+from optax_guard._stop_presets import from_flax as from_flax
+from optax_guard._stop_presets import from_keras as from_keras
+from optax_guard._stop_presets import from_lightning as from_lightning
 from optax_guard._value_clipping import ClipByValueState as ClipByValueState
 from optax_guard._value_clipping import clip_by_value as clip_by_value
 from optax_guard.skip import SkipReason as SkipReason

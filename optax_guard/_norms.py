@@ -1,5 +1,6 @@
 """Norms of whole trees: right in any float dtype and at any size, in one read."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,18 +73,16 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
     if not leaves:
         return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
     if ord is None or ord == 2:
-        value, parts = _euclidean(leaves, axis_name)
+        value, bad = _euclidean(leaves, axis_name)
     elif ord == 1:
-        value, parts = _sum_norm(leaves, axis_name)
+        value, bad = _sum_norm(leaves, axis_name)
     elif ord == np.inf:
-        value, parts = _max_norm(leaves, axis_name)
+        value, bad = _max_norm(leaves, axis_name)
     else:
-        value, parts = _power_norm(leaves, ord, axis_name)
-    bad_leaf = jnp.full((), -1, jnp.int32)
-    firsts = indices[:: _part_size(len(indices))]
-    for first, part in reversed(list(zip(firsts, parts, strict=True))):
-        bad_leaf = jnp.where(jnp.isfinite(part), bad_leaf, jnp.int32(first))
-    return TreeNorm(value, bad_leaf)
+        value, bad = _power_norm(leaves, ord, axis_name)
+    if len(leaves) < len(all_leaves):
+        bad = jnp.where(bad < 0, -1, jnp.array(indices, jnp.int32)[bad])
+    return TreeNorm(value, bad)
 
 
 def leaves_of_part(tree: Any, first: int) -> list[int]:
@@ -93,82 +92,96 @@ def leaves_of_part(tree: Any, first: int) -> list[int]:
     return indices[start : start + _part_size(len(indices))]
 
 
-def _euclidean(leaves: list[Any], axis_name: AxisName) -> tuple[jax.Array, Any]:
-    dtype = accumulator_dtype(leaves)
-    up, down = _SCALES[np.dtype(dtype)]
-    small, *parts = _across(
-        lax.psum,
-        # Two reductions over one operand are one fusion on TPU and GPU, but cost many
-        # times one on CPU, where a rare second look is cheap instead.
-        lax.platform_dependent(*leaves, cpu=_squares_cpu, default=_squares),
-        axis_name,
+def _euclidean(
+    leaves: list[jax.Array], axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    up, down = _SCALES[np.dtype(accumulator_dtype(leaves))]
+    # Two reductions over one operand are one fusion on TPU and GPU, but cost many times
+    # one on CPU, where a rare second look is cheap instead.
+    small, big, bad = lax.platform_dependent(
+        *leaves, cpu=_squares_cpu, default=_squares
     )
-    big = add_pairwise(parts)
+    if axis_name is not None:
+        # Each shard marks its own first bad leaf, in the same all-reduce.
+        mark = (jnp.arange(len(leaves)) == bad).astype(small.dtype)
+        small, big, mark = lax.psum((small, big, mark), axis_name)
+        bad = _first(mark > 0)
     # A sum that underflowed or overflowed is never the one selected; both square
     # roots need a finite derivative all the same.
     value = jnp.where(
         jnp.isfinite(small), _sqrt(small) * (1 / up), _sqrt(big) * (1 / down)
     )
-    return value, parts
+    return value, bad
 
 
-def _squares(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-    """The up-scaled sum of squares, then the down-scaled sum of each part."""
+def _squares(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sum of squares of entries scaled up, and down; the first bad leaf."""
     dtype = accumulator_dtype(leaves)
     up, down = _SCALES[np.dtype(dtype)]
     small = add_pairwise([_sum_squares(x, dtype, up) for x in leaves])
-    big = [_sum_squares(x, dtype, down) for x in leaves]
-    return (small, *_parts(jnp.add, big))
+    parts = _parts(jnp.add, [_sum_squares(x, dtype, down) for x in leaves])
+    return small, add_pairwise(parts), _first_bad(parts, len(leaves))
 
 
-def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, ...]:
+def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same numbers from a plain sum, and from a second look where that fails."""
     dtype = accumulator_dtype(leaves)
     up, down = _SCALES[np.dtype(dtype)]
-    plain = _parts(jnp.add, [_sum_squares(x, dtype, 1.0) for x in leaves])
-    total = add_pairwise(plain)
+    # Here one vector compiles faster than many scalars.
+    total = _sum_vector(jnp.stack([_sum_squares(x, dtype, 1.0) for x in leaves]))
     too_small = total < _SMALLEST_PLAIN_SUM
     scale = jnp.where(too_small, jnp.array(up, dtype), jnp.array(down, dtype))
 
-    def enough(*_: jax.Array) -> tuple[jax.Array, ...]:
+    def enough(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del leaves
         # `scale` is `down` here. As a constant, XLA would square it, to zero.
-        return (total * up**2, *(part * scale * scale for part in plain))
+        return total * up**2, total * scale * scale, jnp.full((), -1, jnp.int32)
 
-    def rescaled(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-        parts = _parts(jnp.add, [_sum_squares(x, dtype, scale) for x in leaves])
-        small = jnp.where(too_small, add_pairwise(parts), jnp.inf)
-        return (small, *(jnp.where(too_small, 0.0, part) for part in parts))
+    def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        sums = jnp.stack([_sum_squares(x, dtype, scale) for x in leaves])
+        total = _sum_vector(sums)
+        size = _part_size(len(leaves))
+        bad = _first(~jnp.isfinite(sums))
+        return (
+            jnp.where(too_small, total, jnp.inf),
+            jnp.where(too_small, 0.0, total),
+            jnp.where(bad < 0, -1, bad // size * size),
+        )
 
     second_look = too_small | ~jnp.isfinite(total)
     return lax.switch(second_look.astype(jnp.int32), [enough, rescaled], *leaves)
 
 
-def _sum_norm(leaves: list[Any], axis_name: AxisName) -> tuple[jax.Array, Any]:
+def _sum_norm(
+    leaves: list[jax.Array], axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
     sums = [jnp.sum(jnp.abs(x).astype(dtype)) for x in leaves]
     parts = _across(lax.psum, _parts(jnp.add, sums), axis_name)
-    return add_pairwise(parts), parts
+    return add_pairwise(parts), _first_bad(parts, len(leaves))
 
 
-def _max_norm(leaves: list[Any], axis_name: AxisName) -> tuple[jax.Array, Any]:
+def _max_norm(
+    leaves: list[jax.Array], axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
     largest = [jnp.max(jnp.abs(x).astype(dtype), initial=0.0) for x in leaves]
     parts = _across(lax.pmax, _parts(jnp.maximum, largest), axis_name)
-    return _combine(jnp.maximum, parts), parts
+    return _combine(jnp.maximum, parts), _first_bad(parts, len(leaves))
 
 
 def _power_norm(
-    leaves: list[Any], ord: Any, axis_name: AxisName
-) -> tuple[jax.Array, Any]:
+    leaves: list[jax.Array], ord: Any, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
     # Any other power needs the largest entry first: a second read, for few users.
     dtype = accumulator_dtype(leaves)
-    largest, parts = _max_norm(leaves, axis_name)
+    largest, bad = _max_norm(leaves, axis_name)
     usable = jnp.isfinite(largest) & (largest > 0)
     unit = jnp.where(usable, largest, 1.0)
     sums = [jnp.sum((jnp.abs(x).astype(dtype) / unit) ** ord) for x in leaves]
     (total,) = _across(lax.psum, (add_pairwise(sums),), axis_name)
     root = jnp.where(usable, total, 1.0) ** (1 / ord)
-    return jnp.where(usable, largest * root, largest), parts
+    return jnp.where(usable, largest * root, largest), bad
 
 
 def _sum_squares(x: jax.Array, dtype: Any, scale: Any) -> jax.Array:
@@ -207,6 +220,27 @@ def _combine(add: Callable[..., Any], values: Sequence[Any]) -> jax.Array:
         pairs = zip(values[0::2], values[1::2], strict=False)
         values = [add(a, b) for a, b in pairs] + odd
     return values[0]
+
+
+def _first_bad(parts: Sequence[jax.Array], num_leaves: int) -> jax.Array:
+    """Index of the first leaf of the first part that is not finite, or -1."""
+    bad = jnp.full((), -1, jnp.int32)
+    for i in reversed(range(len(parts))):
+        first = jnp.int32(i * _part_size(num_leaves))
+        bad = jnp.where(jnp.isfinite(parts[i]), bad, first)
+    return bad
+
+
+def _first(marks: jax.Array) -> jax.Array:
+    """Index of the first true entry of a vector, or -1."""
+    return jnp.where(jnp.any(marks), jnp.argmax(marks), -1).astype(jnp.int32)
+
+
+def _sum_vector(values: jax.Array) -> jax.Array:
+    """Sum of a vector in two stages: rounding grows with the root of its length."""
+    width = math.isqrt(values.size - 1) + 1
+    padded = jnp.pad(values, (0, -values.size % width))
+    return jnp.sum(jnp.sum(padded.reshape(-1, width), axis=0))
 
 
 def _across(

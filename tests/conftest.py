@@ -1,0 +1,50 @@
+"""Set before JAX is imported: the CPU as eight devices, and no search for others."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# Nothing below changes a result: libtpu, where `make test-accelerators` installed
+# it, neither asks the network for a TPU, nor locks out a second process, nor logs.
+for name, value in {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "MPLBACKEND": "agg",
+}.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402 - the environment comes first
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    """Eight devices along the axis `data`; the compiler places what is between."""
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.fixture
+def explicit_mesh():
+    """Eight devices along the axis `data`, with shardings in the types; in force."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    use_mesh = getattr(jax, "set_mesh", None)  # JAX >= 0.8
+    use_mesh = use_mesh or vars(jax.sharding)["use_mesh"]
+    with use_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture
+def x64():
+    """Sixty-four bit types, for the length of a test."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
