@@ -1,5 +1,6 @@
 """What every transformation here is built with: one constructor, checks of input."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,29 @@ def transformation(
 def part_of(tx: optax.GradientTransformation, name: str) -> Callable[..., Any] | None:
     """The part that ``transformation`` was given under ``name``, if it still is."""
     return getattr(tx.update, name, None)
+
+
+def cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, compiled once for callers outside of ``jit``.
+
+    Run operation by operation, a function with branches compiles them at every call.
+    Inside ``jit`` this changes nothing. Arguments that JAX cannot trace, such as the
+    functions that a line search takes, leave it as it is.
+    """
+    compiled = jax.jit(function, inline=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if all(map(_is_array, jax.tree.leaves((args, kwargs)))):
+            return compiled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _is_array(leaf: Any) -> bool:
+    is_array = isinstance(leaf, (jax.Array, *_CONCRETE))
+    return is_array and getattr(leaf, "dtype", None) != jax.dtypes.float0
 
 
 def is_number(value: Any) -> bool:

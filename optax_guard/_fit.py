@@ -1,22 +1,29 @@
 """The host loop: evaluation, early stopping and logs, without a stall."""
 
-import contextlib
 import functools
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard import _interval
 from optax_guard._base import check_count
 from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState
 from optax_guard._guarding import GuardState
+from optax_guard._host import (
+    END,
+    Interrupt,
+    Logger,
+    MetricWriter,
+    Record,
+    agree,
+    open_display,
+    open_source,
+)
+from optax_guard._interval import close, first_interval, run_step
 from optax_guard._progress import Progress
 from optax_guard._readout import (
     GuardExhaustedError,
@@ -27,16 +34,10 @@ from optax_guard._readout import (
 from optax_guard._states import find_states
 from optax_guard._stop_plateau import PlateauState, apply_plateau
 
-@runtime_checkable
-class MetricWriter(Protocol):
-    """What CLU's metric writers have."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
-        """Writes scalars of one step."""
-        ...
-
-
-Logger = Callable[[int, dict[str, float]], Any] | MetricWriter
+# The key of a row for what `evaluate` returned, if it was no dict.
+_VALUE = "value"
+# What `raise_if_exhausted` reads.
+_FLAGS = ("guard_exhausted", "skip_reason", "skip_streak")
 
 
 class FitResult(NamedTuple):
@@ -150,8 +151,8 @@ def fit(
     """
     check_count("num_steps", num_steps)
     check_count("eval_every", eval_every)
-    _check_fit(state, evaluate, stopper, loggers)
-    draw = _source(batches)
+    _check_arguments(state, evaluate, stopper, loggers)
+    draw = open_source(batches)
     state = _own(state)
     step = int(state.step)
     if step >= num_steps:
@@ -159,85 +160,214 @@ def fit(
             f"`num_steps` must be above the steps done, {step}, got {num_steps}: it is "
             "the step to train to, not the number of further steps."
         )
-    stop = None if stopper is None else stopper.init(_tracked(state))
+    stop = None
+    if stopper is not None:
+        stop = stopper.init(_tracked(state))
+        state = _with_plateau(state, stop)
     is_guarded = bool(find_states(state, GuardState))
     interval: Any = None
-    judged_at = step
+    evaluated_at = step
     clock = time.monotonic()
 
-    with _display(progress, num_steps - step) as display, _Interrupt() as interrupt:
-        record = _Record(loggers, display)
-        try:
-            while step < num_steps:
-                until = min(num_steps, (step // eval_every + 1) * eval_every)
-                while step < until and not interrupt.requested:
-                    batch = draw(step)
-                    if batch is _END:
-                        _warn_of_end(step, num_steps)
-                        num_steps = until = step
-                        break
-                    if interval is None:
-                        interval = _first_interval(train_step, state, batch)
-                    state, interval = _train(train_step, state, interval, batch)
-                    step += 1
-                    display.advance(1)
-
-                # The device is at work on these steps: time to read what the
-                # evaluation before them has found.
-                flags = record.read()
-                if flags.pop("should_stop", False) or interrupt.requested:
+    with (
+        open_display(progress, num_steps - step) as display,
+        Interrupt() as interrupt,
+        Record(loggers, display) as record,
+    ):
+        while True:
+            until = min(num_steps, (step // eval_every + 1) * eval_every)
+            while step < until and not interrupt.requested:
+                batch = draw(step)
+                if batch is END:
+                    _warn_of_end(step, num_steps, is_empty=interval is None)
+                    num_steps = until = step
                     break
-                _check_exhausted(flags, state)
-                if step == judged_at:
-                    break
+                if interval is None:
+                    interval = first_interval(train_step, state, batch)
+                state, interval = run_step(train_step, state, interval, batch)
+                step += 1
+                display.advance(1)
 
-                values = {} if evaluate is None else _values(evaluate(state))
-                row, interval = _close(interval)
-                flags = {}
-                if stopper is not None:
-                    now = time.monotonic()
-                    facts = {
-                        "step": np.int32(step),
-                        "seconds": np.float32(_agreed(stopper, now - clock)),
-                        "train_value": row["train_loss"],
-                        "opt_state": state.opt_state,
-                    }
-                    clock = now
-                    stop, flags["should_stop"] = _judge(
-                        stopper,
-                        stop,
-                        values.get(_VALUE, values),
-                        _tracked(state),
-                        {name: facts[name] for name in {"step", *stopper.needs}},
-                    )
-                    if find_states(stop.rule_state, PlateauState):
-                        opt_state = apply_plateau(state.opt_state, stop)
-                        state = state.replace(opt_state=opt_state)
-                if is_guarded:
-                    totals = metrics(state)
-                    row["num_skipped"] = totals["num_skipped"]
-                    flags |= {k: totals[k] for k in totals if k.startswith(_FLAGS)}
-                _check_apart(row, values)
-                record.put(step, {**row, **values}, flags)
-                judged_at = step
+            # The device is at work on these steps. Only now is read what the
+            # evaluation before them found.
             flags = record.read()
-            if not flags.pop("should_stop", False) and not interrupt.requested:
-                _check_exhausted(flags, state)
-        except BaseException:
-            record.read()
-            raise
+            if interrupt.requested or _is_over(flags, state) or step == evaluated_at:
+                break
+
+            found = {} if evaluate is None else evaluate(state)
+            values = _values(found)
+            row, interval = close(interval)
+            flags = {}
+            if stopper is not None:
+                now = time.monotonic()
+                facts = {"step": np.int32(step), "train_value": row["train_loss"]}
+                if "seconds" in stopper.needs:
+                    facts["seconds"] = np.float32(agree(now - clock))
+                if "opt_state" in stopper.needs:
+                    facts["opt_state"] = state.opt_state
+                clock = now
+                judged = values if isinstance(found, Mapping) else values[_VALUE]
+                stop, flags["should_stop"] = _judge(
+                    stopper, stop, judged, _tracked(state), facts
+                )
+                state = _with_plateau(state, stop)
+            if is_guarded:
+                totals = metrics(state)
+                row["num_skipped"] = totals["num_skipped"]
+                flags |= {k: v for k, v in totals.items() if k.startswith(_FLAGS)}
+            _check_apart(row, values)
+            record.put(step, {**row, **values}, flags)
+            evaluated_at = step
+            if step == num_steps:
+                _is_over(record.read(), state)
+                break
 
     best: Any = None
     if stopper is not None and stop is not None:
         best = stopper.best(stop, _tracked(state))
-    has_stats = _batch_stats(state) is not None and best is not None
+    best_params, best_batch_stats = best, None
+    if best is not None and _batch_stats(state) is not None:
+        best_params, best_batch_stats = best["params"], best["batch_stats"]
     return FitResult(
         state=state,
-        best_params=best["params"] if has_stats else best,
+        best_params=best_params,
         stop=stop,
         history=record.history,
-        best_batch_stats=best["batch_stats"] if has_stats else None,
+        best_batch_stats=best_batch_stats,
         interrupted=interrupt.requested,
     )
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _judge(
+    stopper: EarlyStopping,
+    stop: EarlyStoppingState,
+    value: Any,
+    params: Any,
+    facts: dict[str, Any],
+) -> tuple[EarlyStoppingState, jax.Array]:
+    stop = stopper.update(value, stop, params, **facts)
+    # A copy: the state is donated before the host reads the flag.
+    return stop, jnp.copy(stop.should_stop)
+
+
+def _check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any) -> None:
+    for name in ("step", "params", "opt_state"):
+        if not hasattr(state, name):
+            raise TypeError(
+                f"`state` must have `{name}`, as a Flax `TrainState` has, got a "
+                f"`{type(state).__name__}`."
+            )
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(
+            f"`evaluate` must be a function of the state, got {evaluate!r}."
+        )
+    if stopper is not None and not isinstance(stopper, EarlyStopping):
+        raise TypeError(
+            "`stopper` must be made by `early_stopping`, as in "
+            f"`early_stopping(stop.patience(5))`, got {stopper!r}."
+        )
+    if stopper is not None and evaluate is None:
+        raise ValueError("`stopper` needs `evaluate`: it judges what that returns.")
+    if not isinstance(loggers, Sequence):
+        raise TypeError(f"`loggers` must be a list of loggers, got {loggers!r}.")
+    for logger in loggers:
+        if not (callable(logger) or isinstance(logger, MetricWriter)):
+            raise TypeError(
+                "`loggers` must hold callables `(step, row)` or objects with "
+                f"`write_scalars`, got {logger!r}."
+            )
+
+
+def _own(state: Any) -> Any:
+    """A copy that may be donated, without weak types, which would be traced again."""
+    return jax.tree.map(
+        lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), state
+    )
+
+
+def _batch_stats(state: Any) -> Any:
+    return getattr(state, "batch_stats", None)
+
+
+def _tracked(state: Any) -> Any:
+    """What belongs to the best evaluation: averages of other weights would not do."""
+    stats = _batch_stats(state)
+    if stats is None:
+        return state.params
+    return {"params": state.params, "batch_stats": stats}
+
+
+def _values(found: Any) -> dict[str, Any]:
+    """What `evaluate` returned, by the names of a row."""
+    values = dict(found) if isinstance(found, Mapping) else {_VALUE: found}
+    for name, value in values.items():
+        where = "" if name == _VALUE else f" for {name!r}"
+        if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+            raise TypeError(
+                "`evaluate` must return a number or a dict of numbers, got a "
+                f"`{type(value).__name__}`{where}."
+            )
+        if np.shape(value):
+            raise ValueError(
+                "`evaluate` must return scalars, got an array of shape "
+                f"{np.shape(value)}{where}. Take the mean over the data."
+            )
+        # One dtype for numbers of the host, so that the machine is not traced again;
+        # a copy of an array, which may be a part of the state that is donated next.
+        if isinstance(value, jax.Array):
+            values[name] = jnp.copy(value)
+        else:
+            with np.errstate(over="ignore"):
+                values[name] = np.float32(value)
+    return values
+
+
+def _with_plateau(state: Any, stop: EarlyStoppingState) -> Any:
+    """Hands the factor that a `stop.plateau` has come to on to the optimizer."""
+    if not find_states(stop.rule_state, PlateauState):
+        return state
+    return state.replace(opt_state=apply_plateau(state.opt_state, stop))
+
+
+def _check_apart(row: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    if taken := sorted(values.keys() & {"step", *row}):
+        raise ValueError(
+            f"`evaluate` must not return {taken}: `fit` itself writes these into the "
+            "row. Call them, say, `val_loss`."
+        )
+
+
+def _is_over(flags: Mapping[str, Any], state: Any) -> bool:
+    """Whether the machine stops the run. If it does not, an exhausted guard raises."""
+    if flags.get("should_stop", False):
+        return True
+    exhaustion = {k: v for k, v in flags.items() if k.startswith(_FLAGS)}
+    if not exhaustion:
+        return False
+    try:
+        raise_if_exhausted(exhaustion)
+    except GuardExhaustedError as error:
+        guards = find_states(state, GuardState)
+        # Among several guards, each may have seen a part of the parameters only.
+        params = state.params if len(guards) == 1 else None
+        lines = [
+            f"  update {r.update}: {r.reason.name}, norm {r.grad_norm:.4g}, loss "
+            f"{r.value:.4g}" + (f", first in {r.leaf}" if r.leaf is not None else "")
+            for guard in guards
+            for r in rejections(guard, params)
+        ]
+        raise GuardExhaustedError(
+            "\n".join([str(error), "Rejected last:", *lines])
+        ) from None
+    return False
+
+
+def _warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
+    if is_empty:
+        raise ValueError("`batches` is empty.")
+    warnings.warn(
+        f"`batches` ended after step {step} of {num_steps}, and the run with it. Pass "
+        "a function `step -> batch`, or an iterable that repeats the data.",
+        stacklevel=3,
+    )

@@ -9,7 +9,13 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_count, check_state, part_of, transformation
+from optax_guard._base import (
+    cached,
+    check_count,
+    check_state,
+    part_of,
+    transformation,
+)
 from optax_guard._clipping import Measurement, clip_by_global_norm, record_norm, select
 from optax_guard._states import find_states
 from optax_guard._statistics import increment
@@ -183,6 +189,7 @@ def guard(
             wrapped_state=state.wrapped_state,
         )
 
+    @cached
     def update(
         updates: optax.Updates,
         state: GuardState,
@@ -204,6 +211,7 @@ def guard(
         )
         return new_updates, state._replace(wrapped_state=new_inner_state)
 
+    @cached
     def apply_gradients(
         params: optax.Params, state: GuardState, grads: optax.Updates, **extra_args: Any
     ) -> tuple[optax.Params, GuardState]:

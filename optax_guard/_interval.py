@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_guard._guarding import GuardState
 from optax_guard._readout import metrics
@@ -79,20 +78,12 @@ def first_interval(
         )
     stats = find_states(state, NormStats)
     known = set(metrics(state)) if stats else set()
-    sums = {
-        name: np.zeros((), jnp.promote_types(value.dtype, jnp.float32))
+    dtypes = {
+        name: jnp.promote_types(value.dtype, jnp.float32)
         for name, value in found.items()
         if name not in known
     }
-    interval = Interval(
-        metric_sums=sums,
-        metric_counts={name: np.zeros((), np.int32) for name in sums},
-        norms=NormSums(*[np.zeros((), x.dtype) for x in _no_norms()])
-        if stats
-        else None,
-        num_skipped=np.zeros((), np.int32) if find_states(state, GuardState) else None,
-    )
-    return _emptied(interval)
+    return _empty(dtypes, bool(stats), bool(find_states(state, GuardState)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -128,7 +119,52 @@ def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
         }
         if interval.num_skipped is not None:
             row["skip_rate"] = _mean(interval.num_skipped, norms.num_updates)
-    return row, _emptied(interval)
+    dtypes = {name: total.dtype for name, total in interval.metric_sums.items()}
+    return row, _empty(dtypes, norms is not None, interval.num_skipped is not None)
+
+
+def _empty(dtypes: dict[str, Any], is_measured: bool, is_guarded: bool) -> Interval:
+    def zero(dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros((), dtype)
+
+    norms = NormSums(
+        num_updates=zero(),
+        num_clipped=zero(),
+        num_nonfinite=zero(),
+        norm_sum=zero(jnp.float32),
+        grad_norm=jnp.full((), -jnp.inf, jnp.float32),
+        clipped_norm=zero(jnp.float32),
+        clip_threshold=zero(jnp.float32),
+    )
+    return Interval(
+        metric_sums={name: zero(dtype) for name, dtype in dtypes.items()},
+        metric_counts={name: zero() for name in dtypes},
+        norms=norms if is_measured else None,
+        num_skipped=zero() if is_guarded else None,
+    )
+
+
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """NaN if there was nothing to take a mean of."""
+    share = total / jnp.maximum(count, 1).astype(jnp.float32)
+    return jnp.where(count > 0, share, jnp.nan)
+
+
+def _check_same_state(old: Any, new: Any) -> None:
+    was, now = jax.tree.structure(old), jax.tree.structure(new)
+    if was != now:
+        raise TypeError(
+            "`train_step` must return a state of the structure it was given, "
+            f"got {now} for {was}."
+        )
+    pairs = zip(jax.tree.leaves_with_path(old), jax.tree.leaves(new), strict=True)
+    for (path, x), y in pairs:
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            raise TypeError(
+                "`train_step` must keep shapes and dtypes of the state, but turned "
+                f"`state{jax.tree_util.keystr(path)}` from {x.dtype}{list(x.shape)} "
+                f"into {y.dtype}{list(y.shape)}."
+            )
 
 
 def _as_dict(found: Any) -> dict[str, Any]:

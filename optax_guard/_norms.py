@@ -1,5 +1,6 @@
 """Norms of whole trees: right in any float dtype and at any size, in one read."""
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from jax import lax
 # Blue, "A portable Fortran program to find the Euclidean norm", ACM TOMS 1978). Both
 # scales are powers of two: on ordinary values the bits are those of the plain sum.
 _SCALES = {
-    np.dtype("float32"): (2.0**32, 2.0**-64),
-    np.dtype("float64"): (2.0**256, 2.0**-512),
+    jnp.dtype("float32"): (2.0**32, 2.0**-64),
+    jnp.dtype("float64"): (2.0**256, 2.0**-512),
 }
 # Below this, squares in the plain sum may have been flushed to zero.
 _SMALLEST_PLAIN_SUM = 2.0**-60
@@ -52,8 +53,8 @@ def dtype_of(leaf: Any) -> Any:
 
 def accumulator_dtype(leaves: Sequence[Any]) -> Any:
     """Float32, or float64 if a leaf is a double."""
-    dtypes = [jnp.finfo(dtype_of(leaf)).dtype for leaf in leaves]
-    return jnp.result_type(jnp.float32, *dtypes)
+    is_double = any(jnp.finfo(dtype_of(leaf)).bits == 64 for leaf in leaves)
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNorm:
@@ -67,6 +68,8 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
     Returns:
       The norm, 0 for a tree without floating entries.
     """
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)
     all_leaves = jax.tree.leaves(tree)
     indices = [i for i, leaf in enumerate(all_leaves) if is_inexact(leaf)]
     leaves = [jnp.asarray(all_leaves[i]) for i in indices]
@@ -92,10 +95,12 @@ def leaves_of_part(tree: Any, first: int) -> list[int]:
     return indices[start : start + _part_size(len(indices))]
 
 
+# Jitted for callers outside of `jit`: there, every call would compile its branches.
+@functools.partial(jax.jit, static_argnames="axis_name", inline=True)
 def _euclidean(
     leaves: list[jax.Array], axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
-    up, down = _SCALES[np.dtype(accumulator_dtype(leaves))]
+    up, down = _SCALES[accumulator_dtype(leaves)]
     # Two reductions over one operand are one fusion on TPU and GPU, but cost many times
     # one on CPU, where a rare second look is cheap instead.
     small, big, bad = lax.platform_dependent(
@@ -117,7 +122,7 @@ def _euclidean(
 def _squares(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
     dtype = accumulator_dtype(leaves)
-    up, down = _SCALES[np.dtype(dtype)]
+    up, down = _SCALES[dtype]
     small = add_pairwise([_sum_squares(x, dtype, up) for x in leaves])
     parts = _parts(jnp.add, [_sum_squares(x, dtype, down) for x in leaves])
     return small, add_pairwise(parts), _first_bad(parts, len(leaves))
@@ -126,7 +131,7 @@ def _squares(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same numbers from a plain sum, and from a second look where that fails."""
     dtype = accumulator_dtype(leaves)
-    up, down = _SCALES[np.dtype(dtype)]
+    up, down = _SCALES[dtype]
     # Here one vector compiles faster than many scalars.
     total = _sum_vector(jnp.stack([_sum_squares(x, dtype, 1.0) for x in leaves]))
     too_small = total < _SMALLEST_PLAIN_SUM

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class TrainState(train_state.TrainState):
     # Keyword-only, so that a subclass may add fields without defaults, as Flax's can.
     batch_stats: Any = struct.field(default=None, kw_only=True)
 
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """Takes one optimizer step, unless the guard withholds it.
 
         Args:
@@ -85,7 +85,11 @@ class TrainState(train_state.TrainState):
                 )
 
         params, opt_state = apply_gradients(
-            self.tx, _trained(self.params), self.opt_state, _trained(grads), **extra_args
+            self.tx,
+            _trained(self.params),
+            self.opt_state,
+            _trained(grads),
+            **extra_args,
         )
         is_guarded = bool(find_states(opt_state, GuardState))
 
@@ -115,7 +119,7 @@ class TrainState(train_state.TrainState):
     @classmethod
     def create(
         cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
-    ) -> "TrainState":
+    ) -> Self:
         """Makes the state before the first step.
 
         No two leaves share a buffer, so that the state can be donated even if one tree
@@ -128,8 +132,8 @@ class TrainState(train_state.TrainState):
           **kwargs: Other fields: `batch_stats`, and those of a subclass.
 
         Returns:
-          A state with ``step`` 0, as an array: Flax's Python number would make a jitted
-          step be traced twice.
+          A state whose ``step`` is an array, not a Python number as Flax's: its type is
+          that of all later ones, and it can be donated.
         """
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         seen: set[int] = set()

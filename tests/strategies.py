@@ -1,0 +1,109 @@
+"""Trees of gradients: their dtypes, their values, and how two of them are compared."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+
+# Without shrinking: the draws are small as they are, and a step is slow for a search.
+sampled = settings(
+    max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate]
+)
+
+FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+# One structure for all drawn trees: a step is then compiled once for each choice of
+# dtypes, however many values are drawn.
+SHAPES: dict[str, tuple[int, ...]] = {"bias": (), "kernel": (3, 2), "scale": (4,)}
+
+TINY = 1e-25
+HUGE = 3e38
+
+
+def magnitudes(smallest: float = TINY, largest: float = HUGE) -> st.SearchStrategy:
+    """Zero, or a number of either sign whose logarithm is anywhere in the range."""
+    logs = st.floats(math.log(smallest), math.log(largest))
+    sizes = logs.map(lambda x: min(max(math.exp(x), smallest), largest))
+    signed = st.tuples(sizes, st.sampled_from([-1.0, 1.0])).map(lambda t: t[0] * t[1])
+    return st.one_of(st.just(0.0), signed)
+
+
+def ordinary() -> st.SearchStrategy:
+    """Numbers as gradients usually are."""
+    return magnitudes(1e-6, 1e3)
+
+
+def any_float() -> st.SearchStrategy:
+    """Also denormals, both zeros, infinities and NaN."""
+    special = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e38, -3.4e38]
+    bad = [math.nan, math.inf, -math.inf]
+    return st.one_of(ordinary(), st.sampled_from(special), st.sampled_from(bad))
+
+
+def trees(
+    values: st.SearchStrategy, dtypes: Sequence[Any] = (jnp.float32,)
+) -> st.SearchStrategy:
+    """Trees of NumPy arrays of `SHAPES`; each leaf has one of the dtypes."""
+
+    def tree(drawn: tuple[list[Any], list[float]]) -> dict[str, np.ndarray]:
+        kinds, flat = drawn
+        leaves, start = {}, 0
+        for (name, shape), dtype in zip(SHAPES.items(), kinds, strict=True):
+            size = math.prod(shape)
+            with np.errstate(over="ignore"):
+                leaf = np.array(flat[start : start + size]).astype(dtype)
+            leaves[name] = leaf.reshape(shape)
+            start += size
+        return leaves
+
+    total = sum(math.prod(shape) for shape in SHAPES.values())
+    kinds = st.lists(
+        st.sampled_from(dtypes), min_size=len(SHAPES), max_size=len(SHAPES)
+    )
+    return st.tuples(kinds, st.lists(values, min_size=total, max_size=total)).map(tree)
+
+
+def true_norm(tree: Any, ord: float = 2) -> float:
+    """The norm in float64, of entries scaled so that nothing overflows or vanishes."""
+    flat = [np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)]
+    wide = [
+        np.abs(x.astype(np.complex128 if x.dtype.kind == "c" else float)) for x in flat
+    ]
+    entries = np.concatenate([np.zeros(1), *wide])
+    unit = entries.max()
+    if ord == math.inf or unit == 0 or not np.isfinite(unit):
+        return float(unit)
+    return float(unit) * math.fsum((entries / unit) ** ord) ** (1 / ord)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two trees have the same structure, dtypes, shapes and bytes."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(map(_same_bits, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def _same_bits(x: Any, y: Any) -> bool:
+    x, y = map(_raw, (x, y))
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def _raw(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)
+
+
+def types_of(tree: Any) -> Any:
+    """Structure of a tree and the type of every leaf: dtype, shape, weakness."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(jax.typeof, tree))
+    return structure, [(str(x), x.weak_type) for x in map(_aval, leaves)]
+
+
+def _aval(x: Any) -> Any:
+    return x if hasattr(x, "weak_type") else jax.core.ShapedArray(x.shape, x.dtype)
