@@ -423,7 +423,7 @@ def _take_or_keep(
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(like.shape, like.dtype)
+    return jnp.zeros_like(like)
 
 
 def _cast(tree: Any, like: Any) -> Any:
