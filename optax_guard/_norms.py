@@ -139,8 +139,10 @@ def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     def enough(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         del leaves
-        # `scale` is `down` here. As a constant, XLA would square it, to zero.
-        return total * up**2, total * scale * scale, jnp.full((), -1, jnp.int32)
+        # `scale` is `down` here. As a constant, XLA would square it, to zero. And a
+        # constant -1 would not vary over the devices of `shard_map` as `rescaled` does.
+        none = jnp.where(too_small, 0, -1).astype(jnp.int32)
+        return total * up**2, total * scale * scale, none
 
     def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         sums = jnp.stack([_sum_squares(x, dtype, scale) for x in leaves])
