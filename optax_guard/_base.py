@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -55,31 +56,45 @@ def _is_array(leaf: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number: Python's, NumPy's, JAX's or traced; not a bool."""
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, (*_CONCRETE, jax.Array))
+    """Whether ``value`` is one: Python's, NumPy's, JAX's or traced; not a bool."""
+    return isinstance(value, (*_CONCRETE, jax.Array)) and not isinstance(value, bool)
+
+
+def as_float(value: Any, dtype: Any) -> jax.Array:
+    """A number as an array of ``dtype``; one that is too large becomes infinite."""
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    with np.errstate(over="ignore"):
+        return jnp.asarray(np.asarray(float(value)).astype(dtype))
 
 
 def check_positive(name: str, value: Any, advice: str = "") -> None:
     """Raises unless ``value`` is a positive number; traced values pass."""
     check_number(name, value)
-    if isinstance(value, _CONCRETE) and not np.all(np.asarray(value) > 0):
+    if isinstance(value, _CONCRETE) and not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value}.{_then(advice)}")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a number."""
+    """Raises unless ``value`` is one real number."""
     if not is_number(value):
         raise TypeError(
             f"`{name}` must be a number, got {value!r} of type {type(value).__name__}."
+        )
+    is_complex = jnp.issubdtype(
+        getattr(value, "dtype", type(value)), jnp.complexfloating
+    )
+    if np.shape(value) or is_complex:
+        raise ValueError(
+            f"`{name}` must be one real number, got {value!r} of shape "
+            f"{np.shape(value)}."
         )
 
 
 def check_count(name: str, value: Any, advice: str = "") -> None:
     """Raises unless ``value`` is a whole number of at least 1; traced values pass."""
     check_number(name, value)
-    if isinstance(value, _CONCRETE) and not (value >= 1 and value == int(value)):
+    if isinstance(value, _CONCRETE) and not (value >= 1 and float(value).is_integer()):
         raise ValueError(
             f"`{name}` must be a whole number of at least 1, got {value}."
             f"{_then(advice)}"

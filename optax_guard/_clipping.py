@@ -5,13 +5,14 @@ into whatever consumes the updates. A clip alone runs one after the other; a gua
 rescales only inside the branch that takes the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from optax_guard._base import (
@@ -70,7 +71,7 @@ class RecordNormState(NamedTuple):
 
 
 def clip_by_global_norm(
-    max_norm: ArrayLike | optax.Schedule | Threshold,
+    max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
     *,
     ord: ArrayLike | None = None,
     axis_name: AxisName = None,
@@ -87,8 +88,9 @@ def clip_by_global_norm(
 
     Args:
       max_norm: Largest norm :math:`c` that passes unchanged, in units of the gradient;
-        positive, may be traced, a schedule or a threshold. A schedule is called with
-        the number of finite updates before this one (in a guard: of updates taken).
+        positive, may be traced, a schedule, one of ``optax_guard.threshold`` or a table
+        for one, ``{"kind": "zscore", "sigma": 2.5}``. A schedule is called with the
+        number of finite updates before this one (in a guard: of updates taken).
       ord: Which norm: ``None`` for the Euclidean; 1, 2, ``inf`` or any positive
         number. Other than 1, 2 and ``inf`` cost a second read of the updates.
       axis_name: Mesh axis or axes over which the updates are split, under
@@ -121,7 +123,11 @@ def clip_by_global_norm(
     threshold = as_threshold("max_norm", max_norm)
     if ord is not None:
         check_positive("ord", ord)
-        # Traced, it could not choose the reduction.
+        if isinstance(ord, Tracer):
+            raise TypeError(
+                "`ord` must be known while tracing, because it chooses the reduction, "
+                f'got {ord}. Under `inject_hyperparams` pass `static_args="ord"`.'
+            )
         ord = float(np.asarray(ord))
     check_choice("nonfinite", nonfinite, ("propagate", "zero"))
 
@@ -139,13 +145,22 @@ def clip_by_global_norm(
         check_state("clip_by_global_norm", state, ClipByNormState)
         norm = tree_norm(updates, ord, axis_name)
         is_finite = jnp.isfinite(norm.value)
-        trigger, target = threshold.limits(norm.value, state.threshold)
+        trigger, target = threshold.limits(norm.value, norm.value, state.threshold)
+        # A traced number could be negative, and would turn the step around.
+        trigger, target = jnp.maximum(trigger, 0.0), jnp.maximum(target, 0.0)
         is_clipped = is_finite & (norm.value > trigger)
         clipped_norm = jnp.where(is_clipped, target, norm.value)
         stats = update_stats(state.stats, norm.value, clipped_norm, trigger, is_clipped)
         learned = threshold.learn(norm.value, clipped_norm, state.threshold)
         kept = select(is_finite, learned, state.threshold)
-        factors = (is_finite, is_clipped, *_two_factors(target, norm.value))
+        factors = (
+            is_finite,
+            is_clipped,
+            *_two_factors(
+                jnp.where(is_clipped, target, 1.0),
+                jnp.where(is_clipped, norm.value, 1.0),
+            ),
+        )
         return Measurement(norm, is_finite, factors), ClipByNormState(stats, kept)
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
@@ -153,7 +168,9 @@ def clip_by_global_norm(
 
         def leaf(x: jax.Array) -> jax.Array:
             dtype = accumulator_dtype([x])
-            scaled = x * first.astype(dtype) * second.astype(dtype)
+            if jnp.iscomplexobj(x):
+                dtype = x.dtype
+            scaled = x.astype(dtype) * first.astype(dtype) * second.astype(dtype)
             # A selection, not a factor of one, so that what is not clipped keeps its
             # bits: some backends flush denormals whenever they multiply.
             result = jnp.where(is_clipped, scaled.astype(x.dtype), x)
@@ -244,8 +261,22 @@ def select(condition: jax.Array, new: Any, old: Any) -> Any:
 
 def _two_factors(target: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two factors with the product ``target / norm``, which may itself underflow."""
-    # The smallest normal float32 is 2**-126; halfway leaves room on both sides.
-    first = jnp.where(target < norm * 2.0**-100, 2.0**-96, 1.0).astype(norm.dtype)
-    scaled = norm * first
-    is_zero = scaled == 0
-    return first, jnp.where(is_zero, 0.0, target / jnp.where(is_zero, 1.0, scaled))
+    # Float32 ends at 2**-126. The first factor leaves room on both sides for a norm of
+    # up to 2**128, and for one so small that it could not be made smaller itself.
+    underflows = target < norm * 2.0**-100
+    first = jnp.where(underflows, jnp.where(norm > 1, 2.0**-120, 2.0**-96), 1.0)
+    first = first.astype(norm.dtype)
+    return first, _divide(target, norm * first)
+
+
+@jax.custom_jvp
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    return numerator / denominator
+
+
+@_divide.defjvp
+def _divide_jvp(primals: Any, tangents: Any) -> Any:
+    # The plain derivative squares the denominator, which may overflow or vanish.
+    (_, denominator), (dot, denominator_dot) = primals, tangents
+    ratio = _divide(*primals)
+    return ratio, dot / denominator - ratio * (denominator_dot / denominator)

@@ -12,13 +12,20 @@ from jax.typing import ArrayLike
 from optax_guard._base import (
     cached,
     check_count,
+    check_number,
     check_state,
     part_of,
     transformation,
 )
-from optax_guard._clipping import Measurement, clip_by_global_norm, record_norm, select
+from optax_guard._clipping import (
+    Measurement,
+    clip_by_global_norm,
+    map_inexact,
+    record_norm,
+    select,
+)
 from optax_guard._states import find_states
-from optax_guard._statistics import increment
+from optax_guard._statistics import as_float32, increment
 from optax_guard.skip import Signals, SkipReason, SkipRule
 from optax_guard.threshold import Threshold, as_threshold
 
@@ -35,8 +42,10 @@ class RejectionLog(NamedTuple):
       rejected_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
         ``init``.
       rejected_reason: int32[16], a ``SkipReason``; 0 after ``init``.
-      rejected_leaf: int32[16], index among ``jax.tree.leaves(params)`` of the first
-        leaf with a non-finite gradient, -1 if there was none; -1 after ``init``.
+      rejected_leaf: int32[16], index among the leaves of its gradients of the first
+        whose norm is not finite, -1 if there was none; -1 after ``init``.
+      rejected_num_leaves: int32[16], how many leaves its gradients had; 0 after
+        ``init``.
     """
 
     rejected_update: jax.Array
@@ -44,6 +53,7 @@ class RejectionLog(NamedTuple):
     rejected_value: jax.Array
     rejected_reason: jax.Array
     rejected_leaf: jax.Array
+    rejected_num_leaves: jax.Array
 
 
 class GuardState(NamedTuple):
@@ -124,9 +134,14 @@ def guard(
       (Array([1., 1.], dtype=float32), 1)
     """
     if not isinstance(inner, optax.GradientTransformation):
+        advice = (
+            " Call its `gradient_transformation()`."
+            if isinstance(inner, optax.MultiSteps)
+            else ""
+        )
         raise TypeError(
             "`inner` must be an optax transformation such as `optax.adamw(1e-3)`, got "
-            f"{inner!r} of type {type(inner).__name__}."
+            f"{inner!r} of type {type(inner).__name__}.{advice}"
         )
     inner = optax.with_extra_args_support(inner)
     clip_init, measure, rescale = _clip_parts(clip)
@@ -145,6 +160,7 @@ def guard(
                 rejected_value=jnp.zeros(NUM_REJECTIONS, jnp.float32),
                 rejected_reason=jnp.zeros(NUM_REJECTIONS, jnp.int32),
                 rejected_leaf=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
+                rejected_num_leaves=jnp.zeros(NUM_REJECTIONS, jnp.int32),
             ),
             clip_state=clip_init(params),
             rule_states=tuple(rule.start() for rule in rules),
@@ -159,11 +175,12 @@ def guard(
     ) -> tuple[Measurement, GuardState]:
         """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
         check_state("guard", state, GuardState)
+        value = _loss(extra_args.get("value"))
         measured, clip_state = measure(updates, state.clip_state, params, **extra_args)
         reason, rule_states = _verdict(
             rules,
             measured,
-            extra_args.get("value"),
+            value,
             state.rule_states,
             state.skip_streak >= max_consecutive_skips,
         )
@@ -181,9 +198,7 @@ def guard(
             skip_streak=streak,
             skip_reason=reason,
             guard_exhausted=streak >= max_consecutive_skips,
-            rejections=_log(
-                state, measured, extra_args.get("value"), reason, clip_state
-            ),
+            rejections=_log(state, updates, measured, value, reason),
             clip_state=clip_state,
             rule_states=rule_states,
             wrapped_state=state.wrapped_state,
@@ -217,19 +232,19 @@ def guard(
     ) -> tuple[optax.Params, GuardState]:
         measured, state = judge(grads, state, params, extra_args)
 
-        def take(params: Any, inner_state: Any, grads: Any) -> tuple[Any, Any]:
+        def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, Any]:
             clipped = rescale(grads, measured)
             updates, inner_state = inner.update(
                 clipped, inner_state, params, **extra_args
             )
             return optax.apply_updates(params, updates), inner_state
 
-        def keep(like: Any, params: Any, inner_state: Any, grads: Any) -> Any:
+        def keep(like: Any, grads: Any, params: Any, inner_state: Any) -> Any:
             del grads
             return _cast((params, inner_state), like)
 
         new_params, new_inner_state = _take_or_keep(
-            state.skip_reason, take, keep, params, state.wrapped_state, grads
+            state.skip_reason, take, keep, grads, params, state.wrapped_state
         )
         return new_params, state._replace(wrapped_state=new_inner_state)
 
@@ -312,6 +327,11 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
     reason = guards[0].skip_reason
     for other in guards[1:]:
         reason = jnp.maximum(reason, other.skip_reason)
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            "`new` and `old` must have the same structure, got "
+            f"{jax.tree.structure(new)} and {jax.tree.structure(old)}."
+        )
     new, old = jax.tree.map(jnp.asarray, (new, old))
     return _take_or_keep(
         reason, lambda new, old: new, lambda like, new, old: _cast(old, like), new, old
@@ -351,19 +371,18 @@ def _as_rules(skip: Any) -> tuple[SkipRule, ...]:
 def _verdict(
     rules: tuple[SkipRule, ...],
     measured: Measurement,
-    value: Any,
+    value: jax.Array | None,
     states: tuple[Any, ...],
     is_overruled: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Reason to withhold the step (0: none), and the rules' new states."""
     reason = jnp.where(measured.is_finite, SkipReason.NONE, SkipReason.NONFINITE)
     if value is not None:
-        value = jnp.asarray(value, jnp.float32)
         is_bad = (reason == SkipReason.NONE) & ~jnp.isfinite(value)
         reason = jnp.where(is_bad, SkipReason.NONFINITE_VALUE, reason)
     reason = reason.astype(jnp.int32)
     is_finite = reason == SkipReason.NONE
-    signals = Signals(measured.norm.value, value)
+    signals = Signals(measured.norm.value, None if value is None else as_float32(value))
     fired = [rule.judge(signals, s) for rule, s in zip(rules, states, strict=True)]
     for rule, fires in reversed(list(zip(rules, fired, strict=True))):
         fires = fires & is_finite & ~is_overruled
@@ -371,25 +390,35 @@ def _verdict(
     is_skipped = reason != SkipReason.NONE
     new_states = []
     for rule, fires, state in zip(rules, fired, states, strict=True):
-        restarted = select(fires & is_overruled, rule.start(), state)
+        anew = rule.start() if rule.restart is None else rule.restart(state)
+        restarted = select(fires & is_overruled, anew, state)
         learned = rule.learn(signals, is_skipped, restarted)
         new_states.append(select(is_finite, learned, state))
     return reason, tuple(new_states)
 
 
+def _loss(value: Any) -> jax.Array | None:
+    """The loss given as ``value=``, checked."""
+    if value is None:
+        return None
+    check_number("value", value)
+    return jnp.asarray(value)
+
+
 def _log(
     state: GuardState,
+    updates: optax.Updates,
     measured: Measurement,
-    value: Any,
+    value: jax.Array | None,
     reason: jax.Array,
-    clip_state: Any,
 ) -> RejectionLog:
     entry = RejectionLog(
-        rejected_update=clip_state.stats.num_updates - 1,
-        rejected_norm=measured.norm.value.astype(jnp.float32),
-        rejected_value=jnp.asarray(jnp.nan if value is None else value, jnp.float32),
+        rejected_update=state.clip_state.stats.num_updates,
+        rejected_norm=as_float32(measured.norm.value),
+        rejected_value=as_float32(jnp.array(jnp.nan) if value is None else value),
         rejected_reason=reason,
         rejected_leaf=measured.norm.bad_leaf,
+        rejected_num_leaves=jnp.int32(len(jax.tree.leaves(updates))),
     )
     slot = jnp.arange(NUM_REJECTIONS) == state.num_skipped % NUM_REJECTIONS
     return select(slot & (reason != SkipReason.NONE), entry, state.rejections)
@@ -399,9 +428,10 @@ def _take_or_keep(
     reason: jax.Array,
     take: Callable[..., Any],
     keep: Callable[..., Any],
-    *operands: Any,
+    updates: Any,
+    *others: Any,
 ) -> Any:
-    """``take(*operands)`` where there is no reason against it, else ``keep``.
+    """``take(updates, *others)`` where there is no reason against it, else ``keep``.
 
     On CPU a masked result is a second copy of everything, and a branch is free; on TPU
     and GPU the mask fuses into the optimizer and a branch is what costs.
@@ -409,17 +439,21 @@ def _take_or_keep(
     is_taken = reason == SkipReason.NONE
     # Under jit it is traced once for its shapes and for both platforms.
     take = jax.jit(take, inline=True)
-    like = jax.eval_shape(take, *operands)
+    like = jax.eval_shape(take, updates, *others)
 
     def branch(*operands: Any) -> Any:
         return lax.switch(
             is_taken.astype(jnp.int32), [lambda *x: keep(like, *x), take], *operands
         )
 
-    def mask(*operands: Any) -> Any:
-        return select(is_taken, take(*operands), keep(like, *operands))
+    def mask(updates: Any, *others: Any) -> Any:
+        # What is masked out must not have been NaN: its derivative would be 0 * NaN.
+        harmless = map_inexact(
+            lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), updates
+        )
+        return select(is_taken, take(harmless, *others), keep(like, updates, *others))
 
-    return lax.platform_dependent(*operands, cpu=branch, default=mask)
+    return lax.platform_dependent(updates, *others, cpu=branch, default=mask)
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -32,9 +32,10 @@ class TreeNorm(NamedTuple):
 
     Attributes:
       value: float[], the norm; float32, or float64 if a leaf is.
-      bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf with a
-        non-finite entry; -1 if there is none. In a tree of more than 128 floating
-        leaves, of the first leaf in the run of neighbours that holds it.
+      bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
+        norm is not finite, because an entry is not or because it overflows; -1 if there
+        is none. In a tree of more than 128 floating leaves, index of the first leaf in
+        the run of neighbours that holds it.
     """
 
     value: jax.Array
@@ -96,7 +97,8 @@ def leaves_of_part(tree: Any, first: int) -> list[int]:
 
 
 # Jitted for callers outside of `jit`: there, every call would compile its branches.
-@functools.partial(jax.jit, static_argnames="axis_name", inline=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _euclidean(
     leaves: list[jax.Array], axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
@@ -107,22 +109,40 @@ def _euclidean(
         *leaves, cpu=_squares_cpu, default=_squares
     )
     if axis_name is not None:
-        # Each shard marks its own first bad leaf, in the same all-reduce.
-        mark = (jnp.arange(len(leaves)) == bad).astype(small.dtype)
-        small, big, mark = lax.psum((small, big, mark), axis_name)
+        # The mark of a bad leaf travels in the same all-reduce.
+        small, big, mark = lax.psum((small, big, _mark(bad, leaves)), axis_name)
         bad = _first(mark > 0)
-    # A sum that underflowed or overflowed is never the one selected; both square
-    # roots need a finite derivative all the same.
-    value = jnp.where(
-        jnp.isfinite(small), _sqrt(small) * (1 / up), _sqrt(big) * (1 / down)
-    )
-    return value, bad
+    scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
+    return jnp.where(jnp.isfinite(small), *scaled_back), bad
+
+
+@_euclidean.defjvp
+def _euclidean_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> Any:
+    # The derivative of the sums is 0 * inf where one of them overflows or vanishes;
+    # that of the norm is the unit vector, and by convention zero at zero.
+    (leaves,), (dots,) = primals, tangents
+    value, bad = _euclidean(leaves, axis_name)
+    usable = jnp.isfinite(value) & (value > 0)
+    # XLA may divide by multiplying with the inverse, which vanishes for a huge norm.
+    scale = jnp.where(value > 1, 2.0**-64, 1.0).astype(value.dtype)
+    length = jnp.where(usable, value * scale, 1.0)
+
+    def along(x: jax.Array, dot: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(x):
+            return along(x.real, dot.real) + along(x.imag, dot.imag)
+        unit = jnp.where(usable, x.astype(value.dtype) * scale / length, 0.0)
+        return jnp.sum(unit * dot.astype(value.dtype))
+
+    slope = add_pairwise([along(x, dot) for x, dot in zip(leaves, dots, strict=True)])
+    if axis_name is not None:
+        slope = lax.psum(slope, axis_name)
+    return (value, bad), (slope, np.zeros((), jax.dtypes.float0))
 
 
 def _squares(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
     dtype = accumulator_dtype(leaves)
-    up, down = _SCALES[dtype]
+    up, down = not_folded(dtype, *_SCALES[dtype])
     small = add_pairwise([_sum_squares(x, dtype, up) for x in leaves])
     parts = _parts(jnp.add, [_sum_squares(x, dtype, down) for x in leaves])
     return small, add_pairwise(parts), _first_bad(parts, len(leaves))
@@ -131,18 +151,17 @@ def _squares(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same numbers from a plain sum, and from a second look where that fails."""
     dtype = accumulator_dtype(leaves)
-    up, down = _SCALES[dtype]
+    up, down = not_folded(dtype, *_SCALES[dtype])
     # Here one vector compiles faster than many scalars.
     total = _sum_vector(jnp.stack([_sum_squares(x, dtype, 1.0) for x in leaves]))
     too_small = total < _SMALLEST_PLAIN_SUM
-    scale = jnp.where(too_small, jnp.array(up, dtype), jnp.array(down, dtype))
+    scale = jnp.where(too_small, up, down)
 
     def enough(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         del leaves
-        # `scale` is `down` here. As a constant, XLA would square it, to zero. And a
-        # constant -1 would not vary over the devices of `shard_map` as `rescaled` does.
+        # A constant would not vary over the devices of `shard_map` as `rescaled` does.
         none = jnp.where(too_small, 0, -1).astype(jnp.int32)
-        return total * up**2, total * scale * scale, none
+        return total * up * up, total * down * down, none
 
     def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         sums = jnp.stack([_sum_squares(x, dtype, scale) for x in leaves])
@@ -164,17 +183,30 @@ def _sum_norm(
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
     sums = [jnp.sum(jnp.abs(x).astype(dtype)) for x in leaves]
-    parts = _across(lax.psum, _parts(jnp.add, sums), axis_name)
-    return add_pairwise(parts), _first_bad(parts, len(leaves))
+    parts = _parts(jnp.add, sums)
+    value, bad = add_pairwise(parts), _first_bad(parts, len(leaves))
+    if axis_name is not None:
+        value, mark = lax.psum((value, _mark(bad, leaves)), axis_name)
+        bad = _first(mark > 0)
+    return value, bad
 
 
 def _max_norm(
     leaves: list[jax.Array], axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
-    largest = [jnp.max(jnp.abs(x).astype(dtype), initial=0.0) for x in leaves]
-    parts = _across(lax.pmax, _parts(jnp.maximum, largest), axis_name)
-    return _combine(jnp.maximum, parts), _first_bad(parts, len(leaves))
+
+    def size(x: jax.Array) -> jax.Array:
+        # The largest of several devices' values may leave out a NaN, but no infinity.
+        return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x).astype(dtype))
+
+    largest = [jnp.max(size(x), initial=0.0) for x in leaves]
+    parts = _parts(jnp.maximum, largest)
+    value, bad = _combine(jnp.maximum, parts), _first_bad(parts, len(leaves))
+    if axis_name is not None:
+        bad = _first(lax.psum(_mark(bad, leaves), axis_name) > 0)
+        value = lax.pmax(value, axis_name)
+    return value, bad
 
 
 def _power_norm(
@@ -184,11 +216,23 @@ def _power_norm(
     dtype = accumulator_dtype(leaves)
     largest, bad = _max_norm(leaves, axis_name)
     usable = jnp.isfinite(largest) & (largest > 0)
-    unit = jnp.where(usable, largest, 1.0)
+    # The norm does not depend on its unit, so neither does the derivative.
+    unit = lax.stop_gradient(jnp.where(usable, largest, 1.0))
     sums = [jnp.sum((jnp.abs(x).astype(dtype) / unit) ** ord) for x in leaves]
-    (total,) = _across(lax.psum, (add_pairwise(sums),), axis_name)
+    total = add_pairwise(sums)
+    if axis_name is not None:
+        total = lax.psum(total, axis_name)
     root = jnp.where(usable, total, 1.0) ** (1 / ord)
-    return jnp.where(usable, largest * root, largest), bad
+    return jnp.where(usable, unit * root, largest), bad
+
+
+def not_folded(dtype: Any, *factors: float) -> tuple[jax.Array, ...]:
+    """Constants that XLA does not multiply with each other.
+
+    It turns ``(x * c) * (x * c)`` into ``(x * x) * (c * c)``, which is what scaling is
+    there to avoid: the square of a small factor is zero in float32.
+    """
+    return lax.optimization_barrier(tuple(jnp.array(c, dtype) for c in factors))
 
 
 def _sum_squares(x: jax.Array, dtype: Any, scale: Any) -> jax.Array:
@@ -196,12 +240,6 @@ def _sum_squares(x: jax.Array, dtype: Any, scale: Any) -> jax.Array:
         return _sum_squares(x.real, dtype, scale) + _sum_squares(x.imag, dtype, scale)
     scaled = x.astype(dtype) * scale
     return jnp.sum(scaled * scaled)
-
-
-def _sqrt(x: jax.Array) -> jax.Array:
-    """Square root whose derivative at zero is zero; NaN stays NaN."""
-    is_zero = x == 0
-    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, x)))
 
 
 def _part_size(num_leaves: int) -> int:
@@ -238,6 +276,11 @@ def _first_bad(parts: Sequence[jax.Array], num_leaves: int) -> jax.Array:
     return bad
 
 
+def _mark(bad: jax.Array, leaves: list[jax.Array]) -> jax.Array:
+    """A vector that is 1 at this device's first bad leaf."""
+    return (jnp.arange(len(leaves)) == bad).astype(jnp.float32)
+
+
 def _first(marks: jax.Array) -> jax.Array:
     """Index of the first true entry of a vector, or -1."""
     return jnp.where(jnp.any(marks), jnp.argmax(marks), -1).astype(jnp.int32)
@@ -248,9 +291,3 @@ def _sum_vector(values: jax.Array) -> jax.Array:
     width = math.isqrt(values.size - 1) + 1
     padded = jnp.pad(values, (0, -values.size % width))
     return jnp.sum(jnp.sum(padded.reshape(-1, width), axis=0))
-
-
-def _across(
-    collective: Callable[..., Any], values: tuple[Any, ...], axis_name: AxisName
-) -> tuple[Any, ...]:
-    return values if axis_name is None else collective(values, axis_name)

@@ -30,9 +30,9 @@ class Rejection(NamedTuple):
       grad_norm: Its global norm before clipping, in units of the gradient.
       value: Its loss; NaN if ``value=`` was not given to ``update``.
       reason: Why it was withheld.
-      leaf: Path of the first leaf with a non-finite gradient, or of a run of
-        neighbours that holds it; its index if the parameters are not known; ``None`` if
-        all were finite.
+      leaf: Path of the first leaf whose gradient's norm is not finite, or of a run of
+        neighbours that holds it; its index among the gradients if they are not known to
+        be those of the parameters; ``None`` if all were finite.
     """
 
     update: int
@@ -109,6 +109,11 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
     guard_state = find_state(state, GuardState)
     params = getattr(state, "params", None) if params is None else params
     log, total = jax.device_get((guard_state.rejections, guard_state.num_skipped))
+    if np.shape(total):
+        raise ValueError(
+            "`state` must be that of one run, got a population of shape "
+            f"{np.shape(total)}. Take one: `jax.tree.map(lambda x: x[i], state)`."
+        )
     order = np.arange(max(0, int(total) - NUM_REJECTIONS), int(total)) % NUM_REJECTIONS
     return [
         Rejection(
@@ -116,7 +121,9 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
             grad_norm=float(log.rejected_norm[i]),
             value=float(log.rejected_value[i]),
             reason=SkipReason(int(log.rejected_reason[i])),
-            leaf=_leaf_name(int(log.rejected_leaf[i]), params),
+            leaf=_leaf_name(
+                int(log.rejected_leaf[i]), int(log.rejected_num_leaves[i]), params
+            ),
         )
         for i in order
     ]
@@ -148,10 +155,11 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
             f"it for an optimizer with a guard, got the keys {sorted(metrics)}."
         )
     for name, flag in flags.items():
-        if bool(flag):
+        if np.any(flag):
             suffix = name.removeprefix("guard_exhausted")
-            reason = SkipReason(int(metrics["skip_reason" + suffix]))
-            streak = int(metrics["skip_streak" + suffix])
+            worst = np.argmax(metrics["skip_streak" + suffix])
+            reason = SkipReason(int(np.ravel(metrics["skip_reason" + suffix])[worst]))
+            streak = int(np.ravel(metrics["skip_streak" + suffix])[worst])
             raise GuardExhaustedError(
                 f"The guard withheld the last {streak} step(s) in a row, the last for "
                 f"{reason.name}. Parameters and optimizer state are those of the last "
@@ -161,12 +169,13 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
             )
 
 
-def _leaf_name(index: int, params: Any) -> str | int | None:
+def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
     if index < 0:
         return None
-    if params is None:
-        return index
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
+    if len(paths) != num_leaves:
+        # A part of the parameters, as under a mask: which part is not known here.
+        return index
     run = leaves_of_part(params, index)
     return paths[run[0]] if len(run) == 1 else f"{paths[run[0]]} to {paths[run[-1]]}"
 

@@ -37,7 +37,8 @@ def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[S
             if child is not node:
                 visit(child)
 
-    visit(getattr(tree, "opt_state", tree))
+    # A tuple is an optimizer state itself, whatever its fields are called.
+    visit(tree if isinstance(tree, tuple) else getattr(tree, "opt_state", tree))
     return found
 
 
@@ -67,8 +68,10 @@ def find_state(tree: Any, cls: type[State]) -> State:
             if states
             else "was the optimizer built with the transformation that makes it?"
         )
+        names = [c.__name__ for c in (cls if isinstance(cls, tuple) else (cls,))]
         raise ValueError(
-            f"`tree` must hold one `{cls.__name__}`, found {len(states)}: {advice}"
+            f"`tree` must hold one {' or '.join(f'`{name}`' for name in names)}, found "
+            f"{len(states)}: {advice}"
         )
     return states[0]
 

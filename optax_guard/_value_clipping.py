@@ -1,5 +1,7 @@
 """Clipping by value, and how far it turns a step."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +11,14 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_number, check_positive, check_state
+from optax_guard._base import as_float, check_number, check_positive, check_state
 from optax_guard._clipping import Measurement, clip, map_inexact
 from optax_guard._norms import (
     AxisName,
+    accumulator_dtype,
     add_pairwise,
     is_inexact,
+    not_folded,
     tree_norm,
 )
 from optax_guard._statistics import NormStats, init_stats, update_stats
@@ -50,7 +54,8 @@ def clip_by_value(
     single entries but changes the direction of the step, unlike
     ``clip_by_global_norm``: the state shows by how much, as the cosine between the
     updates before and after. An infinite entry becomes the bound; NaN stays NaN; both
-    count as non-finite. The parts of a complex entry are clipped separately.
+    count as non-finite. The parts of a complex entry are clipped separately. Entries
+    within the bounds keep their bits, except that XLA on CPU flushes denormals.
 
     Args:
       max_value: Upper bound :math:`u`, in units of the gradient; positive unless
@@ -81,22 +86,26 @@ def clip_by_value(
     """
     if min_value is None:
         check_positive("max_value", max_value)
-        high = jnp.asarray(max_value)
-        low = -high
     else:
         check_number("max_value", max_value)
         check_number("min_value", min_value)
         if (
             not isinstance(min_value, jax.Array)
             and not isinstance(max_value, jax.Array)
-            and (not np.all(np.asarray(min_value) < np.asarray(max_value)))
+            and not np.less(min_value, max_value)
         ):
             raise ValueError(
                 "`min_value` must be less than `max_value`, got "
                 f"{min_value} and {max_value}."
             )
-        high = jnp.asarray(max_value)
-        low = jnp.asarray(min_value)
+
+    def bounds(dtype: Any) -> tuple[jax.Array, jax.Array]:
+        high = as_float(max_value, dtype)
+        if min_value is None:
+            # A traced bound could be negative.
+            high = jnp.maximum(high, 0.0)
+            return -high, high
+        return as_float(min_value, dtype), high
 
     def init(params: optax.Params) -> ClipByValueState:
         del params
@@ -116,10 +125,14 @@ def clip_by_value(
         del params, extra_args
         check_state("clip_by_value", state, ClipByValueState)
         norm = tree_norm(updates, None, axis_name)
-        effect = _effect_of_clipping(updates, low, high, norm.value, axis_name)
+        effect = _effect_of_clipping(updates, bounds, norm.value, axis_name)
         is_finite = jnp.isfinite(norm.value)
         stats = update_stats(
-            state.stats, norm.value, effect.norm, high, effect.entries_clipped > 0
+            state.stats,
+            norm.value,
+            effect.norm,
+            bounds(norm.value.dtype)[1],
+            effect.entries_clipped > 0,
         )
         return Measurement(norm, is_finite, ()), ClipByValueState(
             stats, effect.entries_clipped, effect.cosine, ()
@@ -127,9 +140,17 @@ def clip_by_value(
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
         del measured
-        return map_inexact(lambda x: _clip(x, low, high), updates)
+        return map_inexact(lambda x: _clip(x, bounds), updates)
 
     return clip(init, measure, rescale)
+
+
+_Bounds = Callable[[Any], tuple[jax.Array, jax.Array]]
+_ROW_LENGTH = 1024
+# Scales for two sums of squares, as in `_norms`, and for two sums of products of a raw
+# entry with a clipped one, which is smaller: a large product has a large raw entry.
+_UP, _DOWN = 2.0**32, 2.0**-64
+_PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN = 2.0**64, 2.0**-100, 2.0**-28
 
 
 class _Effect(NamedTuple):
@@ -139,56 +160,117 @@ class _Effect(NamedTuple):
 
 
 def _effect_of_clipping(
-    updates: optax.Updates,
-    low: jax.Array,
-    high: jax.Array,
-    norm: jax.Array,
-    axis_name: AxisName,
+    updates: optax.Updates, bounds: _Bounds, norm: jax.Array, axis_name: AxisName
 ) -> _Effect:
     """Norm after clipping, share of entries changed, cosine between before and after.
 
-    Entries are measured in units of the bound, so that squares of clipped ones neither
-    overflow nor vanish. Raw ones may be larger by any factor and get a smaller unit.
+    Right to rounding from 1e-25 to 3e38, before and after, like the norm.
     """
+    # A record has no derivative.
+    updates, norm = lax.stop_gradient((updates, norm))
     leaves = [_real(x) for x in jax.tree.leaves(updates) if is_inexact(x)]
     if not leaves:
         return _Effect(norm, jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
-    dtype = norm.dtype
-    bound = jnp.maximum(jnp.abs(low), jnp.abs(high)).astype(dtype)
-    unit = jnp.where(bound > 0, 1 / jnp.where(bound > 0, bound, 1), 0)
-    small_unit = unit * 2.0**-40
-
-    def sums(x: jax.Array) -> tuple[jax.Array, ...]:
-        after = _clip(x, low, high).astype(dtype) * unit
-        is_clipped = (x > high.astype(x.dtype)) | (x < low.astype(x.dtype))
-        return (
-            jnp.sum(after * after),
-            jnp.sum(x.astype(dtype) * small_unit * after),
-            jnp.sum(is_clipped.astype(dtype)),
-            jnp.array(x.size, dtype),
-        )
-
-    totals = tuple(map(add_pairwise, zip(*map(sums, leaves), strict=True)))
+    totals = _sum_terms(leaves, [bounds(x.dtype) for x in leaves])
+    share = jnp.array(sum(x.size for x in leaves), norm.dtype)
     if axis_name is not None:
-        totals = lax.psum(totals, axis_name)
-    squares, product, num_clipped, size = totals
-    length = jnp.sqrt(squares)
-    cosine = jnp.minimum(product / (norm * small_unit * length), 1.0)
+        totals, share = lax.psum((totals, share), axis_name)
+    small, big, product, big_product, num_clipped = totals
+    after = jnp.where(
+        jnp.isfinite(small), jnp.sqrt(small) * (1 / _UP), jnp.sqrt(big) * (1 / _DOWN)
+    )
+    has_direction = (norm > 0) & (after > 0)
+    before = jnp.where(has_direction, norm, 1.0)
+    length = jnp.where(has_direction, after, 1.0)
+    # Divided in two steps: XLA would make one of them, by a product that may overflow.
+    by_norm = lax.optimization_barrier(
+        (product / before, big_product / (before * _RAW_DOWN))
+    )
+    cosine = jnp.where(
+        jnp.isfinite(product),
+        by_norm[0] / length * (1 / _PRODUCT_UP),
+        by_norm[1] / (length * _CLIPPED_DOWN),
+    )
+    cosine = jnp.where(has_direction, jnp.clip(cosine, -1.0, 1.0), 0.0)
     is_clipped = num_clipped > 0
     cosine = jnp.where(is_clipped, cosine, 1.0)
     return _Effect(
-        norm=jnp.where(is_clipped, bound * length, norm),
-        entries_clipped=(num_clipped / jnp.maximum(size, 1)).astype(jnp.float32),
+        norm=jnp.where(is_clipped, after, norm),
+        entries_clipped=(num_clipped / jnp.maximum(share, 1)).astype(jnp.float32),
         cosine=jnp.where(jnp.isfinite(norm), cosine, jnp.nan).astype(jnp.float32),
     )
 
 
-def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+# Jitted for callers outside of `jit`: there, every call would compile it anew.
+@functools.partial(jax.jit, inline=True)
+def _sum_terms(leaves: list[jax.Array], limits: Any) -> tuple[jax.Array, ...]:
+    """Totals over all entries of what `_terms` gives for each."""
+    dtype = accumulator_dtype(leaves)
+    scales = not_folded(dtype, _UP, _DOWN, _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
+
+    def total(reduce: Callable[..., Any], *leaves: jax.Array) -> tuple[jax.Array, ...]:
+        pairs = zip(leaves, limits, strict=True)
+        sums = [reduce(_terms(x, low, high, scales)) for x, (low, high) in pairs]
+        return tuple(map(add_pairwise, zip(*sums, strict=True)))
+
+    # Reductions of one operand are one fusion on TPU and GPU. On CPU each would read
+    # the operand again, several times slower in all than one reduction to many sums.
+    return lax.platform_dependent(
+        *leaves,
+        cpu=functools.partial(total, _sum_at_once),
+        default=functools.partial(total, functools.partial(map, jnp.sum)),
+    )
+
+
+def _terms(
+    x: jax.Array, low: jax.Array, high: jax.Array, scales: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """For each entry: square of the clipped one and its product with the raw one.
+
+    Each at two scales, and then 1 where clipping changes the entry.
+    """
+    up, down, product_up, raw_down, clipped_down = scales
+    dtype = up.dtype
+    is_clipped = (x > high) | (x < low)
+    raw = x.astype(dtype)
+    after = _clip(x, lambda _: (low, high)).astype(dtype)
+    return (
+        (after * up) * (after * up),
+        (after * down) * (after * down),
+        raw * (after * product_up),
+        (raw * raw_down) * (after * clipped_down),
+        is_clipped.astype(dtype),
+    )
+
+
+def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Sums of several arrays of one shape in one loop.
+
+    That loop adds one by one, so it runs over rows: rounding grows with their length.
+    """
+    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+
+    def add(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(p + q for p, q in zip(a, b, strict=True))
+
+    size = terms[0].size
+    rows = size // _ROW_LENGTH
+    flat = [x.reshape(-1) for x in terms]
+    tail = [x[rows * _ROW_LENGTH :] for x in flat]
+    sums = lax.reduce(tuple(tail), zeros, add, (0,))
+    if rows:
+        main = [x[: rows * _ROW_LENGTH].reshape(rows, -1) for x in flat]
+        by_row = lax.reduce(tuple(main), zeros, add, (1,))
+        sums = add(sums, tuple(map(jnp.sum, by_row)))
+    return sums
+
+
+def _clip(x: jax.Array, bounds: _Bounds) -> jax.Array:
     if jnp.iscomplexobj(x):
-        return lax.complex(_clip(x.real, low, high), _clip(x.imag, low, high))
-    lowest, highest = low.astype(x.dtype), high.astype(x.dtype)
-    # Comparisons that NaN fails, and no arithmetic: entries within keep their bits.
-    return jnp.where(x > highest, highest, jnp.where(x < lowest, lowest, x))
+        return lax.complex(_clip(x.real, bounds), _clip(x.imag, bounds))
+    low, high = bounds(x.dtype)
+    # A selection by comparisons that NaN fails, so that entries within keep their bits.
+    return jnp.where((x > high) | (x < low), jnp.where(x > high, high, low), x)
 
 
 def _real(x: Any) -> jax.Array:

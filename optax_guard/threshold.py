@@ -1,75 +1,82 @@
 """Thresholds: from a norm and its past, when to clip and what to clip to."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_positive, is_number
+from optax_guard._base import as_float, check_number, check_positive, is_number
 from optax_guard._statistics import increment
+from optax_guard._threshold_base import Limits
+from optax_guard._threshold_base import Threshold as Threshold
+from optax_guard._threshold_mean import RelativeToMeanState as RelativeToMeanState
+from optax_guard._threshold_mean import relative_to_mean as relative_to_mean
+from optax_guard._threshold_quantile import QuantileState as QuantileState
+from optax_guard._threshold_quantile import quantile as quantile
+from optax_guard._threshold_zscore import ZScoreState as ZScoreState
+from optax_guard._threshold_zscore import zscore as zscore
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Threshold:
-    """When to clip and what to clip to, as three pure functions.
-
-    Not a transformation: pass it where a clip takes a number. ``start(shape)`` makes
-    the state for norms of that shape; ``limits(norm, state)`` gives the norm above
-    which one clips and the norm to clip to; ``learn(norm, clipped_norm, state)`` adds
-    an update that was taken.
-    """
-
-    start: Callable[[tuple[int, ...]], Any]
-    limits: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
-    learn: Callable[[jax.Array, jax.Array, Any], Any]
-
-    @property
-    def init(self) -> NoReturn:
-        """Raises: what asks for this takes the threshold for a transformation."""
-        raise TypeError(
-            "A threshold is not a gradient transformation and cannot be chained. Pass "
-            "it to one: `clip_by_global_norm(threshold)`."
-        )
-
-    update = init
+_KINDS: dict[str, Callable[..., Threshold]] = {
+    "zscore": zscore,
+    "quantile": quantile,
+    "relative_to_mean": relative_to_mean,
+}
 
 
 def as_threshold(name: str, value: Any) -> Threshold:
-    """A threshold from a number, a schedule or a threshold.
+    """A threshold from whatever a user may pass for one.
 
     Args:
       name: The argument's name, for the error.
       value: A positive number, possibly traced; or a function from the number of
-        updates taken so far to one, as in ``optax.schedules``; or a threshold.
+        updates taken so far to one, as in ``optax.schedules``; or a threshold; or a
+        table as a configuration file holds it, ``{"kind": "zscore", "sigma": 2.5}``.
+
+    Returns:
+      The threshold.
+
+    Raises:
+      TypeError: If it is none of these.
+      ValueError: If a number is out of range, or a table has no kind or unknown keys.
+
+    Examples:
+      >>> import optax_guard as og
+      >>> tx = og.clip_by_global_norm({"kind": "quantile", "q": 0.9})
     """
     if isinstance(value, Threshold):
         return value
     if is_number(value):
         check_positive(name, value, "To measure without clipping, use `record_norm()`.")
         return _constant(value)
-    if callable(value) and not hasattr(value, "update"):
+    if isinstance(value, Mapping):
+        return _from_table(name, value)
+    if callable(value) and not isinstance(value, type):
         return _scheduled(value)
     raise TypeError(
-        f"`{name}` must be a positive number, a schedule or one of "
-        f"`optax_guard.threshold`, got {value!r} of type {type(value).__name__}."
+        f"`{name}` must be a positive number, a schedule, one of "
+        '`optax_guard.threshold` or a table such as {"kind": "zscore"}, got '
+        f"{value!r} of type {type(value).__name__}."
     )
 
 
 def _constant(value: ArrayLike) -> Threshold:
-    def limits(norm: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
-        del state
-        limit = jnp.asarray(value).astype(norm.dtype)
+    def limits(norm: jax.Array, global_norm: jax.Array, state: Any) -> Limits:
+        del global_norm, state
+        limit = as_float(value, norm.dtype)
         return limit, limit
 
     return Threshold(lambda shape: (), limits, lambda norm, clipped_norm, state: state)
 
 
 def _scheduled(schedule: Callable[..., Any]) -> Threshold:
-    def limits(norm: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        limit = jnp.asarray(schedule(state)).astype(norm.dtype)
+    def limits(norm: jax.Array, global_norm: jax.Array, state: jax.Array) -> Limits:
+        del global_norm
+        value = schedule(state)
+        check_number("max_norm(step)", value)
+        limit = as_float(value, norm.dtype)
         return limit, limit
 
     def learn(norm: jax.Array, clipped_norm: jax.Array, state: jax.Array) -> jax.Array:
@@ -77,3 +84,33 @@ def _scheduled(schedule: Callable[..., Any]) -> Threshold:
         return increment(state, True)
 
     return Threshold(lambda shape: jnp.zeros((), jnp.int32), limits, learn)
+
+
+def _from_table(name: str, table: Mapping[str, Any]) -> Threshold:
+    kinds = ", ".join(repr(kind) for kind in _KINDS)
+    kind = table.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        got = f"`kind` {kind!r}" if "kind" in table else f"keys {sorted(table)}"
+        raise ValueError(
+            f"`{name}` as a table must have a `kind` of {kinds}, got {got}."
+        )
+    factory = _KINDS[kind]
+    options = {key: value for key, value in table.items() if key != "kind"}
+    known = inspect.signature(factory).parameters
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(
+            f"`{name}` as a table of kind {kind!r} may have the keys "
+            f"{', '.join(known)}, got {', '.join(map(repr, unknown))}."
+        )
+    missing = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty and key not in options
+    ]
+    if missing:
+        raise ValueError(
+            f"`{name}` as a table of kind {kind!r} must have the key "
+            f"{', '.join(map(repr, missing))}."
+        )
+    return factory(**options)

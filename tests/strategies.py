@@ -25,6 +25,12 @@ TINY = 1e-25
 HUGE = 3e38
 
 
+def f32(values: Any) -> np.ndarray:
+    """A float32 array; numbers beyond its range become infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values).astype(np.float32)
+
+
 def magnitudes(smallest: float = TINY, largest: float = HUGE) -> st.SearchStrategy:
     """Zero, or a number of either sign whose logarithm is anywhere in the range."""
     logs = st.floats(math.log(smallest), math.log(largest))
@@ -106,4 +112,4 @@ def types_of(tree: Any) -> Any:
 
 
 def _aval(x: Any) -> Any:
-    return x if hasattr(x, "weak_type") else jax.core.ShapedArray(x.shape, x.dtype)
+    return x if hasattr(x, "weak_type") else jax.typeof(jnp.zeros(x.shape, x.dtype))

@@ -1,0 +1,120 @@
+"""Clips that tune themselves, as published and with their papers' names."""
+
+import optax
+from jax.typing import ArrayLike
+
+from optax_guard._base import check_choice
+from optax_guard._clipping import clip_by_global_norm
+from optax_guard._norms import AxisName
+from optax_guard._threshold_base import check_range
+from optax_guard._threshold_quantile import quantile
+from optax_guard._threshold_zscore import published_zscore
+
+
+def zclip(
+    *,
+    clip_option: str = "adaptive_scaling",
+    max_norm: ArrayLike | None = None,
+    z_thresh: ArrayLike = 2.5,
+    alpha: ArrayLike = 0.97,
+    warmup_steps: ArrayLike = 25,
+    mode: str = "zscore",
+    skip_update_on_spike: bool = False,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips updates by their global norm as ZClip does.
+
+    A norm more than ``z_thresh`` deviations above the running mean is clipped to the
+    mean plus ``z_thresh / z`` times as many, with ``z`` its own z-score. Decisions and
+    statistics are those of the authors' code, with three differences: non-finite and
+    zero norms do not enter the statistics, where there one NaN turns clipping off for
+    good; norms are right in every dtype; ``max_norm`` is off by default, there 1. What
+    is theirs, too: after a lasting rise, or norms without variance, it clips to about
+    the old mean for good. ``clip_by_global_norm(threshold.zscore())`` recovers.
+
+    Args:
+      clip_option: ``"adaptive_scaling"``, or ``"mean"`` to clip to the running mean.
+      max_norm: A norm to clip to in any case, from the first step, in units of the
+        gradient; ``None`` for none.
+      z_thresh: How many standard deviations pass; positive.
+      alpha: Weight of the past in mean and variance, in (0, 1).
+      warmup_steps: How many norms make up the first mean and variance.
+      mode: ``"zscore"``, or ``"percentile"`` to clip to ``z_thresh`` deviations above
+        the mean.
+      skip_update_on_spike: Whether clipped norms stay out of the statistics, which
+        they else enter as what they were clipped to.
+      axis_name: As for ``clip_by_global_norm``.
+
+    Returns:
+      A transformation whose state is a ``ClipByNormState``. All numbers may be traced.
+
+    Raises:
+      ValueError: If a Python number is out of range or a string unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> from optax_guard._presets import zclip
+      >>> tx = zclip(clip_option="mean", warmup_steps=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 3.0, 9.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates
+      Array([2.], dtype=float32)
+
+    References:
+      Kumar et al., `ZClip: Adaptive spike mitigation for LLM pre-training
+      <https://arxiv.org/abs/2504.02507>`_, 2025
+    """
+    check_choice("mode", mode, ("zscore", "percentile"))
+    check_choice("clip_option", clip_option, ("adaptive_scaling", "mean"))
+    clip_to = {"adaptive_scaling": "reciprocal", "mean": "mean"}[clip_option]
+    rule = published_zscore(
+        z_thresh,
+        decay=alpha,
+        warmup=warmup_steps,
+        clip_to=clip_to if mode == "zscore" else "limit",
+        learn="nothing" if skip_update_on_spike else "target",
+        min_deviation=0.0,
+        restart=False,
+        max_norm=max_norm,
+        eps=1e-6,
+    )
+    return clip_by_global_norm(rule, axis_name=axis_name)
+
+
+def autoclip(
+    percentile: ArrayLike = 10.0, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Clips updates by a percentile of all global norms, this one's included.
+
+    The whole history is kept as counts in 22 kB: the threshold is AutoClip's, or up to
+    1 % more, for norms from 1e-12 to 1e12. Zero and non-finite norms do not enter it.
+
+    Args:
+      percentile: Which percentile, in [0, 100]: about the share of updates, in per
+        cent, that pass. The paper's 10 clips nine in ten. May be traced.
+      axis_name: As for ``clip_by_global_norm``.
+
+    Returns:
+      A transformation whose state is a ``ClipByNormState``.
+
+    Raises:
+      ValueError: If ``percentile`` is a Python number out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_guard._presets import autoclip
+      >>> tx = autoclip(50.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 2.0, 9.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> 2.0 <= updates.item() <= 1.01 * 2.0
+      True
+
+    References:
+      Seetharaman et al., `AutoClip: Adaptive gradient clipping for source separation
+      networks <https://arxiv.org/abs/2007.14469>`_, 2020
+    """
+    check_range("percentile", percentile, 0, 100)
+    rule = quantile(percentile / 100, warmup=0, include_current=True)
+    return clip_by_global_norm(rule, axis_name=axis_name)

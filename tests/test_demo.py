@@ -1,0 +1,217 @@
+import contextlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import optax_guard as og
+from optax_guard import _demo, _demo_report
+from optax_guard.__main__ import main
+
+TINY = _demo.Recipe(
+    num_steps=30,
+    eval_every=5,
+    patience=2,
+    min_delta=100.0,  # Nothing counts but the first evaluation, so the third stops.
+    corrupt={7: 1e6, 12: math.nan},
+    width=16,
+    batch_size=4,
+    window=8,
+    sample_length=40,
+)
+
+
+class Ran(NamedTuple):
+    code: int
+    results: dict[str, Any]
+    out: Path
+    printed: str
+    rows: dict[str, list[dict[str, Any]]]
+
+
+def refuse(constant: str):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Ran:
+    """A tiny demo, run by the command."""
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    results = {}
+
+    def run(recipe, seed, out, run=_demo.run):
+        assert recipe is TINY
+        results.update(run(recipe, seed, out))
+        return results
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(_demo, "QUICK", TINY)
+        patch.setattr(_demo, "run", run)
+        code = main(["demo", "--quick", "--seed", "3", "--out", str(out)])
+    rows = {}
+    for line in (out / "history.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=refuse)
+        rows.setdefault(row.pop("run"), []).append(row)
+    return Ran(code, results, out, printed.getvalue(), rows)
+
+
+def test_demo_succeeds_and_writes_its_files(ran):
+    assert ran.code == 0
+    assert {p.name for p in ran.out.iterdir()} == {
+        "history.jsonl",
+        "norms.png",
+        "runs.png",
+    }
+    for plot in ran.out.glob("*.png"):
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_history_is_strict_json_of_all_rows(ran):
+    assert list(ran.rows) == list(ran.results)
+    for name, result in ran.results.items():
+        for read, row in zip(ran.rows[name], result.history, strict=True):
+            assert {k: float(v) for k, v in read.items()} == pytest.approx(
+                row, nan_ok=True
+            )
+    assert ran.rows["Optax's clip"][-1]["val_loss"] == "NaN"
+
+
+def test_runs_share_model_and_data_until_a_batch_is_corrupt(ran):
+    clipped, guarded = ran.rows["Optax's clip"][0], ran.rows["guarded"][0]
+    assert clipped["val_loss"] == pytest.approx(guarded["val_loss"], rel=1e-4)
+    assert clipped["grad_norm"] == pytest.approx(guarded["grad_norm"], rel=1e-4)
+
+
+def test_guard_withholds_the_corrupt_batches_and_no_others(ran):
+    state = ran.results["guarded"].state
+    assert int(og.find_state(state, og.GuardState).num_skipped) == 2
+    withheld = {r.update: r.reason for r in og.rejections(state)}
+    assert withheld == {
+        7: og.SkipReason.NORM_ABOVE,
+        12: og.SkipReason.NONFINITE,
+    }
+    assert [row["num_skipped"] for row in ran.rows["guarded"]] == [0, 1, 2]
+
+
+def test_only_the_guarded_run_stays_finite(ran):
+    last = {name: float(rows[-1]["val_loss"]) for name, rows in ran.rows.items()}
+    assert {name: math.isfinite(value) for name, value in last.items()} == {
+        "unguarded": False,
+        "Optax's clip": False,
+        "guarded": True,
+    }
+
+
+def test_withheld_batches_do_not_count_as_training_loss(ran):
+    assert all(row["train_loss"] < 10 for row in ran.rows["guarded"])
+
+
+def test_table_has_a_row_an_evaluation_under_the_headings(ran):
+    table = ran.printed.partition("\nguarded\n")[2].splitlines()
+    assert re.split(r"\s{2,}", table[0].strip()) == [
+        "epoch",
+        "grad norm",
+        "after clip",
+        "clipped",
+        "skipped",
+        "train loss",
+        "val loss",
+    ]
+    rows = ran.rows["guarded"]
+    for line, row in zip(table[1 : len(rows) + 1], rows, strict=True):
+        cells = line.split()
+        assert float(cells[1]) == pytest.approx(row["grad_norm"], rel=1e-3)
+        assert float(cells[-1]) == pytest.approx(row["val_loss"], rel=1e-3)
+    assert table[len(rows) + 1] == ""
+
+
+def test_end_tells_why_it_stopped_and_what_was_restored(ran):
+    printed = " ".join(ran.printed.split())
+    stop = ran.results["guarded"].stop
+    assert "The guarded run: stopped at evaluation 2 (PATIENCE), best" in printed
+    again = re.search(r"computed again, is ([\d.]+)\.", printed)
+    assert again is not None
+    assert float(again[1]) == pytest.approx(float(stop.best_value), abs=1e-4)
+    assert "withheld 2 step(s): step 7 (norm" in printed
+    assert "NORM_ABOVE), step 12 (norm nan, NONFINITE)" in printed
+    assert "Corrupt batches came at steps 7, 12." in printed
+
+
+def test_end_compares_the_runs(ran):
+    table = re.search(r"\nrun  .*\n(.*\n.*\n.*)\n", ran.printed)
+    assert table is not None
+    cells = [re.split(r"\s{2,}", line) for line in table[1].splitlines()]
+    assert [row[0] for row in cells] == ["unguarded", "Optax's clip", "guarded"]
+    assert [row[2] for row in cells] == ["NONFINITE", "NONFINITE", "PATIENCE"]
+    assert [row[5] for row in cells] == ["0", "0", "2"]
+    assert [row[-1] for row in cells[:2]] == ["nan", "nan"]
+    assert cells[2][-1] == cells[2][-2]
+
+
+def test_words_stay_true_if_nothing_stops_the_guarded_run(ran, capsys):
+    guarded = ran.results["guarded"]
+    running = guarded.stop._replace(should_stop=False, stop_reason=0, stopped_at=-1)
+    results = {**ran.results, "guarded": guarded._replace(stop=running)}
+    _demo_report.conclude(TINY, results, 1.0, "Text.")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The guarded run: it took all of its 30 steps; running, best" in printed
+    assert "last step" in printed
+    assert "PATIENCE" not in printed
+
+
+def test_interrupted_demo_exits_with_130(monkeypatch, tmp_path):
+    monkeypatch.setattr(_demo, "run", lambda *arguments: None)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", str(2**32)])
+def test_bad_seed_is_an_error_of_usage(seed, capsys):
+    assert main(["demo", f"--seed={seed}"]) == 2
+    assert "whole number of at least 0" in capsys.readouterr().err
+
+
+def test_missing_command_is_an_error_of_usage(capsys):
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_file_in_place_of_the_folder_is_an_error(tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    assert main(["demo", "--out", str(tmp_path / "taken")]) == 1
+    assert "taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["flax", "matplotlib", "rich"])
+def test_missing_extra_is_named(name):
+    program = (
+        f"import sys; sys.modules[{name!r}] = None\n"
+        "from optax_guard.__main__ import main\n"
+        "sys.exit(main(['demo']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert f"{name} is missing: pip install 'optax-guard[demo]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_module_and_command_are_the_same():
+    result = subprocess.run(
+        [sys.executable, "-m", "optax_guard", "demo", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usage: optax-guard demo" in result.stdout

@@ -1,0 +1,702 @@
+"""Every public transformation, crossed with every law that all of them keep."""
+
+import dataclasses
+import functools
+import inspect
+import math
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_guard as og
+from tests.strategies import f32, same_bits, true_norm, types_of
+
+# The table of factories --------------------------------------------------------
+
+
+class LastState(NamedTuple):
+    """The updates that got through last."""
+
+    last: Any
+
+
+def _keep_last(updates: Any, state: Any, params: Any = None) -> Any:
+    del state, params
+    return updates, LastState(updates)
+
+
+# What the guards below wrap: it changes no bit, and remembers what reached it.
+LAST = optax.GradientTransformation(
+    lambda params: LastState(jax.tree.map(jnp.zeros_like, params)), _keep_last
+)
+
+
+# What a form makes of finite updates with a number, in float64.
+Oracle = Callable[[np.ndarray, float], np.ndarray]
+
+
+def scaled(order: float) -> Oracle:
+    """Clipping by a norm of that order."""
+
+    def bounded(x: np.ndarray, limit: float) -> np.ndarray:
+        norm = true_norm(x, order)
+        return x * (limit / norm) if norm > limit else x
+
+    return bounded
+
+
+def cut(x: np.ndarray, limit: float) -> np.ndarray:
+    """Clipping by value."""
+    return np.clip(x, -limit, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to call a public factory.
+
+    `of(number)` builds it with a number that may be traced, where it takes one, and
+    `oracle` is what it does at a first step. No form bounds a norm of 0.1 or less. A
+    form that `watches` keeps statistics.
+    """
+
+    factory: str
+    of: Callable[..., Any]
+    number: float | None = None
+    oracle: Oracle | None = None
+    watches: bool = True
+
+    def built(self) -> Any:
+        tx = self.of() if self.number is None else self.of(self.number)
+        return optax.with_extra_args_support(tx)
+
+    @functools.cached_property
+    def tx(self) -> Any:
+        return self.built()
+
+
+def halving(number: Any) -> optax.Schedule:
+    return lambda count: number * jnp.exp2(-count.astype(jnp.float32))
+
+
+def by_norm(number: float, **options: Any) -> Form:
+    return Form(
+        "clip_by_global_norm",
+        lambda c: og.clip_by_global_norm(c, **options),
+        number,
+        scaled(options.get("ord", 2)),
+    )
+
+
+def by_threshold(name: str, **options: Any) -> Form:
+    def of(c: Any) -> Any:
+        threshold = getattr(og.threshold, name)
+        return og.clip_by_global_norm(threshold(**options, warmup=2, max_norm=c))
+
+    return Form("clip_by_global_norm", of, 2.0, scaled(2))
+
+
+def with_rules(c: Any) -> Any:
+    return og.guard(
+        LAST,
+        og.threshold.zscore(warmup=2, max_norm=c),
+        skip=[og.skip.norm_above(100.0 * c), og.skip.spike(window=4)],
+        max_consecutive_skips=3,
+    )
+
+
+FORMS = {
+    "norm": by_norm(1.0),
+    "norm zero": by_norm(1.0, nonfinite="zero"),
+    "norm of order 1": by_norm(1.0, ord=1),
+    "norm of order inf": by_norm(0.5, ord=math.inf),
+    "norm of order 3": by_norm(0.5, ord=3),
+    "norm by a schedule": Form(
+        "clip_by_global_norm",
+        lambda c: og.clip_by_global_norm(halving(c)),
+        4.0,
+        scaled(2),
+    ),
+    "norm by zscore": by_threshold("zscore"),
+    "norm by quantile": by_threshold("quantile", q=0.9),
+    "norm by relative_to_mean": by_threshold("relative_to_mean"),
+    "value": Form("clip_by_value", lambda c: og.clip_by_value(c), 0.5, cut),
+    "record": Form("record_norm", lambda: og.record_norm()),
+    "guard": Form("guard", lambda: og.guard(LAST)),
+    "guard by norm": Form("guard", lambda c: og.guard(LAST, c), 1.0, scaled(2)),
+    "guard by value": Form(
+        "guard", lambda c: og.guard(LAST, clip=og.clip_by_value(c)), 0.5, cut
+    ),
+    "guard by a schedule": Form(
+        "guard", lambda c: og.guard(LAST, halving(c)), 4.0, scaled(2)
+    ),
+    "guard with rules": Form("guard", with_rules, 1.0, scaled(2)),
+    "plateau": Form("scale_by_plateau", og.stop.scale_by_plateau, watches=False),
+}
+
+# Published presets, as they become public.
+PRESETS = {
+    "zclip": lambda: og.zclip(max_norm=1.0, warmup_steps=2),
+    "autoclip": lambda: og.autoclip(90.0),
+    "adagc": lambda: og.adagc(),
+}
+FORMS |= {name: Form(name, of) for name, of in PRESETS.items() if hasattr(og, name)}
+
+# One form of each factory that changes anything: for what needs a program of its own.
+TYPICAL = {name: FORMS[name] for name in ("norm", "value", "guard with rules")}
+
+
+def over(forms: dict[str, Form]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("form", forms.values(), ids=forms)
+
+
+# What is public and no transformation: the tests that hold its laws are elsewhere.
+ELSEWHERE = {
+    "test_readout": {
+        "find_state",
+        "find_states",
+        "metrics",
+        "raise_if_exhausted",
+        "rejections",
+    },
+    "test_guarding": {"apply_gradients", "keep_if_skipped"},
+    "test_early_stopping": {"early_stopping", "explain"},
+    "test_stop_conformance": {"from_flax", "from_keras", "from_lightning"},
+}
+# Modules of rules and thresholds, which are parts of transformations.
+RULES = {"skip", "stop", "threshold"}
+
+
+def functions_of(module: Any) -> dict[str, Any]:
+    named = vars(module).items()
+    return {k: v for k, v in named if inspect.isfunction(v) and not k.startswith("_")}
+
+
+def transformations_of(module: Any) -> set[str]:
+    """Names of the functions that say they return a transformation."""
+
+    def is_one(function: Any) -> bool:
+        result = inspect.signature(function).return_annotation
+        return inspect.isclass(result) and issubclass(
+            result, optax.GradientTransformation
+        )
+
+    return {name for name, f in functions_of(module).items() if is_one(f)}
+
+
+def in_the_table() -> set[str]:
+    return {form.factory for form in FORMS.values()}
+
+
+def test_no_public_factory_is_missing_from_the_table():
+    modules = [og, *(getattr(og, name) for name in RULES)]
+    assert set().union(*map(transformations_of, modules)) == in_the_table()
+
+
+def test_factories_are_told_from_other_functions():
+    module = types.ModuleType("module")
+    module.__dict__.update(clip=og.clip_by_value, read=og.metrics, _clip=og.record_norm)
+    assert transformations_of(module) == {"clip"}
+
+
+def test_every_public_function_is_in_the_table_or_has_tests_of_its_own():
+    # So that a factory that does not say what it returns is missed, too.
+    tested = transformations_of(og).union(*ELSEWHERE.values())
+    assert set(functions_of(og)) == tested
+
+
+@pytest.mark.parametrize("module", RULES)
+def test_modules_of_rules_exist_and_have_tests_of_their_own(module):
+    assert isinstance(getattr(og, module), types.ModuleType)
+    assert functions_of(getattr(og, module))
+
+
+# Trees -------------------------------------------------------------------------
+
+SHAPES = {"a": (3,), "b": (2, 2), "c": ()}
+MIXED = dict(zip(SHAPES, (jnp.float32, jnp.bfloat16, jnp.float16), strict=True))
+KINDS: dict[str, Any] = {
+    "float32": dict.fromkeys(SHAPES, jnp.float32),
+    "bfloat16": dict.fromkeys(SHAPES, jnp.bfloat16),
+    "float16": dict.fromkeys(SHAPES, jnp.float16),
+    "mixed": MIXED,
+    "odd": {"a": jnp.complex64, "b": jnp.int32, "c": jnp.float32},
+    "x64": {"a": jnp.float64, "b": jnp.float32, "c": jnp.bfloat16},
+}
+
+
+def tree_of(kind: str, value: float = 1.0) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        name: jnp.full(SHAPES[name], value, dtype)
+        for name, dtype in KINDS[kind].items()
+    }
+    if kind == "odd":
+        tree |= {"none": None, "empty": jnp.zeros((0, 2)), "hole": optax.MaskedNode()}
+    return tree
+
+
+def grads_of_norm(norm: float, seed: int = 0) -> dict[str, Any]:
+    """Gradients of mixed dtypes with that Euclidean norm."""
+    rng = np.random.default_rng(seed)
+    tree = {name: f32(rng.normal(size=shape)) for name, shape in SHAPES.items()}
+    scale = norm / true_norm(tree)
+    return {name: jnp.asarray(x * scale, MIXED[name]) for name, x in tree.items()}
+
+
+def poisoned(tree: Any, entry: float) -> Any:
+    return tree | {"b": tree["b"].at[1, 0].set(entry)}
+
+
+def close(a: Any, b: Any, rtol: float = 1e-6) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        # As near as the leaf's own dtype allows: two bits of it, or `rtol`.
+        eps = float(jnp.finfo(x.dtype).eps) if jnp.issubdtype(x, jnp.inexact) else 0.0
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=max(rtol, 2 * eps), atol=1e-30)
+
+
+# One compiled step a form ------------------------------------------------------
+
+
+class Step:
+    """A jitted, donated step of one form on mixed dtypes, compiled once."""
+
+    def __init__(self, tx: Any):
+        self.tx = tx
+        self.traces = 0
+        self.run = jax.jit(self._step, donate_argnums=(0, 1))
+
+    def _step(self, params: Any, state: Any, grads: Any, value: Any) -> Any:
+        self.traces += 1
+        updates, state = self.tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state, updates
+
+    def after(self, sequence: list[Any]) -> tuple[Any, Any]:
+        """Updates of the last, and state after all; nothing is moved by the way."""
+        params = tree_of("mixed")
+        state, value = self.tx.init(params), jnp.float32(0.5)
+        updates = None
+        with jax.transfer_guard("disallow"), warnings.catch_warnings():
+            # Also those of buffers that could not be donated.
+            warnings.simplefilter("error")
+            for grads in sequence:
+                params, state, updates = self.run(params, state, grads, value)
+        return updates, state
+
+
+@functools.cache
+def step_of(name: str) -> Step:
+    return Step(FORMS[name].tx)
+
+
+by_name = pytest.mark.parametrize("name", FORMS)
+
+SMALL = grads_of_norm(0.05)
+LARGE = grads_of_norm(20.0, seed=1)
+MIDDLE = grads_of_norm(0.04, seed=2)
+
+
+# Laws of types -----------------------------------------------------------------
+
+
+def everywhere(tx: Any, params: Any) -> dict[str, Any]:
+    """The state after updates in every context that fixes its types."""
+    update = jax.jit(tx.update)
+    value = jnp.zeros((), jnp.float32)
+
+    def step(state: Any) -> Any:
+        return update(params, state, params, value=value)[1]
+
+    state = tx.init(params)
+    many, states = jax.tree.map(lambda x: jnp.stack([x, x]), (params, state))
+    return {
+        "update": step(state),
+        "two updates": step(step(state)),
+        "scan": jax.lax.scan(lambda s, _: (step(s), None), state, length=2)[0],
+        "while_loop": jax.lax.while_loop(lambda s: jnp.array(False), step, state),
+        "cond": jax.lax.cond(value > 0, step, lambda s: s, state),
+        "vmap": jax.tree.map(
+            lambda x: x[0],
+            jax.vmap(lambda p, s: update(p, s, p, value=value)[1])(many, states),
+        ),
+        "init in jit": jax.jit(tx.init)(params),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@over(FORMS)
+def test_types_of_the_state_never_change(form, kind, request):
+    if kind == "x64":
+        request.getfixturevalue("x64")
+    # Nothing is compiled: loops and conditions compare types when they are traced.
+    params = tree_of(kind)
+    # Built anew: a threshold made before x64 is another one.
+    tx = form.built()
+    expected = types_of(tx.init(params))
+    with jax.numpy_dtype_promotion("strict"):
+        contexts = jax.eval_shape(lambda p: everywhere(tx, p), params)
+        updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
+    for context, state in contexts.items():
+        assert types_of(state) == expected, context
+    assert types_of(updates) == types_of(params)
+
+
+@by_name
+def test_types_of_the_state_never_change_when_run(name):
+    params = tree_of("mixed")
+    updates, state = step_of(name).after([SMALL, LARGE])
+    assert types_of(state) == types_of(FORMS[name].tx.init(params))
+    assert types_of(updates) == types_of(params)
+
+
+@over(FORMS)
+def test_no_two_leaves_of_an_initial_state_share_a_buffer(form):
+    params = tree_of("mixed")
+    leaves = [x for x in jax.tree.leaves((params, form.tx.init(params))) if x.size]
+    addresses = [x.unsafe_buffer_pointer() for x in leaves]
+    assert len(set(addresses)) == len(addresses)
+
+
+# Laws of values ----------------------------------------------------------------
+
+
+@by_name
+def test_at_or_under_the_threshold_updates_keep_their_bits(name):
+    odd = poisoned(SMALL, -0.0) | {"a": f32([1e-45, -1e-40, 0.05])}
+    odd = jax.tree.map(jnp.asarray, odd)
+    for grads in (SMALL, odd, jax.tree.map(jnp.zeros_like, SMALL)):
+        updates, state = step_of(name).after([grads])
+        assert same_bits(updates, grads)
+        for last in og.find_states(state, LastState):
+            assert same_bits(last.last, grads)
+
+
+@pytest.mark.parametrize("name", ["norm", "norm by zscore", "guard by norm"])
+def test_norm_is_that_of_optax_and_what_is_clipped_equals_optax(name):
+    # Optax sums in the dtype of the leaf; in float32 it is an oracle.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), LARGE)
+    clip = optax.clip_by_global_norm(FORMS[name].number)
+    theirs, _ = clip.update(wide, clip.init(wide))
+    updates, state = step_of(name).after([LARGE])
+    close(og.metrics(state)["grad_norm"], optax.tree.norm(wide))
+    close(updates, jax.tree.map(lambda x, g: x.astype(g.dtype), theirs, LARGE))
+
+
+# What describes the last step, or counts steps: of all steps, the bad ones too.
+RECORDS = {
+    "num_updates",
+    "num_clipped",
+    "num_nonfinite",
+    "num_skipped",
+    "skip_streak",
+    "skip_reason",
+    "guard_exhausted",
+    "rejected_update",
+    "rejected_norm",
+    "rejected_value",
+    "rejected_reason",
+    "rejected_leaf",
+}
+
+
+def learned(state: Any) -> dict[str, Any]:
+    """Every leaf of a state that is no record, by its path."""
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if not any(getattr(key, "name", None) in RECORDS for key in path)
+    }
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf, -math.inf])
+@by_name
+def test_non_finite_updates_teach_nothing(name, entry):
+    step = step_of(name)
+    bad = poisoned(LARGE, entry)
+    _, without = step.after([SMALL, MIDDLE, SMALL])
+    updates, state = step.after([SMALL, bad, bad, MIDDLE, bad, SMALL])
+    # Neither in a mean nor in a window, an accumulator or a threshold: as if they had
+    # never been.
+    for (path, x), y in zip(
+        learned(state).items(), learned(without).values(), strict=True
+    ):
+        assert same_bits(x, y), path
+    assert same_bits(updates, SMALL)
+    if FORMS[name].watches:
+        assert og.metrics(state)["nonfinite_rate"] == 0.5
+
+
+@by_name
+def test_only_guards_withhold_non_finite_updates(name):
+    updates, state = step_of(name).after([SMALL, poisoned(SMALL, math.nan)])
+    is_guard = FORMS[name].factory == "guard"
+    zeros = jax.tree.map(jnp.zeros_like, SMALL)
+    if is_guard or name == "norm zero":
+        assert same_bits(updates, zeros)
+    else:
+        assert same_bits(updates, poisoned(SMALL, math.nan))
+    assert bool(og.find_states(state, og.GuardState)) == is_guard
+
+
+# Laws of programs --------------------------------------------------------------
+
+
+@by_name
+def test_step_is_traced_once(name):
+    step = step_of(name)
+    step.after([SMALL, LARGE, poisoned(LARGE, math.nan)])
+    assert step.traces == 1
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of all operations of a program, in its inner ones too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found.add(equation.primitive.name)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found |= primitives(inner)
+    return found
+
+
+def talks_to_the_host(name: str) -> bool:
+    words = ("callback", "infeed", "outfeed", "debug")
+    return any(word in name for word in words)
+
+
+@over(FORMS)
+def test_step_does_not_call_the_host(form):
+    params = tree_of("mixed")
+    jaxpr = jax.make_jaxpr(form.tx.update)(params, form.tx.init(params), params)
+    names = primitives(jaxpr.jaxpr)
+    # So that the walk is known to enter branches.
+    assert not form.watches or names & {"platform_index", "cond"}
+    assert not any(map(talks_to_the_host, names))
+
+
+def test_a_call_of_the_host_in_a_branch_is_found():
+    def call(x: Any) -> Any:
+        jax.debug.print("{}", x)
+        return x
+
+    jaxpr = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, call, lambda x: x, x))(1.0)
+    assert any(map(talks_to_the_host, primitives(jaxpr.jaxpr)))
+
+
+# Traced numbers, and derivatives -----------------------------------------------
+
+# Norms of gradients: at zero, below what float32 squares, under and over the bounds.
+NORMS = (0.0, 1e-30, 0.04, 20.0, 1e10)
+
+
+def wide(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(float)
+
+
+def bounded(form: Form, tree: Any, number: float | None) -> np.ndarray:
+    if form.oracle is None or number is None:
+        return flat(tree)
+    return form.oracle(flat(tree), number)
+
+
+@over(FORMS)
+def test_numbers_may_be_traced_and_derivatives_are_finite(form):
+    unit = wide(grads_of_norm(1.0, seed=3))
+    weights = wide(grads_of_norm(1.0, seed=4))
+
+    def weighted(size: jax.Array, number: jax.Array) -> Any:
+        tx = form.tx if form.number is None else form.of(number)
+        grads = jax.tree.map(lambda x: x * size, unit)
+        updates, _ = tx.update(grads, tx.init(grads), grads, value=size)
+        products = jax.tree.map(lambda x, w: jnp.sum(x * w), updates, weights)
+        return sum(jax.tree.leaves(products)), updates
+
+    number = form.number or 1.0
+    numbers = f32([number, 3 * number])
+    # Norms down, numbers across, in one program.
+    slope = jax.grad(weighted, argnums=(0, 1), has_aux=True)
+    grid = jax.vmap(jax.vmap(slope, (None, 0)), (0, None))
+    slopes, updates = jax.jit(grid)(f32(NORMS), numbers)
+    assert np.all(np.isfinite(slopes[0]))
+    assert np.all(np.isfinite(slopes[1]))
+    # Under the bound the slope is that of the weighted sum itself; above it, where the
+    # length is held, hardly any, but one in the number.
+    is_clip = form.oracle is not None
+    inside = flat(unit) @ flat(weights)
+    np.testing.assert_allclose(slopes[0][2], inside, rtol=1e-5)
+    assert np.all(slopes[1][2] == 0)
+    assert np.any(slopes[1][3] != 0) == is_clip
+    for i, norm in enumerate(NORMS[:-1]):
+        grads = jax.tree.map(lambda x, c=norm: x * c, unit)
+        for j, limit in enumerate(numbers):
+            got = jax.tree.map(lambda x, i=i, j=j: x[i, j], updates)
+            expected = bounded(form, grads, float(limit))
+            np.testing.assert_allclose(flat(got), expected, rtol=1e-5, atol=0)
+
+
+# Inside other transformations --------------------------------------------------
+
+PARTS = {"a": True, "b": True, "c": False}
+LABELS = {"a": "bounded", "b": "bounded", "c": "other"}
+
+WRAPPERS: dict[str, Callable[[Form], Any]] = {
+    "chain": lambda form: optax.chain(optax.scale(1.0), form.tx, optax.identity()),
+    "masked": lambda form: optax.masked(form.tx, PARTS),
+    "partition": lambda form: optax.partition(
+        {"bounded": form.tx, "other": optax.identity()}, LABELS
+    ),
+    "MultiSteps": lambda form: optax.MultiSteps(form.tx, 2).gradient_transformation(),
+    "inject_hyperparams": lambda form: (
+        optax.inject_hyperparams(form.of)()
+        if form.number is None
+        else optax.inject_hyperparams(form.of)(form.number)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@over(FORMS)
+def test_types_never_change_inside_other_transformations(form, wrapper):
+    params = tree_of("mixed")
+    tx = WRAPPERS[wrapper](form)
+    state = tx.init(params)
+
+    def loop(params: Any, state: Any) -> Any:
+        def step(state: Any, _: Any) -> Any:
+            updates, state = tx.update(params, state, params, value=jnp.float32(0))
+            return state, updates
+
+        return jax.lax.scan(step, state, length=2)
+
+    after, updates = jax.eval_shape(loop, params, state)
+    assert types_of(after) == types_of(state)
+    expected = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    assert types_of(updates) == types_of(expected)
+    assert len(og.find_states(state, og.NormStats)) == form.watches
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@over(TYPICAL)
+def test_bounds_are_kept_inside_other_transformations(form, wrapper):
+    tx = WRAPPERS[wrapper](form)
+    update = jax.jit(tx.update)
+    grads = wide(LARGE)
+    state = tx.init(grads)
+    updates = None
+    for _ in range(2 if wrapper == "MultiSteps" else 1):
+        updates, state = update(grads, state, grads, value=jnp.float32(0))
+    assert isinstance(updates, dict)
+    if wrapper in ("masked", "partition"):
+        assert same_bits(updates.pop("c"), grads.pop("c"))
+    expected = bounded(form, grads, form.number)
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-5)
+    assert og.metrics(state)["grad_norm"] == pytest.approx(true_norm(grads), rel=1e-6)
+
+
+@over(TYPICAL)
+def test_train_state_of_flax_takes_it(form):
+    train_state = pytest.importorskip("flax.training.train_state")
+    grads = wide(LARGE)
+    state = train_state.TrainState.create(
+        apply_fn=str, params=jax.tree.map(jnp.zeros_like, grads), tx=form.tx
+    )
+    state = jax.jit(lambda s, g: s.apply_gradients(grads=g))(state, grads)
+    expected = bounded(form, grads, form.number)
+    np.testing.assert_allclose(flat(state.params), expected, rtol=1e-5)
+    assert og.metrics(state)["num_updates"] == 1
+
+
+@over(TYPICAL)
+def test_nnx_optimizer_takes_it(form):
+    nnx = pytest.importorskip("flax.nnx")
+    grads = wide(LARGE)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            for name, x in grads.items():
+                setattr(self, name, nnx.Param(jnp.zeros_like(x)))
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, form.tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, value: Any) -> None:
+        state = nnx.state(model, nnx.Param)
+        for name, x in grads.items():
+            state[name] = state[name].replace(x)
+        optimizer.update(model, state, value=value)
+
+    step(model, optimizer, jnp.float32(0.5))
+    expected = bounded(form, grads, form.number)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    np.testing.assert_allclose(flat(params), expected, rtol=1e-5)
+    assert og.metrics(optimizer)["num_updates"] == 1
+
+
+# On and off --------------------------------------------------------------------
+
+
+def losses_of(tx: Any, is_one_pass: bool = False) -> np.ndarray:
+    """Losses of a small regression on clean data."""
+    rng = np.random.default_rng(5)
+    x, y = f32(rng.normal(size=(16, 4))), f32(rng.normal(size=16))
+    params = {"kernel": jnp.zeros(4), "bias": jnp.zeros(())}
+
+    def loss_of(params: Any) -> jax.Array:
+        return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        if is_one_pass:
+            params, state = og.apply_gradients(tx, params, state, grads, value=loss)
+        else:
+            update = optax.with_extra_args_support(tx).update
+            updates, state = update(grads, state, params, value=loss)
+            params = optax.apply_updates(params, updates)
+        return params, state, loss
+
+    state, losses = tx.init(params), []
+    for _ in range(30):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    return np.array(losses)
+
+
+INNER = optax.adamw(optax.cosine_decay_schedule(0.1, 40), weight_decay=0.01)
+RULES_THAT_WATCH = [og.skip.norm_above(1e3), og.skip.spike(1e3)]
+
+
+@functools.cache
+def unguarded_losses() -> np.ndarray:
+    return losses_of(INNER)
+
+
+@pytest.mark.parametrize(
+    ("tx", "is_one_pass"),
+    [
+        (og.guard(INNER), False),
+        (og.guard(INNER), True),
+        (og.guard(INNER, clip=1e3, skip=RULES_THAT_WATCH), True),
+        (optax.chain(og.clip_by_global_norm(1e3), INNER), False),
+        (optax.chain(og.clip_by_value(1e3), og.record_norm(), INNER), False),
+    ],
+    ids=["guard", "guard in one pass", "rules", "clip", "value"],
+)
+def test_on_clean_data_losses_are_identical(tx, is_one_pass):
+    np.testing.assert_array_equal(losses_of(tx, is_one_pass), unguarded_losses())

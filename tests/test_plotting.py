@@ -1,0 +1,164 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import optax_guard as og
+from optax_guard.plotting import plot_norms, plot_runs
+
+NORMS = [8.0, 2e6, math.nan, 1.5, 0.5]
+LOSSES = [3.0, 2.0, math.inf, 1.0, 2.5]
+
+
+def rows(norms=NORMS, losses=LOSSES, threshold=1.0):
+    return [
+        {
+            "step": 10 * (i + 1),
+            "grad_norm": norm,
+            "grad_norm_mean": norm / 2,
+            "clipped_norm": min(norm, threshold),
+            "clip_threshold": threshold if math.isfinite(norm) else math.nan,
+            "train_loss": 1.0,
+            "val_loss": loss,
+        }
+        for i, (norm, loss) in enumerate(zip(norms, losses, strict=True))
+    ]
+
+
+def rejection(update, norm, reason):
+    return og.Rejection(update, norm, 1.0, reason, None)
+
+
+WITHHELD = [
+    rejection(13, 2e6, og.SkipReason.NORM_ABOVE),
+    rejection(24, math.nan, og.SkipReason.NONFINITE),
+    rejection(26, math.inf, og.SkipReason.NONFINITE),
+    rejection(33, 1.2, og.SkipReason.SPIKE),
+]
+
+
+@pytest.fixture
+def stop():
+    """Best at the fourth evaluation, stopped by the budget at the fifth."""
+    stopper = og.early_stopping(og.stop.budget(evaluations=5), nonfinite="ignore")
+    state = stopper.init()
+    for loss in LOSSES:
+        state = stopper.update(loss, state)
+    return state
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def words(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def crosses(axes):
+    lines = [line for line in axes.lines if line.get_marker() == "X"]
+    return [xy for line in lines for xy in line.get_xydata().tolist()]
+
+
+def test_axes_are_labelled_with_units():
+    above, below = plot_norms(rows(), loss_label="loss [nats]").axes
+    assert above.get_yscale() == "log"
+    assert "gradient norm" in above.get_ylabel()
+    assert "[loss per unit of parameter]" in above.get_ylabel()
+    assert below.get_ylabel() == "loss [nats]"
+    assert below.get_xlabel() == "steps done"
+
+
+def test_norms_and_threshold_are_drawn_as_they_are():
+    above = plot_norms(rows()).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in above.lines}
+    np.testing.assert_array_equal(drawn["before clipping, largest"], NORMS)
+    np.testing.assert_array_equal(drawn["threshold"], [1, 1, math.nan, 1, 1])
+
+
+def test_values_that_are_not_finite_are_crosses_at_the_edge():
+    above, below = plot_norms(rows()).axes
+    assert [30, 1] in crosses(above)
+    assert "NaN (before clipping, largest)" in words(above)
+    assert crosses(below) == [[30, 1]]
+    assert words(below) == ["Inf (validation)"]
+
+
+def test_withheld_steps_are_marked():
+    above = plot_norms(rows(), rejections=WITHHELD).axes[0]
+    assert "withheld: 4 steps" in legend(above)
+    # Far above the steps that were taken, the norm is written at the edge.
+    assert {"2e+06", "NaN", "Inf"} <= set(words(above))
+    assert [34, 1.2] in crosses(above)
+    for step in (14, 25, 27):
+        assert [step, 1] in crosses(above)
+    assert above.get_ylim()[1] == pytest.approx(80)
+
+
+def test_best_and_stop_are_marked(stop):
+    above, below = plot_norms(rows(), stop=stop).axes
+    assert "best: 1 at step 40" in legend(below)
+    for axes in (above, below):
+        assert "stop: BUDGET at step 50" in legend(axes)
+
+
+def test_run_that_goes_on_has_no_stop(stop):
+    running = stop._replace(should_stop=False, stop_reason=0, stopped_at=-1)
+    below = plot_norms(rows(), stop=running).axes[1]
+    assert "best: 1 at step 40" in legend(below)
+    assert "stop" not in " ".join(legend(below))
+
+
+def test_run_without_a_clip_has_no_threshold():
+    above = plot_norms(rows(threshold=math.inf)).axes[0]
+    assert legend(above) == ["before clipping, largest", "before clipping, mean"]
+
+
+def test_history_read_from_json_is_the_same():
+    strings = [
+        {k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in rows()
+    ]
+    assert crosses(plot_norms(strings).axes[1]) == [[30, 1]]
+
+
+def test_runs_are_told_apart_and_cut_off_where_asked():
+    figure = plot_runs({"a": rows(), "b": rows(losses=[1e9] * 5)}, max_loss=10)
+    below = figure.axes[1]
+    assert legend(below) == ["a", "b"]
+    assert below.get_ylim()[1] == 10
+    assert words(below) == ["Inf (a)"]
+    first, cross, second, hollow = below.lines
+    assert first.get_color() != second.get_color()
+    assert first.get_marker() != second.get_marker()
+    assert first.get_linestyle() != second.get_linestyle()
+    assert cross.get_marker() == "X"
+    np.testing.assert_array_equal(hollow.get_xdata(), [10, 20, 30, 40, 50])
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_can_be_saved_without_a_warning(stop, tmp_path):
+    figure = plot_norms(rows(), rejections=WITHHELD, stop=stop, title="A run")
+    figure.savefig(tmp_path / "norms.png")
+    plot_runs({"all lost": rows([math.nan] * 5, [math.nan] * 5)}).savefig(
+        tmp_path / "runs.pdf"
+    )
+    assert (tmp_path / "runs.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(ValueError, match="`history` must hold at least one row"):
+        plot_norms([])
+
+
+def test_missing_matplotlib_is_an_error_that_names_the_extra():
+    program = (
+        "import sys; sys.modules['matplotlib'] = None; import optax_guard.plotting"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "pip install 'optax-guard[plot]'" in result.stderr
