@@ -20,7 +20,6 @@ from optax_guard._base import (
 from optax_guard._clipping import (
     Measurement,
     clip_by_global_norm,
-    map_inexact,
     record_norm,
     select,
 )
@@ -428,10 +427,9 @@ def _take_or_keep(
     reason: jax.Array,
     take: Callable[..., Any],
     keep: Callable[..., Any],
-    updates: Any,
-    *others: Any,
+    *operands: Any,
 ) -> Any:
-    """``take(updates, *others)`` where there is no reason against it, else ``keep``.
+    """``take(*operands)`` where there is no reason against it, else ``keep``.
 
     On CPU a masked result is a second copy of everything, and a branch is free; on TPU
     and GPU the mask fuses into the optimizer and a branch is what costs.
@@ -439,21 +437,17 @@ def _take_or_keep(
     is_taken = reason == SkipReason.NONE
     # Under jit it is traced once for its shapes and for both platforms.
     take = jax.jit(take, inline=True)
-    like = jax.eval_shape(take, updates, *others)
+    like = jax.eval_shape(take, *operands)
 
     def branch(*operands: Any) -> Any:
         return lax.switch(
             is_taken.astype(jnp.int32), [lambda *x: keep(like, *x), take], *operands
         )
 
-    def mask(updates: Any, *others: Any) -> Any:
-        # What is masked out must not have been NaN: its derivative would be 0 * NaN.
-        harmless = map_inexact(
-            lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), updates
-        )
-        return select(is_taken, take(harmless, *others), keep(like, updates, *others))
+    def mask(*operands: Any) -> Any:
+        return select(is_taken, take(*operands), keep(like, *operands))
 
-    return lax.platform_dependent(updates, *others, cpu=branch, default=mask)
+    return lax.platform_dependent(*operands, cpu=branch, default=mask)
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -231,15 +231,15 @@ def _terms(
     """
     up, down, product_up, raw_down, clipped_down = scales
     dtype = up.dtype
-    is_clipped = (x > high) | (x < low)
     raw = x.astype(dtype)
-    after = _clip(x, lambda _: (low, high)).astype(dtype)
+    # Not the selection of `_clip`, which makes XLA for GPUs spill partial sums.
+    after = jnp.minimum(jnp.maximum(raw, low.astype(dtype)), high.astype(dtype))
     return (
         (after * up) * (after * up),
         (after * down) * (after * down),
         raw * (after * product_up),
         (raw * raw_down) * (after * clipped_down),
-        is_clipped.astype(dtype),
+        ((after < raw) | (after > raw)).astype(dtype),
     )
 
 
