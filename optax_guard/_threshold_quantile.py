@@ -55,10 +55,11 @@ def quantile(
     geometrically, so that the limit is at least the exact quantile of all norms before
     clipping and at most ``relative_error`` above, for norms from 1e-12 to 1e12. What is
     larger counts as 1e12; norms of at most 1e-12 always pass. Zero and non-finite norms
-    do not enter, so the limit cannot end at zero. Norms enter unclipped and count once, however large
-    they are. After a lasting rise the limit is at the new scale when a share ``1 - q``
-    of all (weighted) norms is: without forgetting after ``(1 - q) / q`` times as many
-    updates as there were before, with it after about ``log(q) / log(decay)``.
+    do not enter, so the limit cannot end at zero. Norms enter unclipped and count once,
+    however large they are. After a lasting rise the limit is at the new scale when a
+    share ``1 - q`` of all (weighted) norms is: without forgetting after ``(1 - q) / q``
+    times as many updates as there were before, with it after about
+    ``log(q) / log(decay)``.
 
     Args:
       q: Which quantile, in [0, 1]: about the share of updates that pass.

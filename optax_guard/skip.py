@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
 from optax_guard._base import check_choice, check_count, check_positive
@@ -232,10 +231,7 @@ def spike(
                 '`spike` with `watch="value"` needs the loss: pass `value=` to '
                 "`update` or `apply_gradients`."
             )
-        # A decision has no derivative, and that of a deviation of zero is infinite.
-        return lax.stop_gradient(
-            {name: x.astype(jnp.float32) for name, x in found.items()}
-        )
+        return {name: x.astype(jnp.float32) for name, x in found.items()}
 
     def limit(past: SpikeWindow) -> jax.Array:
         """The largest value that passes; infinite without enough history."""

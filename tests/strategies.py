@@ -54,9 +54,9 @@ def any_float() -> st.SearchStrategy:
 def trees(
     values: st.SearchStrategy, dtypes: Sequence[Any] = (jnp.float32,)
 ) -> st.SearchStrategy:
-    """Trees of NumPy arrays of `SHAPES`; each leaf has one of the dtypes."""
+    """Trees of NumPy arrays of `SHAPES`; leaves have one of the dtypes, or all."""
 
-    def tree(drawn: tuple[list[Any], list[float]]) -> dict[str, np.ndarray]:
+    def tree(drawn: tuple[tuple[Any, ...], list[float]]) -> dict[str, np.ndarray]:
         kinds, flat = drawn
         leaves, start = {}, 0
         for (name, shape), dtype in zip(SHAPES.items(), kinds, strict=True):
@@ -68,9 +68,12 @@ def trees(
         return leaves
 
     total = sum(math.prod(shape) for shape in SHAPES.values())
-    kinds = st.lists(
-        st.sampled_from(dtypes), min_size=len(SHAPES), max_size=len(SHAPES)
-    )
+    # Not every mixture: each is a program to compile.
+    mixtures = {
+        tuple(dtypes[(i + j) % len(dtypes)] for j in range(3)) for i in range(3)
+    }
+    uniform = {(dtype,) * 3 for dtype in dtypes}
+    kinds = st.sampled_from(sorted(mixtures | uniform, key=str))
     return st.tuples(kinds, st.lists(values, min_size=total, max_size=total)).map(tree)
 
 

@@ -22,7 +22,8 @@ SGD = optax.sgd(0.1)
 
 # Called with what their annotations, rightly, forbid.
 loose: Any = og
-Case = tuple[Callable[[], Any], type[Exception], str]
+Error = type[Exception] | tuple[type[Exception], ...]
+Case = tuple[Callable[[], Any], Error, str]
 
 
 def cases(table: dict[str, Case]) -> pytest.MarkDecorator:
@@ -54,7 +55,7 @@ TAKERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "norm_above": (loose.skip.norm_above, "max_norm"),
 }
 
-NUMBERS: dict[str, tuple[Any, type[Exception], str]] = {
+NUMBERS: dict[str, tuple[Any, Error, str]] = {
     "negative": (-1.0, ValueError, r"positive.* -1\.0"),
     "negative whole": (-3, ValueError, "positive.* -3"),
     "zero": (0.0, ValueError, r"positive.* 0\.0"),

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_guard as og
-from tests.strategies import same_bits, types_of
+from tests.strategies import f32, same_bits, types_of
 
 P = PartitionSpec
 REASON = og.SkipReason
@@ -39,7 +40,7 @@ def params_of_two() -> dict[str, Any]:
 
 def grads_of(*numbers: float, like: Any = None) -> Any:
     """Gradients for `params_of_two`: `b`, then the entries of `w`."""
-    flat = np.float32(numbers)
+    flat = f32(numbers)
     return {"b": jnp.asarray(flat[0]), "w": jnp.asarray(flat[1:])}
 
 
@@ -52,8 +53,21 @@ BAD = [
 ]
 
 
-def jitted(tx, mode="update"):
-    """One step as `(params, state, grads, value) -> (params, state, updates)`."""
+def jitted(tx: Any, mode: str = "update") -> Any:
+    """One step as `(params, state, grads, value) -> (params, state, updates)`.
+
+    Compiled once for each transformation, whichever tests use it.
+    """
+    return _jitted(tx, mode, is_masking())
+
+
+def is_masking() -> bool:
+    return jax.lax.platform_dependent is masked
+
+
+@functools.cache
+def _jitted(tx: Any, mode: str, is_masking: bool) -> Any:
+    del is_masking
 
     @jax.jit
     def step(params, state, grads, value):
@@ -64,6 +78,28 @@ def jitted(tx, mode="update"):
         return optax.apply_updates(params, updates), state, updates
 
     return step
+
+
+def shared(build: Callable[[], Any]) -> Any:
+    """What `build` makes, one for all tests by the same mechanism.
+
+    Not one for both: a guard keeps its first trace for callers outside of `jit`.
+    """
+    return _shared(build, is_masking())
+
+
+@functools.cache
+def _shared(build: Callable[[], Any], is_masking: bool) -> Any:
+    del is_masking
+    return build()
+
+
+def adam() -> Any:
+    return og.guard(optax.adam(0.1), clip=1.0)
+
+
+def adamw() -> Any:
+    return og.guard(optax.adamw(0.1), clip=1.0)
 
 
 INNERS = {
@@ -90,6 +126,13 @@ INNERS = {
 }
 
 
+def guarded(build: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: og.guard(build(), clip=2.0, skip=og.skip.norm_above(50.0))
+
+
+GUARDED = {name: guarded(build) for name, build in INNERS.items()}
+
+
 # A rejected step
 
 
@@ -97,7 +140,7 @@ INNERS = {
 @pytest.mark.parametrize("name", INNERS)
 def test_rejected_step_changes_nothing_but_records(name, mode, mechanism):
     del mechanism
-    tx = og.guard(INNERS[name](), clip=2.0, skip=og.skip.norm_above(50.0))
+    tx = shared(GUARDED[name])
     step = jitted(tx, mode)
     params, value = params_of_two(), 1.0
     state = tx.init(params)
@@ -130,11 +173,11 @@ def test_rejected_step_changes_nothing_but_records(name, mode, mechanism):
 
 @pytest.mark.parametrize("name", INNERS)
 def test_both_mechanisms_mean_the_same(name, monkeypatch):
-    tx = og.guard(INNERS[name](), clip=2.0)
     results = []
     for platform in ("cpu", "others"):
         if platform == "others":
             monkeypatch.setattr(jax.lax, "platform_dependent", masked)
+        tx = shared(GUARDED[name])
         for mode in ("update", "apply"):
             step = jitted(tx, mode)
             params, state = params_of_two(), tx.init(params_of_two())
@@ -172,7 +215,7 @@ def test_good_steps_are_those_of_clip_and_optimizer(inner, mechanism):
 
 
 def test_eager_and_jitted_steps_agree():
-    tx = og.guard(optax.adamw(0.1), clip=2.0)
+    tx = shared(adamw)
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads in (GOOD[0], BAD[1], GOOD[1]):
@@ -191,7 +234,7 @@ def test_eager_and_jitted_steps_agree():
 
 def test_reasons_are_told_apart_and_non_finite_gradients_come_first():
     rules = [og.skip.norm_above(10.0), og.skip.norm_above(5.0)]
-    tx = og.guard(optax.sgd(1.0), skip=rules, max_consecutive_skips=100)
+    tx: Any = og.guard(optax.sgd(1.0), skip=rules, max_consecutive_skips=100)
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads, value, reason in [
@@ -208,7 +251,7 @@ def test_reasons_are_told_apart_and_non_finite_gradients_come_first():
 
 
 def test_without_a_value_only_gradients_are_judged():
-    tx = og.guard(optax.sgd(1.0))
+    tx: Any = og.guard(optax.sgd(1.0))
     params = params_of_two()
     _, state = tx.update(GOOD[0], tx.init(params), params)
     assert state.skip_reason == REASON.NONE
@@ -218,7 +261,7 @@ def test_without_a_value_only_gradients_are_judged():
 
 @pytest.mark.parametrize("value", [1, np.float64(2.0), jnp.bfloat16(3.0), jnp.int32(4)])
 def test_value_may_be_any_number(value):
-    tx = og.guard(optax.sgd(1.0))
+    tx: Any = og.guard(optax.sgd(1.0))
     params = params_of_two()
     _, state = tx.update(GOOD[0], tx.init(params), params, value=value)
     assert state.skip_reason == REASON.NONE
@@ -227,14 +270,14 @@ def test_value_may_be_any_number(value):
 
 @pytest.mark.usefixtures("x64")
 def test_double_loss_beyond_float32_is_finite():
-    tx = og.guard(optax.sgd(1.0))
+    tx: Any = og.guard(optax.sgd(1.0))
     params = params_of_two()
     _, state = tx.update(GOOD[0], tx.init(params), params, value=jnp.float64(1e300))
     assert state.skip_reason == REASON.NONE
 
 
 def test_exhaustion_is_flagged_after_the_stated_number_in_a_row():
-    tx = og.guard(optax.sgd(0.1), max_consecutive_skips=3)
+    tx: Any = og.guard(optax.sgd(0.1), max_consecutive_skips=3)
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     flags = []
@@ -247,7 +290,7 @@ def test_exhaustion_is_flagged_after_the_stated_number_in_a_row():
 
 
 def test_non_finite_steps_are_never_applied_however_many():
-    tx = og.guard(optax.adam(0.1), max_consecutive_skips=1)
+    tx: Any = og.guard(optax.adam(0.1), max_consecutive_skips=1)
 
     def body(carry, _):
         updates, state = tx.update(BAD[0], carry[1], carry[0])
@@ -260,7 +303,7 @@ def test_non_finite_steps_are_never_applied_however_many():
 
 
 def test_lasting_change_of_scale_is_accepted_after_the_stated_number():
-    tx = og.guard(
+    tx: Any = og.guard(
         optax.sgd(1e-3), skip=og.skip.norm_above(10.0), max_consecutive_skips=3
     )
     step = jitted(tx)
@@ -276,7 +319,7 @@ def test_lasting_change_of_scale_is_accepted_after_the_stated_number():
 def test_limits_may_be_traced():
     @jax.jit
     def run(limit, count):
-        tx = og.guard(
+        tx: Any = og.guard(
             optax.sgd(1.0), skip=og.skip.norm_above(limit), max_consecutive_skips=count
         )
         _, state = tx.update(GOOD[0], tx.init(GOOD[0]), GOOD[0])
@@ -288,7 +331,7 @@ def test_limits_may_be_traced():
 
 
 def test_withheld_step_does_not_move_the_clip_schedule():
-    tx = og.guard(
+    tx: Any = og.guard(
         optax.sgd(1.0), clip=lambda n: 1.0 + n, skip=og.skip.norm_above(100.0)
     )
     step = jitted(tx)
@@ -304,7 +347,7 @@ def test_withheld_step_does_not_move_the_clip_schedule():
 
 
 def test_last_sixteen_rejections_are_kept_with_their_facts():
-    tx = og.guard(optax.sgd(0.1), skip=og.skip.norm_above(100.0))
+    tx: Any = og.guard(optax.sgd(0.1), skip=og.skip.norm_above(100.0))
     params = params_of_two()
 
     def body(state, i):
@@ -342,7 +385,7 @@ def after_good_and_bad(tx, bad=None, steps=1):
 
 
 def test_schedule_inside_the_guard_does_not_advance():
-    tx = og.guard(optax.adam(optax.linear_schedule(0.1, 0.0, 10)))
+    tx: Any = og.guard(optax.adam(optax.linear_schedule(0.1, 0.0, 10)))
     (_, before), (_, after) = after_good_and_bad(tx)
     counts = optax.tree.get_all_with_path(after.wrapped_state, "count")
     assert [int(count) for _, count in counts] == [1, 1]
@@ -350,7 +393,7 @@ def test_schedule_inside_the_guard_does_not_advance():
 
 
 def test_schedule_outside_the_guard_advances():
-    tx = optax.chain(
+    tx: Any = optax.chain(
         og.guard(optax.scale_by_adam()),
         optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 10)),
     )
@@ -366,19 +409,19 @@ def test_weight_decay_inside_the_guard_is_not_applied():
 
 
 def test_weight_decay_outside_the_guard_is_applied():
-    tx = optax.chain(og.guard(optax.sgd(0.1)), optax.add_decayed_weights(-0.5))
+    tx: Any = optax.chain(og.guard(optax.sgd(0.1)), optax.add_decayed_weights(-0.5))
     (before, _), (after, _) = after_good_and_bad(tx)
     np.testing.assert_allclose(after["w"], before["w"] / 2)
 
 
 def test_average_of_updates_outside_the_guard_advances_on_zeros():
-    tx = optax.chain(og.guard(optax.sgd(1.0)), optax.ema(0.5, debias=False))
+    tx: Any = optax.chain(og.guard(optax.sgd(1.0)), optax.ema(0.5, debias=False))
     (_, before), (_, after) = after_good_and_bad(tx)
     np.testing.assert_allclose(after[1].ema["w"], before[1].ema["w"] / 2)
 
 
 def test_average_of_parameters_outside_stays_with_keep_if_skipped():
-    tx = og.guard(optax.sgd(1.0))
+    tx: Any = og.guard(optax.sgd(1.0))
     (params, _), (after, state) = after_good_and_bad(tx)
     average = jax.tree.map(lambda x: x * 0.5, params)
     moved = optax.incremental_update(after, average, 0.1)
@@ -387,13 +430,13 @@ def test_average_of_parameters_outside_stays_with_keep_if_skipped():
 
 
 def test_keys_inside_the_guard_do_not_advance():
-    tx = og.guard(optax.add_noise(0.1, 0.5, jax.random.key(3)))
+    tx: Any = og.guard(optax.add_noise(0.1, 0.5, jax.random.key(3)))
     (_, before), (_, after) = after_good_and_bad(tx)
     assert same_bits(before.wrapped_state, after.wrapped_state)
 
 
 def test_accumulation_inside_the_guard_loses_only_the_bad_part():
-    tx = og.guard(optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
+    tx: Any = og.guard(optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads in (GOOD[0], BAD[0], GOOD[1]):
@@ -408,7 +451,7 @@ def test_accumulation_inside_the_guard_loses_only_the_bad_part():
 
 def test_accumulation_outside_the_guard_keeps_nan_until_the_flag_is_set():
     # Optax multiplies the accumulated NaN by zero and keeps it; nothing is applied.
-    tx = optax.MultiSteps(og.guard(optax.sgd(1.0), max_consecutive_skips=2), 2)
+    tx: Any = optax.MultiSteps(og.guard(optax.sgd(1.0), max_consecutive_skips=2), 2)
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads in (GOOD[0], BAD[0], GOOD[1], GOOD[1]):
@@ -423,7 +466,7 @@ def test_accumulation_outside_the_guard_keeps_nan_until_the_flag_is_set():
 def test_steps_of_train_state_and_nnx_optimizer_advance():
     nnx = pytest.importorskip("flax.nnx")
     guard_flax = pytest.importorskip("optax_guard.flax")
-    tx = og.guard(optax.adam(0.1))
+    tx: Any = og.guard(optax.adam(0.1))
     state = guard_flax.TrainState.create(
         apply_fn=lambda: None, params=params_of_two(), tx=tx
     )
@@ -443,7 +486,7 @@ def test_steps_of_train_state_and_nnx_optimizer_advance():
 
 
 def test_batch_statistics_of_a_bad_batch_are_undone():
-    tx = og.guard(optax.sgd(0.1))
+    tx: Any = og.guard(optax.sgd(0.1))
     params = params_of_two()
     old = {"mean": jnp.array([1.0, 2.0]), "count": jnp.int32(3), "lr": 0.5}
     new = {"mean": jnp.array([jnp.nan, 2.0]), "count": jnp.int32(4), "lr": 0.25}
@@ -458,14 +501,14 @@ def test_batch_statistics_of_a_bad_batch_are_undone():
 
 def test_keys_are_kept_too(mechanism):
     del mechanism
-    tx = og.guard(optax.sgd(0.1))
+    tx: Any = og.guard(optax.sgd(0.1))
     _, state = tx.update(BAD[0], tx.init(GOOD[0]), GOOD[0])
     old, new = jax.random.key(0), jax.random.key(1)
     assert same_bits(og.keep_if_skipped(state, new, old), old)
 
 
 def test_one_of_several_guards_is_enough_to_keep():
-    tx = optax.partition(
+    tx: Any = optax.partition(
         {"x": og.guard(optax.sgd(0.1)), "y": og.guard(optax.adam(0.1))},
         {"b": "x", "w": "y"},
     )
@@ -489,11 +532,11 @@ def test_inner_with_another_dtype_than_the_gradients(mechanism):
         optax.sgd(jnp.float32(0.1), momentum=0.9),
         optax.adamw(optax.constant_schedule(jnp.float32(0.1)), mu_dtype=jnp.float32),
     ):
-        tx = og.guard(inner, clip=1.0)
+        tx: Any = og.guard(inner, clip=1.0)
         state = tx.init(params)
         update = jax.jit(tx.update)
         updates, after = update(grads, state, params)
-        expected, _ = inner.update(grads, inner.init(params), params)
+        expected: Any = inner.update(grads, inner.init(params), params)[0]
         assert updates["w"].dtype == expected["w"].dtype
         zeros, rejected = update({"w": grads["w"] * jnp.nan}, after, params)
         assert zeros["w"].dtype == updates["w"].dtype
@@ -508,11 +551,11 @@ class GrowingState(NamedTuple):
 
 def test_inner_whose_state_changes_dtype(mechanism):
     del mechanism
-    inner = optax.GradientTransformation(
+    inner: Any = optax.GradientTransformation(
         lambda params: GrowingState(jnp.zeros(3, jnp.bfloat16)),
         lambda updates, state, params=None: (updates, GrowingState(updates["w"])),
     )
-    tx = og.guard(inner)
+    tx: Any = og.guard(inner)
     params = params_of_two()
     _, state = tx.update(BAD[0], tx.init(params), params)
     assert not np.any(state.wrapped_state.last)
@@ -527,7 +570,9 @@ def test_inner_that_searches_along_a_line(mechanism):
     def loss(params):
         return jnp.sum((params["w"] - 1.0) ** 4) + params["b"] ** 2
 
-    tx = og.guard(optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(5)))
+    tx: Any = og.guard(
+        optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(5))
+    )
 
     @jax.jit
     def step(params, state, poison):
@@ -555,8 +600,9 @@ def test_inner_that_wants_the_value_gets_it():
         seen.append((value, lam))
         return updates, state
 
-    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = og.guard(inner)
+    wanting: Any = update
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), wanting)
+    tx: Any = og.guard(inner)
     tx.update(GOOD[0], tx.init(GOOD[0]), GOOD[0], value=1.0, lam="text")
     assert seen[0] == (1.0, "text")
 
@@ -564,8 +610,8 @@ def test_inner_that_wants_the_value_gets_it():
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_integer_parameters_pass(mode, mechanism):
     del mechanism
-    inner = optax.masked(optax.adam(0.1), {"i": False, "w": True})
-    tx = og.guard(inner, clip=1.0)
+    inner: Any = optax.masked(optax.adam(0.1), {"i": False, "w": True})
+    tx: Any = og.guard(inner, clip=1.0)
     params = {"i": jnp.arange(3), "w": jnp.ones(2)}
     step = jitted(tx, mode)
     good = {"i": jnp.zeros(3, jnp.int32), "w": jnp.ones(2)}
@@ -580,8 +626,8 @@ def test_float0_gradients_pass_as_they_do_without_a_guard(mechanism):
     del mechanism
     params = {"i": jnp.arange(3), "w": jnp.ones(2)}
     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
-    inner = optax.masked(optax.sgd(0.1), {"i": False, "w": True})
-    tx = og.guard(inner, clip=1.0)
+    inner: Any = optax.masked(optax.sgd(0.1), {"i": False, "w": True})
+    tx: Any = og.guard(inner, clip=1.0)
     updates, _ = tx.update(grads, tx.init(params), params)
     assert updates["i"].dtype == jax.dtypes.float0
     assert updates["i"].shape == (3,)
@@ -592,7 +638,7 @@ def test_float0_gradients_pass_as_they_do_without_a_guard(mechanism):
 
 
 def test_empty_tree_is_a_good_step():
-    tx = og.guard(optax.adam(0.1), clip=1.0)
+    tx: Any = og.guard(optax.adam(0.1), clip=1.0)
     updates, state = tx.update({}, tx.init({}), {})
     assert updates == {}
     assert state.skip_reason == REASON.NONE
@@ -601,7 +647,7 @@ def test_empty_tree_is_a_good_step():
 
 def test_none_leaves_pass(mechanism):
     del mechanism
-    tx = og.guard(optax.sgd(1.0), clip=10.0)
+    tx: Any = og.guard(optax.sgd(1.0), clip=10.0)
     params = {"a": jnp.ones(2), "n": None}
     for mode in ("update", "apply"):
         after, _, _ = jitted(tx, mode)(params, tx.init(params), params, 1.0)
@@ -636,7 +682,7 @@ NESTED = {
 @pytest.mark.parametrize("mode", ["update", "apply"])
 @pytest.mark.parametrize("name", NESTED)
 def test_guard_nested_in_other_transformations(name, mode):
-    tx = NESTED[name]()
+    tx = shared(NESTED[name])
     step = jitted(tx, mode)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads in (GOOD[0], BAD[0], GOOD[1], BAD[2], GOOD[2]):
@@ -648,7 +694,7 @@ def test_guard_nested_in_other_transformations(name, mode):
 
 @pytest.mark.parametrize("name", ["chained", "guard inside", "clip inside"])
 def test_apply_gradients_is_update_and_apply_updates(name):
-    tx = NESTED[name]()
+    tx = shared(NESTED[name])
     whole, parts = jitted(tx, "apply"), jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads in (GOOD[0], BAD[0], GOOD[1]):
@@ -663,12 +709,13 @@ def test_apply_gradients_is_update_and_apply_updates(name):
 
 def test_apply_gradients_takes_any_optax_transformation():
     params = params_of_two()
-    tx = optax.sgd(1.0)
+    tx: Any = optax.sgd(1.0)
     after, _ = og.apply_gradients(tx, params, tx.init(params), GOOD[0], value=1.0)
     assert same_bits(after, optax.tree.sub(params, GOOD[0]))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    after, _ = og.apply_gradients(og.guard(tx), half, og.guard(tx).init(half), GOOD[0])
-    assert after["w"].dtype == jnp.bfloat16
+    guarded = og.guard(tx)
+    cast: Any = og.apply_gradients(guarded, half, guarded.init(half), GOOD[0])[0]
+    assert cast["w"].dtype == jnp.bfloat16
 
 
 # Under JAX's transformations
@@ -702,11 +749,12 @@ def assert_close(a, b, rtol=1e-5):
 @pytest.mark.parametrize("loop", ["scan", "while_loop", "fori_loop"])
 def test_guard_in_a_loop_on_the_device(loop, mechanism):
     del mechanism
-    tx = og.guard(optax.adamw(0.1), clip=1.0)
+    tx = shared(adamw)
     stacked = loop_over(SEQUENCE)
 
     def body(carry, grads):
-        return og.apply_gradients(tx, *carry, grads, value=jnp.float32(1.0))
+        params, state = carry
+        return og.apply_gradients(tx, params, state, grads, value=jnp.float32(1.0))
 
     def at(i):
         return jax.tree.map(lambda x: x[i], stacked)
@@ -731,7 +779,7 @@ def test_guard_in_a_loop_on_the_device(loop, mechanism):
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_members_of_a_population_are_judged_one_by_one(mode, mechanism):
     del mechanism
-    tx = og.guard(optax.adam(0.1), clip=1.0)
+    tx = shared(adam)
     stacked = loop_over(SEQUENCE)
     many = jax.tree.map(lambda x: jnp.stack([x] * 5), params_of_two())
     states = jax.vmap(tx.init)(many)
@@ -758,16 +806,19 @@ def test_derivatives_through_a_guarded_step_are_finite(mode, batch, remat, mecha
     del mechanism
 
     def total(scale, size, poison):
-        tx = og.guard(optax.sgd(scale, momentum=0.9), clip=1.0)
+        tx: Any = og.guard(optax.sgd(scale, momentum=0.9), clip=1.0)
         params = params_of_two()
-        state = tx.init(params)
-        for factor in (1.0, poison, 1.0):
-            grads = jax.tree.map(lambda x, f=factor: x * size * f, GOOD[0])
+
+        def step(carry, factor):
+            params, state = carry
+            grads = jax.tree.map(lambda x: x * size * factor, GOOD[0])
             if mode == "apply":
-                params, state = og.apply_gradients(tx, params, state, grads)
-            else:
-                updates, state = tx.update(grads, state, params)
-                params = optax.apply_updates(params, updates)
+                return og.apply_gradients(tx, params, state, grads), None
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        factors = jnp.stack([jnp.ones_like(poison), poison, jnp.ones_like(poison)])
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), factors)
         return sum(jnp.sum(x) for x in jax.tree.leaves(params))
 
     total = jax.checkpoint(total) if remat else total
@@ -792,7 +843,9 @@ def test_derivatives_through_a_guarded_step_are_finite(mode, batch, remat, mecha
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_shards_are_judged_together(mode, check_vma, mesh, mechanism):
     del mechanism
-    tx = og.guard(optax.adam(0.1), clip=og.clip_by_global_norm(1.0, axis_name="data"))
+    tx: Any = og.guard(
+        optax.adam(0.1), clip=og.clip_by_global_norm(1.0, axis_name="data")
+    )
     params = {"w": jnp.arange(16.0)}
     state = tx.init(params)
     specs = jax.tree.map(
@@ -831,7 +884,7 @@ def test_shards_are_judged_together(mode, check_vma, mesh, mechanism):
 def test_replicated_parameters_under_shard_map(mode, check_vma, mesh):
     # The usual data-parallel step: gradients are averaged, then everything is the same
     # on all devices. The loss too must be, or shards would disagree.
-    tx = og.guard(optax.adam(0.1), clip=1.0)
+    tx = shared(adam)
     params = params_of_two()
 
     def step(params, state, batch):
@@ -859,7 +912,7 @@ def test_replicated_parameters_under_shard_map(mode, check_vma, mesh):
 
 
 def test_devices_of_pmap_agree():
-    tx = og.guard(optax.adam(0.1), clip=og.clip_by_global_norm(1.0, axis_name="d"))
+    tx: Any = og.guard(optax.adam(0.1), clip=og.clip_by_global_norm(1.0, axis_name="d"))
     params = jax.tree.map(lambda x: jnp.stack([x] * 8), params_of_two())
     states = jax.vmap(tx.init)(params)
     with warnings.catch_warnings():
@@ -880,7 +933,7 @@ def test_devices_of_pmap_agree():
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_explicit_shardings_are_kept(mode, is_jitted, explicit_mesh, mechanism):
     del mechanism
-    tx = og.guard(optax.adamw(0.1), clip=1.0)
+    tx: Any = og.guard(optax.adamw(0.1), clip=1.0)
     sharding = NamedSharding(explicit_mesh, P("data", None))
     params = {"w": jax.device_put(jnp.ones((8, 2)), sharding)}
     state = tx.init(params)
@@ -891,7 +944,7 @@ def test_explicit_shardings_are_kept(mode, is_jitted, explicit_mesh, mechanism):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    run = jax.jit(step) if is_jitted else step
+    run: Any = jax.jit(step) if is_jitted else step
     grads = jax.tree.map(jnp.ones_like, params)
     after, good = run(params, state, grads)
     assert jax.typeof(after["w"]) == jax.typeof(params["w"])
@@ -904,7 +957,7 @@ def test_explicit_shardings_are_kept(mode, is_jitted, explicit_mesh, mechanism):
 
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_sharded_arrays_under_jit_agree_with_one_device(mode, mesh):
-    tx = og.guard(optax.adamw(0.1), clip=1.0)
+    tx: Any = og.guard(optax.adamw(0.1), clip=1.0)
     step = jitted(tx, mode)
     params = {"w": jnp.arange(16.0).reshape(8, 2), "b": jnp.ones(8)}
     grads = jax.tree.map(lambda x: x * 0.3 + 1, params)
@@ -918,7 +971,7 @@ def test_sharded_arrays_under_jit_agree_with_one_device(mode, mesh):
 
 
 def test_guarded_step_is_exported_for_all_platforms():
-    tx = og.guard(optax.adam(0.1), clip=1.0)
+    tx = shared(adam)
     params = params_of_two()
     state = tx.init(params)
 
@@ -939,7 +992,7 @@ def test_guarded_step_is_exported_for_all_platforms():
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_initial_state_and_parameters_can_be_donated(mode, mechanism):
     del mechanism
-    tx = og.guard(
+    tx: Any = og.guard(
         optax.adamw(0.1),
         clip=optax.linear_schedule(2.0, 1.0, 10),
         skip=og.skip.norm_above(100.0),
@@ -967,13 +1020,13 @@ def test_initial_state_and_parameters_can_be_donated(mode, mechanism):
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_step_is_traced_once(mode):
     traces = []
-    inner = optax.adamw(0.1)
+    inner: Any = optax.adamw(0.1)
 
     def update(updates, state, params=None):
         traces.append(None)
         return inner.update(updates, state, params)
 
-    tx = og.guard(optax.GradientTransformation(inner.init, update), clip=1.0)
+    tx: Any = og.guard(optax.GradientTransformation(inner.init, update), clip=1.0)
     step = jitted(tx, mode)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads in SEQUENCE:

@@ -1,7 +1,10 @@
 """Norms of trees, by both of the mechanisms that platforms choose between."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +16,69 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard import _norms
 from optax_guard._norms import leaves_of_part, tree_norm
-from tests.strategies import SHAPES, magnitudes, sampled, trees, true_norm
+from tests.strategies import SHAPES, f32, magnitudes, sampled, trees, true_norm
 
 ORDERS = (1, 2, math.inf, 3, 2.5)
 P = PartitionSpec
 
 # The sums that each platform makes. The CPU can run both; the laws hold for both.
-SUMS = {"cpu": _norms._squares_cpu, "accelerator": _norms._squares}
+SUMS: dict[str, Callable[..., Any]] = {
+    "cpu": _norms._squares_cpu,
+    "accelerator": _norms._squares,
+}
+
+
+@contextlib.contextmanager
+def sums_of(name: str) -> Iterator[None]:
+    """While it lasts, norms are traced with the sums of a platform."""
+    euclidean: Any = _norms._euclidean
+    with pytest.MonkeyPatch.context() as patch:
+        # Its own cache knows nothing of what is replaced here.
+        euclidean.fun.clear_cache()
+        patch.setattr(
+            jax.lax,
+            "platform_dependent",
+            lambda *leaves, **platforms: SUMS[name](*leaves),
+        )
+        yield
+    euclidean.fun.clear_cache()
 
 
 @pytest.fixture(params=list(SUMS))
-def sums(request, monkeypatch):
+def sums(request):
     """Runs a test with the sums of a platform, wherever it runs."""
-    squares = SUMS[request.param]
-    monkeypatch.setattr(
-        jax.lax, "platform_dependent", lambda *leaves, **platforms: squares(*leaves)
-    )
-    return request.param
-
-
-def norm(tree, ord=None):
-    return jax.jit(lambda tree: tree_norm(tree, ord))(tree)
+    with sums_of(request.param):
+        yield request.param
 
 
 @functools.cache
-def compiled(name):
-    """A norm whose sums are those of one platform, compiled once for all draws."""
+def compiled(name: str, ord: Any = None) -> Callable[[Any], _norms.TreeNorm]:
+    """A norm whose sums are those of one platform, compiled once for all tests."""
 
-    def run(tree):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                jax.lax, "platform_dependent", lambda *x, **platforms: SUMS[name](*x)
-            )
-            return tree_norm(tree).value
+    def run(tree: Any) -> _norms.TreeNorm:
+        with sums_of(name):
+            return tree_norm(tree, ord)
 
     return jax.jit(run)
+
+
+def norm(tree: Any, ord: Any = None, name: str = "cpu") -> _norms.TreeNorm:
+    return compiled(name, ord)(tree)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_the_sums_asked_for_are_those_that_run(name, monkeypatch):
+    called = []
+    for key, squares in SUMS.items():
+        monkeypatch.setitem(
+            SUMS, key, lambda *x, k=key, f=squares: called.append(k) or f(*x)
+        )
+    for other in SUMS:
+        with sums_of(other):
+            jax.jit(lambda x: tree_norm(x).value)(np.ones(2, np.float32))
+    with sums_of(name):
+        jax.jit(lambda x: tree_norm(x).value)(np.ones(2, np.float32))
+    assert called == [*SUMS, name]
 
 
 def test_sums_of_both_platforms_are_what_the_norm_is_made_of():
@@ -59,18 +90,19 @@ def test_sums_of_both_platforms_are_what_the_norm_is_made_of():
 
 
 def test_norm_is_right_at_every_magnitude(sums):
-    run = jax.jit(lambda x: tree_norm(x).value)
     x = np.random.default_rng(0).normal(size=1000)
     for magnitude in 10.0 ** np.arange(-25, 37):
-        entries = np.float32(np.clip(x, -3, 3) * magnitude)
+        entries = f32(np.clip(x, -3, 3) * magnitude)
         # Relative to the whole; entries near zero may be below 1e-25 and vanish.
-        assert float(run(entries)) == pytest.approx(true_norm(entries), rel=1e-6)
+        assert float(norm(entries, name=sums).value) == pytest.approx(
+            true_norm(entries), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("entry", [1e-25, 3e38, -3e38, 2.0**-30, 2.0**63, 2.0**64])
 def test_norm_of_one_entry_is_its_size(sums, entry):
     entries = np.array([0, entry, 0], np.float32)
-    assert float(norm(entries).value) == pytest.approx(abs(entry), rel=1e-6)
+    assert float(norm(entries, name=sums).value) == pytest.approx(abs(entry), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -78,14 +110,16 @@ def test_norm_of_one_entry_is_its_size(sums, entry):
 @given(tree=trees(magnitudes(largest=1e38)))
 def test_norm_is_right_for_any_mixture_of_magnitudes(name, tree):
     expected = true_norm(tree)
-    assert float(compiled(name)(tree)) == pytest.approx(expected, rel=1e-6, abs=0)
+    assert float(norm(tree, name=name).value) == pytest.approx(
+        expected, rel=1e-6, abs=0
+    )
 
 
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("size", [3e19, 1e-10])
 def test_norm_is_right_on_both_sides_of_every_switch_of_scale(name, size):
     # Where the sum of squares overflows or is looked at again.
-    around = np.float32(size) * np.float32(2) ** np.linspace(-2, 2, 41, dtype="f4")
+    around = f32(size) * f32(2) ** np.linspace(-2, 2, 41, dtype="f4")
     for value in around:
         tree = {
             "bias": value,
@@ -93,7 +127,9 @@ def test_norm_is_right_on_both_sides_of_every_switch_of_scale(name, size):
             "scale": np.ones(4, "f4"),
         }
         tree["scale"] = tree["scale"] * value
-        assert float(compiled(name)(tree)) == pytest.approx(true_norm(tree), rel=1e-6)
+        assert float(norm(tree, name=name).value) == pytest.approx(
+            true_norm(tree), rel=1e-6
+        )
 
 
 def test_ordinary_norm_has_the_bits_of_the_plain_sum(sums):
@@ -101,7 +137,7 @@ def test_ordinary_norm_has_the_bits_of_the_plain_sum(sums):
     plain = jax.jit(lambda x: jnp.sqrt(jnp.sum(x * x)))
     rng = np.random.default_rng(7)
     for magnitude in 10.0 ** np.arange(-6, 9):
-        x = np.float32(rng.normal(size=100) * magnitude)
+        x = f32(rng.normal(size=100) * magnitude)
         assert run(x) == plain(x)
 
 
@@ -109,20 +145,20 @@ def test_ordinary_norm_has_the_bits_of_the_plain_sum(sums):
 def test_scaling_by_a_power_of_two_scales_the_norm_exactly(name):
     # So that the scales inside, powers of two, cannot be seen in the result.
     rng = np.random.default_rng(8)
-    tree = {k: np.float32(rng.normal(size=shape)) for k, shape in SHAPES.items()}
-    expected = compiled(name)(tree)
+    tree = {k: f32(rng.normal(size=shape)) for k, shape in SHAPES.items()}
+    expected = norm(tree, name=name).value
     for power in range(-60, 120, 4):
-        scale = np.float32(2.0**power)
+        scale = f32(2.0**power)
         scaled = jax.tree.map(lambda x, scale=scale: x * scale, tree)
-        assert compiled(name)(scaled) == expected * scale
+        assert norm(scaled, name=name).value == expected * scale
 
 
 @pytest.mark.parametrize("ord", ORDERS)
 @pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e35])
 def test_every_order_is_right(sums, ord, magnitude):
     x = np.random.default_rng(1).normal(size=(50, 5)) * magnitude
-    tree = {"a": np.float32(x[:, :2]), "b": np.float32(x[:, 2:])}
-    got = float(norm(tree, ord).value)
+    tree = {"a": f32(x[:, :2]), "b": f32(x[:, 2:])}
+    got = float(norm(tree, ord, sums).value)
     assert got == pytest.approx(true_norm(tree, ord), rel=1e-6)
 
 
@@ -130,11 +166,11 @@ def test_every_order_is_right(sums, ord, magnitude):
 def test_norm_up_to_3e38_does_not_overflow(sums, ord):
     count = 1 if ord == math.inf else 100 ** (1 / ord)
     x = np.full(100, 3e38 / count, np.float32)
-    assert float(norm(x, ord).value) == pytest.approx(true_norm(x, ord), rel=1e-6)
+    assert float(norm(x, ord, sums).value) == pytest.approx(true_norm(x, ord), rel=1e-6)
 
 
 def test_norm_beyond_float32_is_infinite_not_wrong(sums):
-    assert norm(np.full(4, 3e38, np.float32)).value == math.inf
+    assert norm(np.full(4, 3e38, np.float32), name=sums).value == math.inf
 
 
 @pytest.mark.parametrize(
@@ -147,8 +183,8 @@ def test_norm_is_right_in_any_float_dtype(sums, dtype):
     for magnitude in (1e-2, 1.0, min(300.0, limit / 4)):
         x = np.random.default_rng(2).normal(size=200) * magnitude
         leaf = jnp.asarray(np.clip(x, -limit, limit), jnp.float32).astype(dtype)
-        assert norm([leaf]).value.dtype == jnp.float32
-        assert float(norm([leaf]).value) == pytest.approx(
+        assert norm([leaf], name=sums).value.dtype == jnp.float32
+        assert float(norm([leaf], name=sums).value) == pytest.approx(
             true_norm([np.asarray(leaf.astype(jnp.float32))]), rel=1e-6
         )
 
@@ -158,9 +194,9 @@ def test_norm_is_right_in_any_float_dtype(sums, dtype):
 def test_complex_entries_count_by_their_modulus(sums, magnitude, ord):
     rng = np.random.default_rng(3)
     z = np.complex64(magnitude * (rng.normal(size=9) + 1j * rng.normal(size=9)))
-    result = norm([z, np.float32([magnitude])], ord).value
+    result = norm([z, f32([magnitude])], ord, sums).value
     assert result.dtype == jnp.float32
-    expected = true_norm([z, np.float32([magnitude])], 2 if ord is None else ord)
+    expected = true_norm([z, f32([magnitude])], 2 if ord is None else ord)
     assert float(result) == pytest.approx(expected, rel=1e-6)
 
 
@@ -169,20 +205,20 @@ def test_doubles_are_summed_in_doubles(sums):
     x = np.random.default_rng(4).normal(size=100)
     for magnitude in (1e-160, 1e-70, 1.0, 1e100, 1e300):
         tree = {"double": x * magnitude, "single": np.ones(3, np.float32)}
-        result = norm(tree).value
+        result = norm(tree, name=sums).value
         assert result.dtype == jnp.float64
         assert float(result) == pytest.approx(true_norm(tree), rel=1e-14)
-    assert norm([x + 1j]).value.dtype == jnp.float64
-    assert norm([np.complex64(x)]).value.dtype == jnp.float32
-    assert norm([np.float32(x)]).value.dtype == jnp.float32
+    assert norm([x + 1j], name=sums).value.dtype == jnp.float64
+    assert norm([np.complex64(x)], name=sums).value.dtype == jnp.float32
+    assert norm([f32(x)], name=sums).value.dtype == jnp.float32
 
 
 @pytest.mark.usefixtures("sums")
 def test_thousands_of_leaves_add_up():
     # 1000 leaves of norm one in bfloat16 add to 16, not 31.6, if summed in bfloat16.
     rng = np.random.default_rng(5)
-    half = [np.float32([1.0]).astype(jnp.bfloat16)] * 1000
-    leaves = half + [np.float32(x) for x in rng.normal(size=(1000, 3))]
+    half = [f32([1.0]).astype(jnp.bfloat16)] * 1000
+    leaves = half + [f32(x) for x in rng.normal(size=(1000, 3))]
     # One operation at a time: nobody waits for a program of 2000 reductions here.
     with jax.disable_jit():
         assert float(tree_norm(half).value) == pytest.approx(1000**0.5, rel=1e-6)
@@ -195,7 +231,7 @@ def test_thousands_of_leaves_add_up():
 def test_bad_leaf_among_many_is_placed_to_a_run_of_neighbours():
     for index in (0, 100, 299):
         leaves = [np.ones((), np.float32)] * 300
-        leaves[index] = np.float32(np.inf)
+        leaves[index] = f32(np.inf)
         with jax.disable_jit():
             first = int(tree_norm(leaves).bad_leaf)
         run_of_leaves = leaves_of_part(leaves, first)
@@ -207,7 +243,7 @@ def test_bad_leaf_among_many_is_placed_to_a_run_of_neighbours():
 def test_many_equal_entries_do_not_stop_adding_up(sums):
     # A float32 count stands still at 2**24.
     x = np.ones(2**25, jnp.bfloat16)
-    assert float(norm(x).value) == pytest.approx(2**12.5, rel=1e-6)
+    assert float(norm(x, name=sums).value) == pytest.approx(2**12.5, rel=1e-6)
 
 
 # What does not count -----------------------------------------------------------
@@ -215,23 +251,25 @@ def test_many_equal_entries_do_not_stop_adding_up(sums):
 
 def test_only_floating_leaves_count(sums):
     tree = {
-        "float": np.float32([3.0, 4.0]),
-        "int": np.int32([2**30]),
+        "float": f32([3.0, 4.0]),
+        "int": np.array([2**30], np.int32),
         "bool": np.array([True]),
         "none": None,
         "masked": optax.MaskedNode(),
         "key": jax.random.key(0),
     }
-    assert norm(tree).value == 5.0
+    assert norm(tree, name=sums).value == 5.0
     assert tree_norm(tree | {"float0": np.zeros(3, jax.dtypes.float0)}).value == 5.0
 
 
 def test_bad_leaf_counts_leaves_that_have_no_norm():
-    tree = [np.int32([1]), None, np.float32([1.0]), np.float32([np.nan])]
+    tree = [np.array([1], np.int32), None, f32([1.0]), f32([np.nan])]
     assert norm(tree).bad_leaf == 2
 
 
-@pytest.mark.parametrize("tree", [{}, None, [np.int32([5])], [np.zeros(0, np.float32)]])
+@pytest.mark.parametrize(
+    "tree", [{}, None, [np.array([5], np.int32)], [np.zeros(0, np.float32)]]
+)
 @pytest.mark.parametrize("ord", [None, 1, math.inf, 3])
 def test_norm_of_nothing_is_zero(tree, ord):
     result = norm(tree, ord)
@@ -243,8 +281,8 @@ def test_norm_of_nothing_is_zero(tree, ord):
 
 @pytest.mark.parametrize("ord", [None, 1, math.inf, 3])
 def test_leaves_without_entries_change_nothing(sums, ord):
-    tree = [np.zeros((0, 3), np.float32), np.float32([3.0]), np.zeros(0, jnp.bfloat16)]
-    assert norm(tree, ord).value == 3.0
+    tree = [np.zeros((0, 3), np.float32), f32([3.0]), np.zeros(0, jnp.bfloat16)]
+    assert norm(tree, ord, sums).value == 3.0
 
 
 # Non-finite entries ------------------------------------------------------------
@@ -253,27 +291,26 @@ def test_leaves_without_entries_change_nothing(sums, ord):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("ord", [None, 1, math.inf, 3])
 def test_non_finite_entry_makes_the_norm_so_and_is_placed(sums, bad, ord):
-    run = jax.jit(lambda tree: tree_norm(tree, ord))
     for position in range(3):
         tree = [np.ones(2, np.float32), np.full(3, 1e-30, "f4"), np.full(2, 1e37, "f4")]
         tree[position][-1] = bad
-        result = run(tree)
+        result = norm(tree, ord, sums)
         assert not np.isfinite(result.value)
         assert result.bad_leaf == position
         assert np.isnan(result.value) == np.isnan(bad)
 
 
 def test_first_of_several_bad_leaves_is_named(sums):
-    tree = [np.float32([1.0]), np.float32([np.inf]), np.float32([np.nan])]
-    assert norm(tree).bad_leaf == 1
-    assert np.isnan(norm(tree).value)
+    tree = [f32([1.0]), f32([np.inf]), f32([np.nan])]
+    assert norm(tree, name=sums).bad_leaf == 1
+    assert np.isnan(norm(tree, name=sums).value)
 
 
 @pytest.mark.usefixtures("sums")
 def test_128_leaves_are_told_apart():
     for index in (0, 63, 127):
         leaves = [np.ones((), np.float32)] * 128
-        leaves[index] = np.float32(np.nan)
+        leaves[index] = f32(np.nan)
         with jax.disable_jit():
             assert tree_norm(leaves).bad_leaf == index
         assert leaves_of_part(leaves, index) == [index]
@@ -281,8 +318,8 @@ def test_128_leaves_are_told_apart():
 
 def test_finite_leaves_are_not_called_bad_when_their_sum_overflows(sums):
     # Half of the float32 maximum in each of eight leaves: all finite, the norm is not.
-    leaves = [np.float32([1.7e38])] * 8
-    result = norm(leaves)
+    leaves = [f32([1.7e38])] * 8
+    result = norm(leaves, name=sums)
     assert result.value == math.inf
     assert result.bad_leaf == -1
 
@@ -315,7 +352,7 @@ def test_derivative_at_complex_zero_is_finite(sums):
 
 @pytest.mark.parametrize("ord", [None, 1, math.inf, 3])
 def test_split_tree_has_the_norm_of_the_whole(mesh, ord):
-    x = np.float32(np.random.default_rng(6).normal(size=(8, 4)))
+    x = f32(np.random.default_rng(6).normal(size=(8, 4)))
     tree = {"a": x, "b": x[:, 0] * 2}
     whole = norm(tree, ord)
     split = jax.jit(

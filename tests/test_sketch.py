@@ -1,5 +1,7 @@
 """The quantile sketch, and quantiles of the norms that a run has seen."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,16 @@ SAMPLES = {
 }
 
 
+def start(tx, params) -> Any:
+    """The initial state; as `Any`, because what optax declares has no fields."""
+    return tx.init(params)
+
+
+def update(tx, *args, **extra) -> Any:
+    """One update, as `Any` for the same reason."""
+    return tx.update(*args, **extra)
+
+
 def filled(values, relative_error=0.01, dtype=jnp.int32, decay=None):
     start = sketch_init((), relative_error, dtype)
     values = jnp.asarray(np.asarray(values), jnp.float32)
@@ -38,7 +50,7 @@ def filled(values, relative_error=0.01, dtype=jnp.int32, decay=None):
 @pytest.mark.parametrize("relative_error", [0.002, 0.01, 0.02, 0.1])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_quantiles_are_exact_to_the_stated_relative_error(name, relative_error):
-    values = np.float32(SAMPLES[name]).astype(np.float64)
+    values = np.asarray(SAMPLES[name], np.float32).astype(np.float64)
     found = sketch_quantile(filled(values, relative_error), QUANTILES)
     np.testing.assert_allclose(found, np.quantile(values, QUANTILES), relative_error)
 
@@ -113,10 +125,10 @@ def test_types_are_fixed_under_x64(x64):
 
 def after(tx, norms):
     def step(state, norm):
-        return tx.update(norm[None], state)[1], None
+        return update(tx, norm[None], state)[1], None
 
     norms = jnp.asarray(np.asarray(norms), jnp.float32)
-    return jax.jit(lambda x: jax.lax.scan(step, tx.init(jnp.zeros(1)), x)[0])(norms)
+    return jax.jit(lambda x: jax.lax.scan(step, start(tx, jnp.zeros(1)), x)[0])(norms)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +141,7 @@ def after(tx, norms):
     ],
 )
 def test_norm_quantile_is_of_all_raw_finite_norms(tx):
-    norms = np.float32(SAMPLES["lognormal"][:400])
+    norms = np.asarray(SAMPLES["lognormal"][:400], np.float32)
     state = after(tx, [*norms[:200], np.nan, *norms[200:], np.inf])
     for q in (0.1, 0.5, 0.99):
         exact = np.quantile(norms.astype(np.float64), q)
@@ -140,7 +152,7 @@ def test_norm_quantile_is_of_all_raw_finite_norms(tx):
 
 
 def test_sketch_in_the_state_is_as_small_as_it_says():
-    sketch = og.record_norm().init(jnp.zeros(1)).stats.norm_sketch
+    sketch = start(og.record_norm(), jnp.zeros(1)).stats.norm_sketch
     assert sketch.shape == (1384,)
     assert sketch.dtype == jnp.int32
     assert sketch.nbytes < 5600
@@ -148,8 +160,8 @@ def test_sketch_in_the_state_is_as_small_as_it_says():
 
 def test_norm_quantile_of_nothing():
     tx = og.record_norm()
-    assert np.isnan(norm_quantile(tx.init(jnp.zeros(1)), 0.5))
+    assert np.isnan(norm_quantile(start(tx, jnp.zeros(1)), 0.5))
     with pytest.raises(ValueError, match="`state` holds no norms"):
-        norm_quantile(optax.adam(0.1).init(jnp.zeros(1)), 0.5)
+        norm_quantile(start(optax.adam(0.1), jnp.zeros(1)), 0.5)
     with pytest.raises(ValueError, match=r"`q` must be in \[0, 1\], got 90"):
-        norm_quantile(tx.init(jnp.zeros(1)), 90)
+        norm_quantile(start(tx, jnp.zeros(1)), 90)

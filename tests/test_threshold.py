@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,16 @@ ZCLIP, AUTOCLIP, ADAGC = (
 )
 
 
+def start(tx, params) -> Any:
+    """The initial state; as `Any`, because what optax declares has no fields."""
+    return tx.init(params)
+
+
+def update(tx, *args, **extra) -> Any:
+    """One update, as `Any` for the same reason."""
+    return tx.update(*args, **extra)
+
+
 def floats(numbers) -> np.ndarray:
     return np.array([math.nan if x is None else float(x) for x in numbers])
 
@@ -39,26 +50,39 @@ def cases(data, *, peer_wrong=False):
 
 
 @functools.cache
-def runner(tx, batched=False):
-    """Norms to (norms after clipping, states), in one compiled loop."""
+def runner(tx):
+    """Rows of norms to clipped norms, thresholds and last states, in one loop."""
 
     def step(state, norm):
-        updates, state = tx.update(norm[None], state)
-        return state, (updates[0], state)
+        updates, state = update(tx, norm[None], state)
+        return state, (updates[0], state.stats.clip_threshold)
 
     def run(norms):
-        return jax.lax.scan(step, tx.init(jnp.zeros(1)), norms)[1]
+        state, (clipped, trigger) = jax.lax.scan(step, start(tx, jnp.zeros(1)), norms)
+        return clipped, trigger, state.threshold
 
-    return jax.jit(jax.vmap(run) if batched else run)
+    return jax.jit(jax.vmap(run))
+
+
+@functools.cache
+def player(tx):
+    """Norms to clipped norms, thresholds and all states, in one loop."""
+
+    def step(state, norm):
+        updates, state = update(tx, norm[None], state)
+        stats = state.stats.clip_threshold
+        return state, (updates[0], stats, state.threshold)
+
+    return jax.jit(lambda x: jax.lax.scan(step, start(tx, jnp.zeros(1)), x)[1])
 
 
 def play(tx, norms):
-    return jax.device_get(runner(tx)(jnp.asarray(np.asarray(norms), jnp.float32)))
-
-
-def play_all(rule, sequences):
-    run = runner(og.clip_by_global_norm(rule), batched=True)
-    return jax.device_get(run(jnp.asarray(np.stack(sequences), jnp.float32)))
+    """Clipped norms, thresholds and the threshold's states after each update."""
+    norms = np.asarray(norms, np.float32)
+    # One length for all, so that every transformation is compiled once.
+    padded = np.append(norms, np.ones(400 - len(norms), np.float32))
+    result = jax.device_get(player(tx)(padded))
+    return jax.tree.map(lambda x: x[: len(norms)], result)
 
 
 # As published ------------------------------------------------------------------
@@ -75,12 +99,12 @@ zclip_runner = functools.cache(lambda config: zclip(**ZCLIP_OPTIONS[config]))
 
 @pytest.mark.parametrize("run", cases(ZCLIP))
 def test_zclip_is_the_authors(run):
-    norms = np.float32(floats(ZCLIP["sequences"][run["sequence"]]))
-    clipped, states = play(zclip_runner(run["config"]), norms)
+    norms = np.asarray(floats(ZCLIP["sequences"][run["sequence"]]), np.float32)
+    clipped, _, states = play(zclip_runner(run["config"]), norms)
     known = ~np.isnan(floats(run["mean"]))
-    assert (states.threshold.baseline_mean > 0).tolist() == known.tolist()
+    assert (states.baseline_mean > 0).tolist() == known.tolist()
     for field, rtol in ("mean", 1e-5), ("var", 1e-4):
-        ours = getattr(states.threshold, f"baseline_{field}")[known]
+        ours = getattr(states, f"baseline_{field}")[known]
         np.testing.assert_allclose(ours, floats(run[field])[known], rtol)
     # Torch divides by the norm + 1e-6.
     tolerance = 1e-5 * floats(run["clipped_norm"]) + 1e-6
@@ -97,30 +121,30 @@ def test_zclip_is_the_authors(run):
 
 @pytest.mark.parametrize("run", cases(ZCLIP, peer_wrong=True))
 def test_zclips_faults_are_not_copied(run):
-    norms = np.float32(floats(ZCLIP["sequences"][run["sequence"]]))
+    norms = np.asarray(floats(ZCLIP["sequences"][run["sequence"]]), np.float32)
     if run["sequence"] == "constant_then_rise":
         # The preset is what was published. The threshold follows the rise.
-        clipped, _ = play(og.clip_by_global_norm(threshold.zscore()), norms)
+        clipped, _, _ = play(og.clip_by_global_norm(threshold.zscore()), norms)
         assert same_bits(clipped, norms)
         return
     is_bad = ~np.isfinite(norms)
     assert is_bad.any()
     tx = zclip_runner("adaptive")
-    clipped, states = play(tx, norms)
-    without, states_without = play(tx, norms[~is_bad])
+    clipped, _, states = play(tx, norms)
+    without, _, states_without = play(tx, norms[~is_bad])
     assert same_bits(clipped[~is_bad], without)
-    final = jax.tree.map(lambda x: x[-1], states.threshold)
-    assert same_bits(final, jax.tree.map(lambda x: x[-1], states_without.threshold))
+    final = jax.tree.map(lambda x: x[-1], states)
+    assert same_bits(final, jax.tree.map(lambda x: x[-1], states_without))
     assert np.isfinite(final.baseline_mean)
     assert final.baseline_mean > 0
 
 
 @pytest.mark.parametrize("run", cases(AUTOCLIP))
 def test_autoclip_is_the_authors_to_one_per_cent(run):
-    norms = np.float32(floats(AUTOCLIP["sequences"][run["sequence"]]))
-    clipped, states = play(autoclip_at(run["percentile"]), norms)
+    norms = np.asarray(floats(AUTOCLIP["sequences"][run["sequence"]]), np.float32)
+    clipped, trigger, _ = play(autoclip_at(run["percentile"]), norms)
     exact = floats(run["threshold"])
-    ratio = states.stats.clip_threshold / exact
+    ratio = trigger / exact
     assert ratio.min() >= 1 - 1e-6
     assert ratio.max() <= 1.01
     np.testing.assert_allclose(clipped, floats(run["clipped_norm"]), 0.01)
@@ -142,6 +166,13 @@ def adagc_rule(config, **options):
 
 def play_leaves(rule, norms):
     """Norms of shape (steps, leaves) to clipped norms and states; one state for all."""
+    return jax.device_get(
+        leaf_player(rule, norms.shape[1])(np.asarray(norms, np.float32))
+    )
+
+
+@functools.cache
+def leaf_player(rule, num_leaves):
 
     def step(state, norm):
         trigger, target = rule.limits(norm, jnp.linalg.norm(norm), state)
@@ -149,9 +180,8 @@ def play_leaves(rule, norms):
         state = rule.learn(norm, clipped, state)
         return state, (clipped, state)
 
-    start = rule.start(norms.shape[1:])
-    norms = jnp.asarray(norms, jnp.float32)
-    return jax.device_get(jax.jit(lambda x: jax.lax.scan(step, start, x)[1])(norms))
+    start = rule.start((num_leaves,))
+    return jax.jit(lambda norms: jax.lax.scan(step, start, norms)[1])
 
 
 @pytest.mark.parametrize("run", cases(ADAGC))
@@ -201,139 +231,152 @@ FOLLOWS = {name: rule for name, rule in RULES.items() if "quantile" not in name}
 NOISE = np.exp(0.1 * np.random.default_rng(0).normal(size=400)).astype(np.float32)
 FAULTS = [math.nan, math.inf, 1e30, 1e-30, 0.0]
 PHASES = [0, 3, WARMUP - 1, WARMUP, 200]
+CHANGES = [(1, 5), (5, 1), (1e-6, 1), (1, 30)]
 
 
-def recovery(rule, start, sequences, clean):
-    """Updates from `start` until the threshold is, for good, within 1.5 of `clean`'s.
+def with_fault(where, values):
+    norms = NOISE.copy()
+    norms[where] = values
+    return norms
 
-    Checks on the way that no statistic is ever non-finite and nothing finite is frozen.
-    """
-    clipped, states = play_all(rule, [clean, *sequences])
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(states.threshold))
-    trigger = states.stats.clip_threshold
-    assert not np.isnan(trigger).any()
-    assert (trigger > 0).all()
-    norms = np.stack([clean, *sequences])
-    ordinary = (norms > 0.01) & (norms < 100)
-    assert (clipped[ordinary] > 0).all()
+
+def all_sequences():
+    """All that every rule is tried on, by name: one compiled loop for each rule."""
+    sequences: dict[Any, np.ndarray] = {"clean": NOISE, "constant": np.full(400, 0.7)}
+    for fault in FAULTS:
+        for phase in PHASES:
+            sequences["single", fault, phase] = with_fault(phase, fault)
+        for other in FAULTS:
+            sequences["pair", fault, other] = with_fault([200, 201], [fault, other])
+        for phase in (0, 200):
+            sequences["run", fault, phase] = with_fault(slice(phase, phase + 40), fault)
+    for before, after in CHANGES:
+        # Below 1 after the change: nothing is clipped to 1 in warm-up.
+        scale = 0.1 * np.where(np.arange(400) < 100, before, after)
+        sequences["noisy change", before, after] = scale * NOISE
+        sequences["constant change", before, after] = scale
+    sequences["rise at 200"] = NOISE * np.where(np.arange(400) < 200, 1, 5)
+    sequences["slow rise"] = 1 + 0.005 * np.maximum(np.arange(400) - 100, 0)
+    sequences["spikes"] = with_fault([200, 250], [1e30, 50.0])
+    sequences["zeros between"] = np.insert(NOISE, [0, 3, 10, 40, 40, 41], 0)[:400]
+    return {name: x.astype(np.float32) for name, x in sequences.items()}
+
+
+SEQUENCES = all_sequences()
+
+
+@functools.cache
+def played(name):
+    """Clipped norms, thresholds and the last state, of every sequence by its name."""
+    run = runner(og.clip_by_global_norm(RULES[name]))
+    clipped, trigger, last = jax.device_get(run(np.stack(list(SEQUENCES.values()))))
+    return {
+        key: (clipped[i], trigger[i], jax.tree.map(lambda x, i=i: x[i], last))
+        for i, key in enumerate(SEQUENCES)
+    }
+
+
+def steps_to_recover(name, key, first):
+    """Updates from `first` on until the threshold stays near the clean run's."""
+    trigger, clean = played(name)[key][1], played(name)["clean"][1]
     with np.errstate(all="ignore"):
-        ratio = np.where(trigger == trigger[0], 1.0, trigger / trigger[0])[1:]
+        ratio = np.where(trigger == clean, 1.0, trigger / clean)
     is_off = ~((ratio < 1.5) & (ratio > 1 / 1.5))
-    steps = np.arange(1, len(clean) + 1)
-    last = [max(steps * off) for off in is_off]
-    return [max(0, a - b) for a, b in zip(last, start, strict=True)]
+    return max(0, *(np.arange(1, 401) * is_off)) - first if is_off.any() else 0
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_nothing_nonfinite_is_kept_and_nothing_is_frozen(name):
+    for key, (clipped, trigger, last) in played(name).items():
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(last))
+        assert (trigger > 0).all()
+        norms = SEQUENCES[key]
+        assert (clipped[norms > 0] > 0).all() or "1e-30" in str(key)
+        ordinary = (norms > 0.01) & (norms < 100)
+        if "change" not in key[0] and "rise" not in key:
+            assert (clipped[-100:] > 0.5 * norms[-100:])[ordinary[-100:]].all()
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_single_bad_norm_is_forgotten(name):
-    sequences, phases = [], []
     for fault in FAULTS:
         for phase in PHASES:
-            sequences.append(NOISE.copy())
-            sequences[-1][phase] = fault
-            phases.append(phase)
-    steps = recovery(RULES[name], phases, sequences, NOISE)
-    # In warm-up a huge norm is in the first statistics, and new ones replace them.
-    assert max(steps) <= 2 * WARMUP
-    assert max(s for s, p in zip(steps, phases, strict=True) if p > WARMUP) == 0
+            steps = steps_to_recover(name, ("single", fault, phase), phase)
+            # In warm-up a huge norm enters the first statistics; new ones replace them.
+            assert steps <= (0 if phase > WARMUP else 2 * WARMUP), (fault, phase)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_bad_norms_after_one_another_are_forgotten(name):
-    sequences, phases = [], []
     for first in FAULTS:
         for second in FAULTS:
-            sequences.append(NOISE.copy())
-            sequences[-1][200:202] = first, second
-            phases.append(202)
-    assert max(recovery(RULES[name], phases, sequences, NOISE)) == 0
+            assert steps_to_recover(name, ("pair", first, second), 202) <= 0
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_run_of_bad_norms_is_survived(name):
-    sequences, phases = [], []
+    # These keep a large norm until the 40 are less than a tenth of the weight.
+    most = {"quantile": 160, "quantile forgets": 110}.get(name, 2 * WARMUP)
     for fault in FAULTS:
         for phase in (0, 200):
-            sequences.append(NOISE.copy())
-            sequences[-1][phase : phase + 40] = fault
-            phases.append(phase + 40)
-    steps = recovery(RULES[name], phases, sequences, NOISE)
-    if name == "quantile":
-        # Forgets nothing: the 40 must become less than a tenth.
-        steps = [
-            s for s, f in zip(steps, np.repeat(FAULTS, 2), strict=True) if f != 1e30
-        ]
-    assert max(steps) <= (110 if name == "quantile forgets" else 2 * WARMUP)
+            if (name, fault, phase) != ("quantile", 1e30, 0):
+                assert steps_to_recover(name, ("run", fault, phase), phase + 40) <= most
 
 
+@pytest.mark.parametrize("kind", ["noisy change", "constant change"])
 @pytest.mark.parametrize("name", FOLLOWS)
-@pytest.mark.parametrize("noise", [NOISE, np.ones(400, np.float32)])
-@pytest.mark.parametrize(("before", "after"), [(1, 5), (5, 1), (1e-6, 1), (1, 30)])
-def test_lasting_change_is_followed_within_warmup(name, noise, before, after):
-    scale = np.where(np.arange(400) < 100, before, after)
-    # Capped, or clipped to 1 in warm-up: everything else is below.
-    norms = (0.1 * scale * noise).astype(np.float32)
-    clipped, states = play_all(RULES[name], [norms])
-    late = slice(100 + WARMUP, None)
-    limit = states.stats.clip_threshold[0, late] / (0.1 * after)
-    assert limit.min() > 0.7
-    assert limit.max() < 2.0
-    if noise.std() == 0:
-        assert same_bits(clipped[0, late], norms[late])
+def test_lasting_change_is_followed_within_warmup(name, kind):
+    for before, after in CHANGES:
+        clipped, trigger, _ = played(name)[kind, before, after]
+        late = slice(100 + WARMUP, None)
+        limit = trigger[late] / (0.1 * after)
+        # Clipped to 1 in warm-up, the noisy start is what "relative" has as its mean.
+        assert limit.min() > 0.7
+        assert limit.max() < 2.0
+        if kind == "constant change":
+            assert same_bits(clipped[late], SEQUENCES[kind, before, after][late])
 
 
 def test_forgetting_quantile_follows_a_lasting_rise():
-    norms = NOISE * np.where(np.arange(400) < 200, 1, 5)
-    _, states = play_all(threshold.quantile(0.9, decay=0.99), [norms])
-    # A tenth of the weight is new after log(0.9) / log(0.99) = 10.5 updates.
-    assert states.stats.clip_threshold[0, 200 + 13] > 4
+    # A tenth of the weight is new after log(0.9) / log(0.98) = 5.2 updates.
+    assert played("quantile forgets")["rise at 200"][1][200 + 8] > 4
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_constant_norms_always_pass(name):
-    norms = np.full(400, 0.7, np.float32)
-    clipped, _ = play_all(RULES[name], [norms])
-    assert same_bits(clipped[0], norms)
+    assert same_bits(played(name)["constant"][0], SEQUENCES["constant"])
 
 
 def test_no_variance_is_no_lock():
-    norms = np.concatenate([np.ones(100), 1 + 0.005 * np.arange(300)])
-    clipped, _ = play_all(threshold.zscore(), [norms])
-    assert same_bits(clipped[0], np.float32(norms))
+    assert same_bits(played("zscore")["slow rise"][0], SEQUENCES["slow rise"])
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_spike_is_clipped_in_steady_state(name):
-    norms = NOISE.copy()
-    norms[[200, 250]] = 1e30, 50.0
-    clipped, states = play_all(RULES[name], [norms])
-    assert clipped[0, 200] < 2
-    assert clipped[0, 250] < 2
-    assert states.stats.clip_threshold[0, 250] < 2
+    clipped, trigger, _ = played(name)["spikes"]
+    assert clipped[[200, 250]].max() < 2
+    assert trigger[250] < 2
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_zero_norm_is_no_news(name):
+    trigger = played(name)["zeros between"][1]
+    is_new = SEQUENCES["zeros between"] > 0
+    assert same_bits(trigger[is_new], played(name)["clean"][1][: is_new.sum()])
+
+
+@pytest.mark.parametrize("name", ["zscore", "quantile forgets", "relative"])
 def test_withheld_step_teaches_nothing(name):
     tx = og.guard(optax.sgd(0.1), clip=RULES[name], skip=og.skip.norm_above(10.0))
     norms = jnp.array([*NOISE[:60], 50.0, math.nan, math.inf])
 
     def step(state, norm):
-        return tx.update(norm[None], state)[1], state.clip_state.threshold
+        return update(tx, norm[None], state)[1], state.clip_state.threshold
 
-    last, states = jax.lax.scan(step, tx.init(jnp.zeros(1)), norms)
+    last, states = jax.lax.scan(step, start(tx, jnp.zeros(1)), norms)
     assert last.num_skipped == 3
     kept = jax.tree.map(lambda x: x[60], states)
     assert same_bits(last.clip_state.threshold, kept)
-
-
-def test_zero_norm_is_no_news():
-    norms = NOISE[:80]
-    with_zeros = np.insert(norms, [0, 3, 10, 40, 40, 41], 0)
-    for rule in RULES.values():
-        _, a = play_all(rule, [norms])
-        _, b = play_all(rule, [with_zeros])
-        last = [jax.tree.map(lambda x: x[0, -1], s.threshold) for s in (a, b)]
-        assert same_bits(*last)
 
 
 def test_entries_of_an_array_are_independent():
@@ -360,12 +403,12 @@ def transformation(name):
     return autoclip(50.0) if name == "autoclip" else og.clip_by_global_norm(RULES[name])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", FACTORIES)
 def test_types_are_fixed(name, dtype):
     tx = transformation(name)
     updates = {"a": jnp.ones(3, dtype), "b": jnp.ones((), jnp.float32)}
-    state = tx.init(updates)
+    state = start(tx, updates)
     new, new_state = jax.eval_shape(tx.update, updates, state)
     assert types_of(new_state) == types_of(state)
     assert types_of(new) == types_of(updates)
@@ -377,32 +420,30 @@ def test_types_are_fixed(name, dtype):
 def test_types_are_fixed_under_x64(name, x64):
     del x64
     tx = transformation(name)
-    for dtype in (jnp.float32, jnp.float64):
-        updates = jnp.full(2, 1e-3, dtype)
-        state = tx.init(updates)
-        leaves = jax.tree.leaves(state)
-        assert all(x.dtype in (jnp.float32, jnp.int32) for x in leaves)
-        for scale in [*range(1, 40), 1e100]:
-            new, new_state = tx.update(updates * scale, state)
-            assert types_of(new_state) == types_of(state)
-            assert types_of(new) == types_of(updates)
-            state = new_state
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.threshold))
+    updates = jnp.full(2, 1e-3, jnp.float64)
+    state = start(tx, updates)
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+    step = lambda state, scale: update(tx, updates * scale, state)[::-1]  # noqa: E731
+    # The loop itself requires that types stay; the last norm is no float32.
+    state, _ = jax.lax.scan(step, state, jnp.array([*range(1, 40), 1e100]))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.threshold))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", RULES)
 def test_derivatives_are_finite(name):
-    tx = transformation(name)
+    rule = RULES[name]
 
-    def clipped(norms):
+    def total(norms):
         def step(state, norm):
-            updates, state = tx.update(norm[None], state)
-            return state, updates[0]
+            trigger, target = rule.limits(norm, norm, state)
+            clipped = jnp.where(norm > trigger, target, norm)
+            return rule.learn(norm, clipped, state), clipped
 
-        return jnp.sum(jax.lax.scan(step, tx.init(jnp.zeros(1)), norms)[1])
+        return jnp.sum(jax.lax.scan(step, rule.start(()), norms)[1])
 
-    for norms in (jnp.zeros(40), jnp.ones(40), jnp.ones(40).at[30].set(9.0)):
-        assert jnp.isfinite(jax.grad(clipped)(norms)).all()
+    ones = jnp.ones(40)
+    norms = jnp.stack([0 * ones, ones, ones.at[30].set(9.0), ones.at[35].set(0.0)])
+    assert jnp.isfinite(jax.jit(jax.vmap(jax.grad(total)))(norms)).all()
 
 
 # Settings ----------------------------------------------------------------------------
@@ -421,9 +462,9 @@ def test_numbers_may_be_traced_and_batched():
 
         def limit(tx):
             def step(state, norm):
-                return tx.update(norm[None], state)[1], None
+                return update(tx, norm[None], state)[1], None
 
-            state = jax.lax.scan(step, tx.init(jnp.zeros(1)), norms)[0]
+            state = jax.lax.scan(step, start(tx, jnp.zeros(1)), norms)[0]
             return state.stats.clip_threshold
 
         return jnp.stack([limit(tx) for tx in txs])
@@ -455,14 +496,14 @@ def test_injected_setting_changes_without_a_retrace(make):
     @jax.jit
     def step(state, norm):
         traces.append(1)
-        return tx.update(norm[None], state)
+        return update(tx, norm[None], state)
 
-    state = tx.init(jnp.zeros(1))
+    state = start(tx, jnp.zeros(1))
     for norm in NOISE[:30]:
         _, state = step(state, norm)
-    state.hyperparams["sigma"] = jnp.asarray(1.0)
+    state.hyperparams["sigma"] = jnp.float32(1.0)
     _, low = step(state, jnp.float32(9.0))
-    state.hyperparams["sigma"] = jnp.asarray(9.0)
+    state.hyperparams["sigma"] = jnp.float32(9.0)
     _, high = step(state, jnp.float32(9.0))
     limits = [og.find_state(s, og.NormStats).clip_threshold for s in (low, high)]
     assert limits[0] < limits[1]
@@ -474,7 +515,8 @@ def test_injected_setting_changes_without_a_retrace(make):
 def test_presets_work_with_all_their_defaults_injected(make, dtype):
     tx = optax.inject_hyperparams(make)()
     params = jnp.ones(2, dtype)
-    state = tx.init(params)
+    state = start(tx, params)
+    updates = None
     for _ in range(3):
         updates, state = jax.jit(tx.update)(params, state, params)
     assert same_bits(updates, params)
@@ -493,8 +535,8 @@ def test_table_is_the_threshold_it_names(kind):
     for by_table, by_call in [
         (og.clip_by_global_norm(TABLES[kind]), getattr(threshold, kind)(**options)),
     ]:
-        a, _ = play(by_table, NOISE)
-        b, _ = play(og.clip_by_global_norm(by_call), NOISE)
+        a = play(by_table, NOISE)
+        b = play(og.clip_by_global_norm(by_call), NOISE)
         assert same_bits(a, b)
 
 

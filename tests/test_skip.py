@@ -1,0 +1,404 @@
+"""Skip rules: the decisions of published ones, and what becomes of bad values."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_guard as og
+from tests.strategies import same_bits, types_of
+
+REFERENCE = json.loads((Path(__file__).parent / "data/skip_step.json").read_text())
+REASON = og.SkipReason
+
+
+def start(tx, params) -> Any:
+    """The initial state; as `Any`, because what optax declares has no fields."""
+    return tx.init(params)
+
+
+def update(tx, *args, **extra) -> Any:
+    """One update, as `Any` for the same reason."""
+    return tx.update(*args, **extra)
+
+
+def published(system, sigma, window, **options):
+    """The rule with the settings that make it a published one."""
+    if system == "levanter":
+        options |= {"ddof": 0}
+    else:
+        options |= {"min_history": max(2, window // 2) - 1}
+    return og.skip.spike(sigma, window, min_deviation=0, rejected="enter", **options)
+
+
+@functools.cache
+def player(tx, has_value):
+    """Norms and losses to reasons and last state, in one compiled loop."""
+
+    def step(state, signals):
+        norm, value = signals
+        extra = {"value": value} if has_value else {}
+        state = update(tx, norm[None], state, **extra)[1]
+        return state, state.skip_reason
+
+    def run(norms, values):
+        return jax.lax.scan(step, start(tx, jnp.zeros(1)), (norms, values))
+
+    return jax.jit(run)
+
+
+def play(rule, norms, values=None, max_consecutive_skips=10_000):
+    tx = og.guard(
+        optax.sgd(0.1), skip=rule, max_consecutive_skips=max_consecutive_skips
+    )
+    norms = np.asarray(norms, np.float32)
+    given = np.zeros_like(norms) if values is None else np.asarray(values, np.float32)
+    state, reasons = player(tx, values is not None)(norms, given)
+    return np.asarray(reasons), jax.device_get(state)
+
+
+def decide(rule, norms, losses):
+    """The rule's decisions without a guard around it, which compiles much faster."""
+    norms, losses = np.asarray(norms, np.float32), np.asarray(losses, np.float32)
+
+    def step(state, signals):
+        signals = og.skip.Signals(*signals)
+        fires = rule.judge(signals, state)
+        return rule.learn(signals, fires, state), fires
+
+    run = jax.jit(lambda x: jax.lax.scan(step, rule.start(), x)[1])
+    return np.asarray(run((norms, losses)))
+
+
+def sequence(run):
+    recorded = REFERENCE["sequences"][run["sequence"]]
+    losses = np.array([float(x) for x in recorded["loss"]])
+    if recorded["grad_norm"] is None:
+        return np.ones_like(losses), losses, ("value",)
+    norms = np.array([float(x) for x in recorded["grad_norm"]])
+    return norms, losses, ("grad_norm", "value")
+
+
+def cases(*, peer_wrong=False):
+    return [
+        pytest.param(run, id=f"{run['system']}-{run['sequence']}")
+        for run in REFERENCE["runs"]
+        if bool(run.get("peer_wrong")) == peer_wrong
+    ]
+
+
+# As published ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", cases())
+def test_decisions_are_those_of_the_published_rule(run):
+    norms, losses, watch = sequence(run)
+    rule = published(run["system"], run["sigma"], run["window"], watch=watch)
+    assert np.flatnonzero(decide(rule, norms, losses)).tolist() == run["skipped"]
+
+
+def test_guard_withholds_what_the_rule_says():
+    run = REFERENCE["runs"][3]
+    norms, losses, _ = sequence(run)
+    rule = published(run["system"], run["sigma"], run["window"])
+    reasons, _ = play(rule, norms, losses)
+    assert np.flatnonzero(reasons).tolist() == run["skipped"]
+    assert set(reasons) == {REASON.NONE, REASON.SPIKE}
+
+
+@pytest.mark.parametrize("run", cases(peer_wrong=True))
+def test_faults_of_published_rules_are_not_copied(run):
+    norms, losses, watch = sequence(run)
+    rule = published(run["system"], run["sigma"], run["window"], watch=watch)
+    if run["quirk"] == "zero_std":
+        fires = decide(og.skip.spike(run["sigma"], run["window"]), norms, losses)
+        # A rise of 1e-5, then one from 2 to 3.
+        assert run["skipped"] == [40, 50]
+        assert np.flatnonzero(fires).tolist() == [50]
+        return
+    reasons, _ = play(rule, norms, losses)
+    is_bad = ~(np.isfinite(norms) & np.isfinite(losses))
+    assert (reasons[is_bad] != REASON.NONE).all()
+    assert (reasons[is_bad] != REASON.SPIKE).all()
+    without = decide(rule, norms[~is_bad], losses[~is_bad])
+    assert reasons[~is_bad].astype(bool).tolist() == without.tolist()
+    assert reasons.astype(bool).sum() < len(run["skipped"]) / 2
+
+
+# Against plain NumPy ---------------------------------------------------------------
+
+
+def oracle(sigma, window, norms, losses, min_history, min_deviation, rejected):
+    """The rule in double precision, for finite values."""
+    past, skipped = ([], []), []
+
+    def limit(values):
+        if len(values) < min_history:
+            return math.inf
+        recent = np.array(values[-window:])
+        floor = min_deviation * abs(recent.mean())
+        return recent.mean() + sigma * max(recent.std(ddof=1), floor)
+
+    for signals in zip(norms, losses, strict=True):
+        limits = [limit(values) for values in past]
+        is_skipped = any(x > y for x, y in zip(signals, limits, strict=True))
+        skipped.append(is_skipped)
+        for x, values, top in zip(signals, past, limits, strict=True):
+            if not is_skipped or rejected == "enter":
+                values.append(x)
+            elif rejected == "limit":
+                values.append(min(x, top))
+    return skipped
+
+
+@pytest.mark.parametrize("rejected", ["limit", "enter", "nothing"])
+def test_rejected_values_enter_as_asked(rejected):
+    rng = np.random.default_rng(1)
+    norms = np.exp(0.2 * rng.normal(size=300))
+    losses = 2 + 0.1 * rng.normal(size=300)
+    norms[[60, 61, 62, 120, 200]] *= [10, 8, 30, 1e6, 1e6]
+    losses[[90, 125, 201]] += [5, 3, 9]
+    settings = {"min_history": 12, "min_deviation": 0.02, "rejected": rejected}
+    rule = og.skip.spike(5.0, 24, **settings)
+    fires = decide(rule, norms, losses)
+    expected = oracle(5.0, 24, norms, losses, **settings)
+    assert fires.tolist() == expected
+    assert sum(expected) == (8 if rejected == "enter" else 9)
+
+
+# Bad values, lasting changes -------------------------------------------------------
+
+NOISE = np.exp(0.1 * np.random.default_rng(0).normal(size=200)).astype(np.float32)
+PHASES = [0, 3, 15, 16, 100]
+
+
+@functools.cache
+def default_runner(rejected):
+    rule = og.skip.spike(6.0, 32, rejected=rejected)
+    tx = og.guard(optax.sgd(0.1), skip=rule)
+    return jax.jit(jax.vmap(lambda x: player(tx, False)(x, jnp.zeros_like(x))))
+
+
+def faults_at(phase):
+    faults = [math.nan, math.inf, 1e30, 3e38, 0.0]
+    rows = np.stack([NOISE.copy() for _ in faults])
+    rows[:, phase] = faults
+    # A second spike, once everything has been forgotten that is forgotten at all.
+    rows[:, phase + 40] = 50.0
+    return rows
+
+
+@pytest.mark.parametrize("rejected", ["limit", "enter", "nothing"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_bad_value_makes_no_healthy_step_skipped(phase, rejected):
+    state, reasons = jax.device_get(default_runner(rejected)(faults_at(phase)))
+    is_known = phase >= 16
+    for i, at_fault in enumerate(
+        [REASON.NONFINITE] * 2 + [REASON.SPIKE * is_known] * 2 + [REASON.NONE]
+    ):
+        expected = np.zeros(200, int)
+        expected[phase], expected[phase + 40] = at_fault, REASON.SPIKE
+        assert reasons[i].tolist() == expected.tolist()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.rule_states))
+
+
+def test_one_spike_does_not_hide_the_next():
+    norms = NOISE.copy()
+    norms[[100, 101, 105, 120]] = 1e30, 1e30, 50.0, 8.0
+    after = {}
+    for rejected in ("limit", "enter", "nothing"):
+        reasons, _ = play(og.skip.spike(6.0, 32, rejected=rejected), norms)
+        after[rejected] = np.flatnonzero(reasons).tolist()
+    assert after == {
+        "limit": [100, 101, 105, 120],
+        "enter": [100],
+        "nothing": [100, 101, 105, 120],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rejected", "most"), [("limit", 5), ("enter", 2), ("nothing", 5)]
+)
+def test_lasting_rise_costs_a_bounded_number_of_steps(rejected, most):
+    norms = np.where(np.arange(200) < 100, 1, 5) * NOISE
+    rule = og.skip.spike(6.0, 32, rejected=rejected)
+    reasons, state = play(rule, norms, max_consecutive_skips=5)
+    assert 0 < reasons.astype(bool).sum() <= most
+    assert not reasons[100 + most :].any()
+    assert state.skip_streak == 0
+
+
+def test_tiny_noise_on_a_constant_is_no_spike():
+    norms = np.full(100, 0.5)
+    norms[60], norms[80] = 0.5 * (1 + 1e-4), 0.5 * 1.05
+    reasons, _ = play(og.skip.spike(6.0, 32), norms, 2 * norms)
+    assert np.flatnonzero(reasons).tolist() == [80]
+
+
+def test_zeros_say_nothing_of_scale():
+    norms = np.r_[np.zeros(60), np.ones(60)]
+    reasons, _ = play(og.skip.spike(6.0, 32), norms)
+    assert not reasons.any()
+
+
+def test_norm_is_the_one_before_clipping():
+    norms = NOISE.copy()
+    norms[100] = 50.0
+    tx = og.guard(optax.sgd(0.1), clip=0.1, skip=og.skip.spike(6.0, 32))
+    _, reasons = player(tx, False)(norms, np.zeros_like(norms))
+    assert np.flatnonzero(reasons).tolist() == [100]
+
+
+def test_loss_counts_only_where_it_is_given():
+    losses = 2 * NOISE
+    losses[100] = 50.0
+    both, only_norm = og.skip.spike(6.0, 32), og.skip.spike(6.0, 32, watch="grad_norm")
+    assert np.flatnonzero(play(both, NOISE, losses)[0]).tolist() == [100]
+    assert not play(both, NOISE)[0].any()
+    assert not play(only_norm, NOISE, losses)[0].any()
+    only_value = og.skip.spike(watch="value")
+    with pytest.raises(TypeError, match="pass `value=` to"):
+        play(only_value, NOISE)
+
+
+def test_windows_hold_the_last_values():
+    _, state = play(og.skip.spike(6.0, 8), NOISE[:43], 2 * NOISE[:43])
+    (windows,) = state.rule_states
+    expected = NOISE[np.array([40, 41, 42, 35, 36, 37, 38, 39])]
+    assert same_bits(windows.grad_norm_window.window_values, expected)
+    assert same_bits(windows.value_window.window_values, 2 * expected)
+    assert windows.grad_norm_window.window_position == 8 + 43 % 8
+
+
+# Norms above a threshold -----------------------------------------------------------
+
+
+def test_norm_above_takes_any_threshold():
+    norms = NOISE.copy()
+    norms[[50, 100]] = 1e30, 5.0
+    for limit in (
+        2.0,
+        lambda step: jnp.where(step < 1000, 2.0, 1.0),
+        og.threshold.zscore(5.0),
+        {"kind": "quantile", "q": 1.0},
+    ):
+        reasons, _ = play(og.skip.norm_above(limit), norms)
+        expected = {50, 100} if limit != {"kind": "quantile", "q": 1.0} else {50}
+        assert expected <= set(np.flatnonzero(reasons)) <= expected | set(range(25, 60))
+        assert reasons[100] == (REASON.NORM_ABOVE if 100 in expected else 0)
+
+
+def test_adaptive_norm_above_follows_a_lasting_rise():
+    norms = np.where(np.arange(200) < 100, 1, 5) * NOISE
+    reasons, _ = play(og.skip.norm_above(og.threshold.zscore(4.0)), norms)
+    assert 100 in np.flatnonzero(reasons)
+    assert not reasons[125:].any()
+
+
+def test_schedule_of_norm_above_goes_on_when_it_is_overruled():
+    limit = lambda step: jnp.where(step < 5, 10.0, 1.0)  # noqa: E731
+    norms = np.full(12, 2.0)
+    reasons, _ = play(og.skip.norm_above(limit), norms, max_consecutive_skips=2)
+    assert reasons.astype(bool).tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1]
+
+
+# The laws --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x64_wanted", [False, True])
+def test_types_are_fixed(x64_wanted, request):
+    if x64_wanted:
+        request.getfixturevalue("x64")
+    for rule in (og.skip.spike(), og.skip.norm_above(og.threshold.zscore())):
+        tx = og.guard(optax.sgd(0.1), skip=[rule, og.skip.norm_above(2.0)])
+        params = jnp.ones(2, jnp.float64 if x64_wanted else jnp.bfloat16)
+        state = start(tx, params)
+        _, new = jax.eval_shape(
+            lambda s, p=params, tx=tx: update(tx, p, s, p, value=jnp.ones(())), state
+        )
+        assert types_of(new) == types_of(state)
+        buffers = [
+            x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.rule_states)
+        ]
+        assert len(set(buffers)) == len(buffers)
+        leaves = jax.tree.leaves(state.rule_states)
+        assert all(x.dtype in (jnp.float32, jnp.int32) for x in leaves)
+
+
+def test_norm_beyond_float32_stays_out_of_the_window(x64):
+    del x64
+    rule = og.skip.spike(6.0, 4, rejected="enter")
+    norms = [1.0, 1.1, 1e100, 1.2]
+    state = rule.start()
+    for norm in norms:
+        signals = og.skip.Signals(jnp.float64(norm), None)
+        state = rule.learn(signals, rule.judge(signals, state), state)
+    window = state.grad_norm_window.window_values
+    assert window.tolist() == np.asarray([1.0, 1.1, 1.2, 0.0], np.float32).tolist()
+
+
+def test_numbers_may_be_traced_and_batched():
+    norms = jnp.asarray(NOISE).at[100].set(1.8)
+
+    def skipped(sigma, floor, history):
+        rule = og.skip.spike(sigma, 32, min_deviation=floor, min_history=history)
+        tx = og.guard(optax.sgd(0.1), skip=rule)
+
+        def step(state, norm):
+            return update(tx, norm[None], state)[1], None
+
+        return jax.lax.scan(step, start(tx, jnp.zeros(1)), norms)[0].num_skipped
+
+    counts = jax.jit(jax.vmap(skipped))(
+        jnp.array([5.0, 12.0, 5.0, 5.0]),
+        jnp.array([0.0, 0.0, 0.5, 0.0]),
+        jnp.array([16, 16, 16, 2]),
+    )
+    assert counts.tolist()[:3] == [1, 0, 0]
+    assert counts[3] >= 1
+
+
+def test_derivative_through_a_spike_rule_is_finite():
+    tx = og.guard(optax.sgd(0.1), skip=og.skip.spike(6.0, 4))
+
+    def total(norms):
+        def step(state, norm):
+            updates, state = update(tx, norm[None], state)
+            return state, updates[0]
+
+        return jnp.sum(jax.lax.scan(step, start(tx, jnp.zeros(1)), norms)[1])
+
+    gradient = jax.grad(total)(jnp.ones(8).at[6].set(9.0))
+    np.testing.assert_allclose(gradient, [-0.1] * 6 + [0.0, -0.1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 0}, "`sigma` must be positive, got 0"),
+        ({"window": 1}, "`window` must be at least 2, got 1"),
+        ({"window": 2.5}, "`window` must be a whole number of at least 1, got 2.5"),
+        ({"min_history": 200}, r"`min_history` must be in \[1, 128\], got 200"),
+        ({"watch": "loss"}, "`watch` must be one of 'grad_norm', 'value', got 'loss'"),
+        ({"watch": ()}, "`watch` must name a signal"),
+        ({"min_deviation": -1.0}, "`min_deviation` must be in"),
+        ({"rejected": "drop"}, "`rejected` must be one of 'limit', 'enter', 'nothing'"),
+        ({"ddof": 2}, r"`ddof` must be in \[0, 1\], got 2"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_settings_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        og.skip.spike(**options)
+
+
+def test_traced_window():
+    with pytest.raises(TypeError, match="`window` must be a Python number"):
+        jax.jit(lambda n: og.skip.spike(6.0, n).start())(8)
