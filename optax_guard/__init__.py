@@ -17,6 +17,9 @@ from optax_guard._guarding import RejectionLog as RejectionLog
 from optax_guard._guarding import apply_gradients as apply_gradients
 from optax_guard._guarding import guard as guard
 from optax_guard._guarding import keep_if_skipped as keep_if_skipped
+from optax_guard._presets import autoclip as autoclip
+from optax_guard._presets import zclip as zclip
+from optax_guard._quantiles import norm_quantile as norm_quantile
 from optax_guard._readout import GuardExhaustedError as GuardExhaustedError
 from optax_guard._readout import Rejection as Rejection
 from optax_guard._readout import metrics as metrics

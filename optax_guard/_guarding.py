@@ -1,6 +1,6 @@
 """The guard: a bad step changes nothing but the guard's own records."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from optax_guard._base import (
 from optax_guard._clipping import (
     Measurement,
     clip_by_global_norm,
+    map_inexact,
     record_norm,
     select,
 )
@@ -85,6 +86,7 @@ def guard(
     clip: ArrayLike
     | optax.Schedule
     | Threshold
+    | Mapping[str, Any]
     | optax.GradientTransformationExtraArgs
     | None = None,
     *,
@@ -144,6 +146,9 @@ def guard(
         )
     inner = optax.with_extra_args_support(inner)
     clip_init, measure, rescale = _clip_parts(clip)
+    # Without a clip, `inner` may read the updates in the same pass as the guard, which
+    # it could not if it had to wait for the verdict.
+    hides_bad = clip is not None
     rules = _as_rules(skip)
     check_count("max_consecutive_skips", max_consecutive_skips)
 
@@ -221,7 +226,12 @@ def guard(
             return jax.tree.map(_zeros, like[0]), _cast(inner_state, like[1])
 
         new_updates, new_inner_state = _take_or_keep(
-            state.skip_reason, take, keep, updates, state.wrapped_state
+            state.skip_reason,
+            take,
+            keep,
+            updates,
+            state.wrapped_state,
+            hides_bad=hides_bad,
         )
         return new_updates, state._replace(wrapped_state=new_inner_state)
 
@@ -243,7 +253,13 @@ def guard(
             return _cast((params, inner_state), like)
 
         new_params, new_inner_state = _take_or_keep(
-            state.skip_reason, take, keep, grads, params, state.wrapped_state
+            state.skip_reason,
+            take,
+            keep,
+            grads,
+            params,
+            state.wrapped_state,
+            hides_bad=hides_bad,
         )
         return new_params, state._replace(wrapped_state=new_inner_state)
 
@@ -419,7 +435,10 @@ def _log(
         rejected_leaf=measured.norm.bad_leaf,
         rejected_num_leaves=jnp.int32(len(jax.tree.leaves(updates))),
     )
-    slot = jnp.arange(NUM_REJECTIONS) == state.num_skipped % NUM_REJECTIONS
+    slot = (
+        jnp.arange(NUM_REJECTIONS, dtype=jnp.int32)
+        == state.num_skipped % NUM_REJECTIONS
+    )
     return select(slot & (reason != SkipReason.NONE), entry, state.rejections)
 
 
@@ -428,11 +447,13 @@ def _take_or_keep(
     take: Callable[..., Any],
     keep: Callable[..., Any],
     *operands: Any,
+    hides_bad: bool = False,
 ) -> Any:
     """``take(*operands)`` where there is no reason against it, else ``keep``.
 
     On CPU a masked result is a second copy of everything, and a branch is free; on TPU
-    and GPU the mask fuses into the optimizer and a branch is what costs.
+    and GPU the mask fuses into the optimizer and a branch is what costs. There,
+    ``hides_bad`` makes the first operand zeros where ``take`` does not count.
     """
     is_taken = reason == SkipReason.NONE
     # Under jit it is traced once for its shapes and for both platforms.
@@ -444,8 +465,14 @@ def _take_or_keep(
             is_taken.astype(jnp.int32), [lambda *x: keep(like, *x), take], *operands
         )
 
-    def mask(*operands: Any) -> Any:
-        return select(is_taken, take(*operands), keep(like, *operands))
+    def mask(updates: Any, *others: Any) -> Any:
+        seen = updates
+        if hides_bad:
+            # What is masked out must not have been NaN: its derivative is 0 * NaN.
+            seen = map_inexact(
+                lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), seen
+            )
+        return select(is_taken, take(seen, *others), keep(like, updates, *others))
 
     return lax.platform_dependent(*operands, cpu=branch, default=mask)
 

@@ -278,7 +278,7 @@ def _first_bad(parts: Sequence[jax.Array], num_leaves: int) -> jax.Array:
 
 def _mark(bad: jax.Array, leaves: list[jax.Array]) -> jax.Array:
     """A vector that is 1 at this device's first bad leaf."""
-    return (jnp.arange(len(leaves)) == bad).astype(jnp.float32)
+    return (jnp.arange(len(leaves), dtype=jnp.int32) == bad).astype(jnp.float32)
 
 
 def _first(marks: jax.Array) -> jax.Array:

@@ -53,8 +53,7 @@ def zclip(
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og
-      >>> from optax_guard._presets import zclip
-      >>> tx = zclip(clip_option="mean", warmup_steps=2)
+      >>> tx = og.zclip(clip_option="mean", warmup_steps=2)
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in [1.0, 3.0, 9.0]:
       ...     updates, state = tx.update(jnp.array([norm]), state)
@@ -102,9 +101,8 @@ def autoclip(
       ValueError: If ``percentile`` is a Python number out of range.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from optax_guard._presets import autoclip
-      >>> tx = autoclip(50.0)
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> tx = og.autoclip(50.0)
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in [1.0, 2.0, 9.0]:
       ...     updates, state = tx.update(jnp.array([norm]), state)

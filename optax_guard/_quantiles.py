@@ -34,12 +34,11 @@ def norm_quantile(state: Any, q: ArrayLike) -> jax.Array:
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og
-      >>> from optax_guard._quantiles import norm_quantile
       >>> tx = og.record_norm()
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in [1.0, 2.0, 9.0]:
       ...     updates, state = tx.update(jnp.array([norm]), state)
-      >>> abs(norm_quantile(state, 0.5).item() - 2.0) <= 0.02 * 2.0
+      >>> abs(og.norm_quantile(state, 0.5).item() - 2.0) <= 0.02 * 2.0
       True
     """
     if not isinstance(q, jax.Array):

@@ -148,6 +148,11 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
       ...
       optax_guard._readout.GuardExhaustedError: The guard withheld the last 1 step(s)...
     """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            "`metrics` must be the dict that `optax_guard.metrics` returns for a "
+            f"state, got a `{type(metrics).__name__}`."
+        )
     flags = {k: v for k, v in metrics.items() if k.startswith("guard_exhausted")}
     if not flags:
         raise ValueError(

@@ -210,7 +210,7 @@ def sketch_add(
     num_bins = sketch.shape[-1]
     is_finite = jnp.isfinite(value)[..., None]
     bin_of = _bin_of(value, num_bins)[..., None]
-    hit = (jnp.arange(num_bins) == bin_of) & is_finite
+    hit = (jnp.arange(num_bins, dtype=jnp.int32) == bin_of) & is_finite
     if decay is not None:
         decay = jnp.asarray(decay, sketch.dtype)
         return jnp.where(is_finite, sketch * decay, sketch) + hit.astype(sketch.dtype)

@@ -55,7 +55,7 @@ def clip_by_value(
     ``clip_by_global_norm``: the state shows by how much, as the cosine between the
     updates before and after. An infinite entry becomes the bound; NaN stays NaN; both
     count as non-finite. The parts of a complex entry are clipped separately. Entries
-    within the bounds keep their bits, except that XLA on CPU flushes denormals.
+    within the bounds keep their bits; given ``min_value``, but for denormals on CPU.
 
     Args:
       max_value: Upper bound :math:`u`, in units of the gradient; positive unless
@@ -140,7 +140,8 @@ def clip_by_value(
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
         del measured
-        return map_inexact(lambda x: _clip(x, bounds), updates)
+        is_symmetric = min_value is None
+        return map_inexact(lambda x: _clip(x, bounds, is_symmetric), updates)
 
     return clip(init, measure, rescale)
 
@@ -171,7 +172,8 @@ def _effect_of_clipping(
     leaves = [_real(x) for x in jax.tree.leaves(updates) if is_inexact(x)]
     if not leaves:
         return _Effect(norm, jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
-    totals = _sum_terms(leaves, [bounds(x.dtype) for x in leaves])
+    limits = lax.stop_gradient([bounds(x.dtype) for x in leaves])
+    totals = _sum_terms(leaves, limits)
     share = jnp.array(sum(x.size for x in leaves), norm.dtype)
     if axis_name is not None:
         totals, share = lax.psum((totals, share), axis_name)
@@ -265,11 +267,16 @@ def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return sums
 
 
-def _clip(x: jax.Array, bounds: _Bounds) -> jax.Array:
+def _clip(x: jax.Array, bounds: _Bounds, is_symmetric: bool) -> jax.Array:
     if jnp.iscomplexobj(x):
-        return lax.complex(_clip(x.real, bounds), _clip(x.imag, bounds))
+        parts = (_clip(part, bounds, is_symmetric) for part in (x.real, x.imag))
+        return lax.complex(*parts)
     low, high = bounds(x.dtype)
-    # A selection by comparisons that NaN fails, so that entries within keep their bits.
+    # Selections by comparisons that NaN fails, so that entries within keep their bits.
+    if is_symmetric:
+        # Through the sign, because XLA on CPU makes a minimum of two comparisons, and
+        # that flushes denormals.
+        return jnp.where(jnp.abs(x) > high, jnp.copysign(high, x), x)
     return jnp.where((x > high) | (x < low), jnp.where(x > high, high, low), x)
 
 

@@ -236,7 +236,7 @@ def spike(
     def limit(past: SpikeWindow) -> jax.Array:
         """The largest value that passes; infinite without enough history."""
         length = jnp.minimum(past.window_position, window)
-        is_seen = jnp.arange(window) < length
+        is_seen = jnp.arange(window, dtype=jnp.int32) < length
         number = jnp.maximum(length, 1).astype(jnp.float32)
         mean = jnp.sum(past.window_values) / number
         squares = jnp.where(is_seen, (past.window_values - mean) ** 2, 0.0)
@@ -259,7 +259,7 @@ def spike(
         if rejected == "nothing":
             enters &= ~is_skipped
         position = past.window_position
-        is_next = (jnp.arange(window) == position % window) & enters
+        is_next = (jnp.arange(window, dtype=jnp.int32) == position % window) & enters
         # Bounded, so that it never overflows.
         following = jnp.where(position + 1 == 2 * window, window, position + 1)
         return SpikeWindow(

@@ -145,7 +145,7 @@ FORMS = {
 # Published presets, as they become public.
 LOOSE: Any = og
 PRESETS = {
-    "zclip": lambda: LOOSE.zclip(max_norm=1.0, warmup_steps=2),
+    "zclip": lambda: LOOSE.zclip(warmup_steps=2),
     "autoclip": lambda: LOOSE.autoclip(90.0),
     "adagc": lambda: LOOSE.adagc(),
 }

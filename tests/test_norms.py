@@ -297,7 +297,9 @@ def test_non_finite_entry_makes_the_norm_so_and_is_placed(sums, bad, ord):
         result = norm(tree, ord, sums)
         assert not np.isfinite(result.value)
         assert result.bad_leaf == position
-        assert np.isnan(result.value) == np.isnan(bad)
+        # A maximum over devices may lose a NaN, so these orders count it as infinite.
+        is_nan = np.isnan(bad) and ord in (None, 1)
+        assert np.isnan(result.value) == is_nan
 
 
 def test_first_of_several_bad_leaves_is_named(sums):
