@@ -214,7 +214,7 @@ def test_every_public_function_is_in_the_table_or_has_tests_of_its_own():
     assert set(functions_of(og)) == tested
 
 
-@pytest.mark.parametrize("module", RULES)
+@pytest.mark.parametrize("module", sorted(RULES))
 def test_modules_of_rules_exist_and_have_tests_of_their_own(module):
     assert isinstance(getattr(og, module), types.ModuleType)
     assert functions_of(getattr(og, module))
