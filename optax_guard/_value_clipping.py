@@ -274,9 +274,9 @@ def _clip(x: jax.Array, bounds: _Bounds, is_symmetric: bool) -> jax.Array:
     low, high = bounds(x.dtype)
     # Selections by comparisons that NaN fails, so that entries within keep their bits.
     if is_symmetric:
-        # Through the sign, because XLA on CPU makes a minimum of two comparisons, and
-        # that flushes denormals.
-        return jnp.where(jnp.abs(x) > high, jnp.copysign(high, x), x)
+        # By size and sign, because XLA on CPU makes a minimum of a comparison with each
+        # bound, and that flushes denormals.
+        return jnp.where(jnp.abs(x) > high, jnp.where(x > 0, high, low), x)
     return jnp.where((x > high) | (x < low), jnp.where(x > high, high, low), x)
 
 
