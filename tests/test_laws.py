@@ -171,6 +171,7 @@ ELSEWHERE = {
     "test_guarding": {"apply_gradients", "keep_if_skipped"},
     "test_early_stopping": {"early_stopping", "explain"},
     "test_stop_conformance": {"from_flax", "from_keras", "from_lightning"},
+    "test_sketch": {"norm_quantile"},
 }
 # Modules of rules and thresholds, which are parts of transformations.
 RULES = {"skip", "stop", "threshold"}
