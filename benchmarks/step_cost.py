@@ -71,7 +71,9 @@ def by_hand(tx: optax.GradientTransformation) -> tuple[Any, Step]:
             updates, opt_state = tx.update(scaled, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        keep = lambda params, opt_state: (params, opt_state)  # noqa: E731
+        def keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            return params, opt_state
+
         is_finite = jnp.isfinite(norm).astype(jnp.int32)
         return jax.lax.switch(is_finite, [keep, take], params, opt_state)
 
