@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,20 +18,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 1 if the command failed, 2 if it was called wrongly, 130 if it
-      was interrupted.
+      was interrupted; of `report`, 3 if the worst finding is a warning, 4 if it is an
+      error.
     """
     parser = argparse.ArgumentParser(
         prog="optax-guard", description="The safety layer of a JAX training step."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_report(commands)
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as exit:
         # argparse ends the process: right for a script, not for who calls `main`.
         return exit.code if isinstance(exit.code, int) else 2
     try:
-        return arguments.run(arguments)
+        return arguments.run_command(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -55,7 +58,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         default=Path("runs", "demo"),
         help="folder for the history and the plots; default: %(default)s",
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run_command=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -72,6 +75,86 @@ def _demo(arguments: argparse.Namespace) -> int:
         return 1
     recipe = _demo.QUICK if arguments.quick else _demo.FULL
     return 130 if _demo.run(recipe, arguments.seed, arguments.out) is None else 0
+
+
+def _add_report(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    report = commands.add_parser(
+        "report",
+        help="table, findings and plots of a recorded run",
+        description="Says what norms and losses of a run mean, and what to try. Reads "
+        "JSON Lines, CSV such as Lightning's metrics.csv, and Hugging Face's "
+        "trainer_state.json. Exit code: 0 if nothing is worse than an info, 3 if there "
+        "is a warning, 4 if there is an error; 1 if the run could not be read.",
+    )
+    report.add_argument("path", metavar="RUN", type=Path, help="a file, or its folder")
+    report.add_argument(
+        "--out",
+        type=Path,
+        help="folder for report.md and the plot, and the only one that is written to; "
+        "default: `report` beside the file",
+    )
+    report.add_argument(
+        "--html", action="store_true", help="also write report.html, one page"
+    )
+    report.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object and nothing else; writes no files without --out",
+    )
+    report.add_argument("--run", metavar="NAME", help="which of several runs in a file")
+    report.add_argument(
+        "--column",
+        metavar="NAME=THEIRS",
+        action="append",
+        type=_column,
+        default=[],
+        help="what a column is called in the file, as in grad_norm=my/norm; repeatable",
+    )
+    report.add_argument(
+        "--max-norm", type=float, help="threshold of the clip, if the file lacks it"
+    )
+    report.set_defaults(run_command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from optax_guard import _report
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = _report.make_report(
+                arguments.path,
+                run=arguments.run,
+                columns=dict(arguments.column),
+                max_norm=arguments.max_norm,
+            )
+    except ValueError as error:
+        print(f"optax-guard report: {error}", file=sys.stderr)
+        return 1
+    for warning in caught:
+        print(f"optax-guard report: {warning.message}", file=sys.stderr)
+    print(_report.as_json(report) if arguments.json else _report.as_text(report))
+    if not arguments.json or arguments.html or arguments.out is not None:
+        out = arguments.out or report.source.parent / "report"
+        written = _report.write(report, out, html=arguments.html)
+        if all(path.suffix != ".png" for path in written):
+            print(
+                "optax-guard report: no plot, for matplotlib is missing: pip install "
+                "'optax-guard[plot]'",
+                file=sys.stderr,
+            )
+        if not arguments.json:
+            print(f"\nFiles in {out}: {', '.join(path.name for path in written)}")
+    return _report.exit_code(report)
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, equals, theirs = text.partition("=")
+    if not (name and equals and theirs):
+        raise argparse.ArgumentTypeError(f"must be NAME=THEIRS, got {text!r}")
+    return name, theirs
 
 
 def _seed(text: str) -> int:

@@ -153,27 +153,14 @@ def clip_by_global_norm(
         stats = update_stats(state.stats, norm.value, clipped_norm, trigger, is_clipped)
         learned = threshold.learn(norm.value, clipped_norm, state.threshold)
         kept = select(is_finite, learned, state.threshold)
-        factors = (
-            is_finite,
-            is_clipped,
-            *_two_factors(
-                jnp.where(is_clipped, target, 1.0),
-                jnp.where(is_clipped, norm.value, 1.0),
-            ),
-        )
+        factors = is_finite, factors_for(is_clipped, target, norm.value)
         return Measurement(norm, is_finite, factors), ClipByNormState(stats, kept)
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
-        is_finite, is_clipped, first, second = measured.factors
+        is_finite, factors = measured.factors
 
         def leaf(x: jax.Array) -> jax.Array:
-            dtype = accumulator_dtype([x])
-            if jnp.iscomplexobj(x):
-                dtype = x.dtype
-            scaled = x.astype(dtype) * first.astype(dtype) * second.astype(dtype)
-            # A selection, not a factor of one, so that what is not clipped keeps its
-            # bits: some backends flush denormals whenever they multiply.
-            result = jnp.where(is_clipped, scaled.astype(x.dtype), x)
+            result = rescaled(x, factors)
             if nonfinite == "zero":
                 result = jnp.where(is_finite, result, jnp.zeros_like(x))
             return result
@@ -259,14 +246,40 @@ def select(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _two_factors(target: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two factors with the product ``target / norm``, which may itself underflow."""
+class Factors(NamedTuple):
+    """What to multiply entries by, as two factors; of shapes that broadcast to theirs.
+
+    Attributes:
+      is_clipped: bool[...], whether to multiply at all.
+      first: float[...]
+      second: float[...], the product of both is the coefficient of clipping, which may
+        itself underflow.
+    """
+
+    is_clipped: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def factors_for(is_clipped: jax.Array, target: jax.Array, norm: jax.Array) -> Factors:
+    """Factors that bring ``norm`` to ``target`` where ``is_clipped``."""
+    target, norm = jnp.where(is_clipped, target, 1.0), jnp.where(is_clipped, norm, 1.0)
     # Float32 ends at 2**-126. The first factor leaves room on both sides for a norm of
     # up to 2**128, and for one so small that it could not be made smaller itself.
     underflows = target < norm * 2.0**-100
     first = jnp.where(underflows, jnp.where(norm > 1, 2.0**-120, 2.0**-96), 1.0)
     first = first.astype(norm.dtype)
-    return first, _divide(target, norm * first)
+    return Factors(is_clipped, first, _divide(target, norm * first))
+
+
+def rescaled(x: jax.Array, factors: Factors) -> jax.Array:
+    """``x`` times the factors where clipped; else ``x``, bit for bit."""
+    dtype = x.dtype if jnp.iscomplexobj(x) else accumulator_dtype([x])
+    scaled = x.astype(dtype) * factors.first.astype(dtype)
+    scaled = scaled * factors.second.astype(dtype)
+    # A selection, not a factor of one, so that what is not clipped keeps its bits: some
+    # backends flush denormals whenever they multiply.
+    return jnp.where(factors.is_clipped, scaled.astype(x.dtype), x)
 
 
 @jax.custom_jvp

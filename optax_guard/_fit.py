@@ -1,8 +1,8 @@
 """The host loop: evaluation, early stopping and logs, without a stall."""
 
+import contextlib
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._base import check_count
+from optax_guard._checkpoint import Checkpointer, Run, open_store
 from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState
+from optax_guard._fit_inputs import (
+    VALUE,
+    check_apart,
+    check_arguments,
+    named_values,
+    tracked,
+    warn_of_end,
+)
 from optax_guard._guarding import GuardState
 from optax_guard._host import (
     END,
     Interrupt,
     Logger,
-    MetricWriter,
     Record,
     agree,
     open_display,
@@ -25,19 +33,20 @@ from optax_guard._host import (
 )
 from optax_guard._interval import close, first_interval, run_step
 from optax_guard._progress import Progress
-from optax_guard._readout import (
-    GuardExhaustedError,
-    metrics,
-    raise_if_exhausted,
-    rejections,
+from optax_guard._readout import metrics
+from optax_guard._rewind import (
+    Rewind,
+    check_rewind,
+    flags_of_guard,
+    go_back,
+    is_over,
+    with_plateau,
 )
+from optax_guard._run import begin, best_variables
 from optax_guard._states import find_states
-from optax_guard._stop_plateau import PlateauState, apply_plateau
 
-# The key of a row for what `evaluate` returned, if it was no dict.
-_VALUE = "value"
-# What `raise_if_exhausted` reads.
-_FLAGS = ("guard_exhausted", "skip_reason", "skip_streak")
+# Of the machine, for the host to read.
+_FLAGS = ("should_stop", "stop_reason", "best_step")
 
 
 class FitResult(NamedTuple):
@@ -49,8 +58,10 @@ class FitResult(NamedTuple):
       best_params: Parameters of the best evaluation, or of `state` if none was finite;
         ``None`` without a stopper.
       stop: The `EarlyStoppingState`, for `explain`; ``None`` without a stopper. If the
-        state has `batch_stats`, its ``best_params`` is a dict of both trees.
-      history: One dict of Python numbers an evaluation, as the loggers got them.
+        state has `batch_stats`, its ``best_params`` is a dict of both trees; with a
+        checkpointer it is ``None``.
+      history: One dict of Python numbers an evaluation, as the loggers got them, those
+        before a resumption included.
       best_batch_stats: `batch_stats` of the best evaluation, as `best_params`; ``None``
         if the state has none.
       interrupted: Whether the run was ended by Ctrl-C.
@@ -75,6 +86,8 @@ def fit(
     stopper: EarlyStopping | None = None,
     loggers: Sequence[Logger] = (),
     progress: bool | Progress = False,
+    checkpointer: Checkpointer | None = None,
+    rewind: Rewind | None = None,
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -87,6 +100,13 @@ def fit(
     At an evaluation, in this order: these parameters are evaluated, the machine is
     updated with them, and the loop goes on. There is one at every multiple of
     ``eval_every`` and one at the end.
+
+    With a checkpointer, the device waits at each evaluation until it is read and what
+    is saved has left the device. The best parameters are then on disk and not a second
+    time on the device, and a stop comes at its evaluation. If the directory holds a
+    checkpoint, the run goes on from there, and becomes bit for bit what it would have
+    been: rows, stop and best. If it had stopped, or come to ``num_steps``, `fit`
+    returns the same result at once.
 
     The first Ctrl-C ends the run after the step at hand, and `fit` returns what there
     is; the second raises ``KeyboardInterrupt``. Whatever is raised, loggers have got
@@ -111,8 +131,12 @@ def fit(
         the seconds on the host's clock. If its rule holds a `stop.plateau`, its factor
         is written into the optimizer's state.
       loggers: Callables ``(step, row)``, or objects with CLU's
-        ``write_scalars(step, row)``.
+        ``write_scalars(step, row)``. Rows of before a resumption are not sent again.
       progress: Whether to show a progress bar and a table; or a display of one's own.
+      checkpointer: A `Checkpointer`, to save, and to resume what it finds. The state
+        needs ``replace``, as Flax's has, and ``batches`` must be a function to resume.
+        Configuration is not saved: optimizer, rule and functions are those given now.
+      rewind: A `Rewind`, to go back to the best checkpoint if the run goes bad.
 
     Returns:
       A `FitResult`. A row of the history has, as Python numbers:
@@ -125,7 +149,9 @@ def fit(
         row before, the one with the largest finite norm; NaN if there was none; and
         ``grad_norm_mean``, the mean norm over the same steps;
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
-        row before, in [0, 1]; ``num_skipped``: total of the run;
+        row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
+        takes back those since its checkpoint;
+      * ``rewinds``, with `rewind`: how often the run had gone back before;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
       Those of norms are there if something of this library measures them, those of
@@ -134,8 +160,9 @@ def fit(
     Raises:
       ValueError: If an argument is out of range, or a function returns a wrong shape.
       TypeError: If an argument or what a function returns is of the wrong kind.
-      GuardExhaustedError: If the guard withheld too many steps in a row and the stopper
-        did not stop; the message names the last rejections.
+      GuardExhaustedError: If the guard withheld too many steps in a row, the stopper
+        did not stop, and no rewind is left; the message names the last rejections.
+      RuntimeError: If a checkpoint is damaged; the message says which.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_guard as og
@@ -151,35 +178,32 @@ def fit(
     """
     check_count("num_steps", num_steps)
     check_count("eval_every", eval_every)
-    _check_arguments(state, evaluate, stopper, loggers)
+    check_arguments(state, evaluate, stopper, loggers, checkpointer)
     draw = open_source(batches)
-    state = _own(state)
-    step = int(state.step)
-    if step >= num_steps:
-        raise ValueError(
-            f"`num_steps` must be above the steps done, {step}, got {num_steps}: it is "
-            "the step to train to, not the number of further steps."
-        )
-    stop = None
-    if stopper is not None:
-        stop = stopper.init(_tracked(state))
-        state = _with_plateau(state, stop)
-    is_guarded = bool(find_states(state, GuardState))
-    interval: Any = None
-    evaluated_at = step
-    clock = time.monotonic()
+    if rewind is not None:
+        check_rewind(rewind, state, batches, stopper, checkpointer)
 
-    with (
-        open_display(progress, num_steps - step) as display,
-        Interrupt() as interrupt,
-        Record(loggers, display) as record,
-    ):
-        while True:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(
+            open_store(checkpointer, keeps_first=rewind is not None)
+        )
+        run = begin(state, stopper, batches, num_steps, store)
+        step, state, stop, history, _, rewound = run
+        is_done = step >= num_steps or (stop is not None and bool(stop.should_stop))
+        is_guarded = bool(find_states(state, GuardState))
+        interval: Any = None
+        evaluated_at = step
+        clock = time.monotonic()
+        display = stack.enter_context(open_display(progress, max(0, num_steps - step)))
+        interrupt = stack.enter_context(Interrupt())
+        record = stack.enter_context(Record(loggers, display, history))
+
+        while not is_done:
             until = min(num_steps, (step // eval_every + 1) * eval_every)
             while step < until and not interrupt.requested:
-                batch = draw(step)
+                batch = draw(step + rewound.data_offset)
                 if batch is END:
-                    _warn_of_end(step, num_steps, is_empty=interval is None)
+                    warn_of_end(step, num_steps, is_empty=interval is None)
                     num_steps = until = step
                     break
                 if interval is None:
@@ -189,13 +213,13 @@ def fit(
                 display.advance(1)
 
             # The device is at work on these steps. Only now is read what the
-            # evaluation before them found.
+            # evaluation before them found, unless it had to be saved.
             flags = record.read()
-            if interrupt.requested or _is_over(flags, state) or step == evaluated_at:
+            if interrupt.requested or is_over(flags, state) or step == evaluated_at:
                 break
 
             found = {} if evaluate is None else evaluate(state)
-            values = _values(found)
+            values = named_values(found)
             row, interval = close(interval)
             flags = {}
             if stopper is not None:
@@ -206,36 +230,45 @@ def fit(
                 if "opt_state" in stopper.needs:
                     facts["opt_state"] = state.opt_state
                 clock = now
-                judged = values if isinstance(found, Mapping) else values[_VALUE]
-                stop, flags["should_stop"] = _judge(
-                    stopper, stop, judged, _tracked(state), facts
-                )
-                state = _with_plateau(state, stop)
+                judged = values if isinstance(found, Mapping) else values[VALUE]
+                # With a store, the best is on disk.
+                params = tracked(state) if store is None else None
+                stop, flags = _judge(stopper, stop, judged, params, facts)
+                state = with_plateau(state, stop, rewound)
             if is_guarded:
                 totals = metrics(state)
                 row["num_skipped"] = totals["num_skipped"]
-                flags |= {k: v for k, v in totals.items() if k.startswith(_FLAGS)}
-            _check_apart(row, values)
+                flags |= flags_of_guard(totals)
+            if rewind is not None:
+                row["rewinds"] = rewound.num_rewinds
+            check_apart(row, values)
             record.put(step, {**row, **values}, flags)
             evaluated_at = step
+
+            if store is not None:
+                flags = record.read()
+                best_step = int(flags.get("best_step", -1))
+                run = Run(step, state, stop, record.history, best_step, rewound)
+                if rewind is not None and step < num_steps:
+                    back = go_back(rewind, store, stopper, run, flags)
+                    if back is not None:
+                        state, stop, rewound = back
+                        continue
+                is_done = is_over(flags, state)
+                store.save(run)
             if step == num_steps:
-                _is_over(record.read(), state)
+                is_over(record.read(), state)
                 break
 
-    best: Any = None
-    if stopper is not None and stop is not None:
-        best = stopper.best(stop, _tracked(state))
-    best_params, best_batch_stats = best, None
-    if best is not None and _batch_stats(state) is not None:
-        best_params, best_batch_stats = best["params"], best["batch_stats"]
-    return FitResult(
-        state=state,
-        best_params=best_params,
-        stop=stop,
-        history=record.history,
-        best_batch_stats=best_batch_stats,
-        interrupted=interrupt.requested,
-    )
+        best = best_variables(state, stopper, stop, store)
+        return FitResult(
+            state=state,
+            best_params=best.get("params"),
+            stop=stop,
+            history=record.history,
+            best_batch_stats=best.get("batch_stats"),
+            interrupted=interrupt.requested,
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -245,129 +278,8 @@ def _judge(
     value: Any,
     params: Any,
     facts: dict[str, Any],
-) -> tuple[EarlyStoppingState, jax.Array]:
+) -> tuple[EarlyStoppingState, dict[str, jax.Array]]:
     stop = stopper.update(value, stop, params, **facts)
-    # A copy: the state is donated before the host reads the flag.
-    return stop, jnp.copy(stop.should_stop)
-
-
-def _check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any) -> None:
-    for name in ("step", "params", "opt_state"):
-        if not hasattr(state, name):
-            raise TypeError(
-                f"`state` must have `{name}`, as a Flax `TrainState` has, got a "
-                f"`{type(state).__name__}`."
-            )
-    if evaluate is not None and not callable(evaluate):
-        raise TypeError(
-            f"`evaluate` must be a function of the state, got {evaluate!r}."
-        )
-    if stopper is not None and not isinstance(stopper, EarlyStopping):
-        raise TypeError(
-            "`stopper` must be made by `early_stopping`, as in "
-            f"`early_stopping(stop.patience(5))`, got {stopper!r}."
-        )
-    if stopper is not None and evaluate is None:
-        raise ValueError("`stopper` needs `evaluate`: it judges what that returns.")
-    if not isinstance(loggers, Sequence):
-        raise TypeError(f"`loggers` must be a list of loggers, got {loggers!r}.")
-    for logger in loggers:
-        if not (callable(logger) or isinstance(logger, MetricWriter)):
-            raise TypeError(
-                "`loggers` must hold callables `(step, row)` or objects with "
-                f"`write_scalars`, got {logger!r}."
-            )
-
-
-def _own(state: Any) -> Any:
-    """A copy that may be donated, without weak types, which would be traced again."""
-    return jax.tree.map(
-        lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), state
-    )
-
-
-def _batch_stats(state: Any) -> Any:
-    return getattr(state, "batch_stats", None)
-
-
-def _tracked(state: Any) -> Any:
-    """What belongs to the best evaluation: averages of other weights would not do."""
-    stats = _batch_stats(state)
-    if stats is None:
-        return state.params
-    return {"params": state.params, "batch_stats": stats}
-
-
-def _values(found: Any) -> dict[str, Any]:
-    """What `evaluate` returned, by the names of a row."""
-    values = dict(found) if isinstance(found, Mapping) else {_VALUE: found}
-    for name, value in values.items():
-        where = "" if name == _VALUE else f" for {name!r}"
-        if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-            raise TypeError(
-                "`evaluate` must return a number or a dict of numbers, got a "
-                f"`{type(value).__name__}`{where}."
-            )
-        if np.shape(value):
-            raise ValueError(
-                "`evaluate` must return scalars, got an array of shape "
-                f"{np.shape(value)}{where}. Take the mean over the data."
-            )
-        # One dtype for numbers of the host, so that the machine is not traced again;
-        # a copy of an array, which may be a part of the state that is donated next.
-        if isinstance(value, jax.Array):
-            values[name] = jnp.copy(value)
-        else:
-            with np.errstate(over="ignore"):
-                values[name] = np.float32(value)
-    return values
-
-
-def _with_plateau(state: Any, stop: EarlyStoppingState) -> Any:
-    """Hands the factor that a `stop.plateau` has come to on to the optimizer."""
-    if not find_states(stop.rule_state, PlateauState):
-        return state
-    return state.replace(opt_state=apply_plateau(state.opt_state, stop))
-
-
-def _check_apart(row: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    if taken := sorted(values.keys() & {"step", *row}):
-        raise ValueError(
-            f"`evaluate` must not return {taken}: `fit` itself writes these into the "
-            "row. Call them, say, `val_loss`."
-        )
-
-
-def _is_over(flags: Mapping[str, Any], state: Any) -> bool:
-    """Whether the machine stops the run. If it does not, an exhausted guard raises."""
-    if flags.get("should_stop", False):
-        return True
-    exhaustion = {k: v for k, v in flags.items() if k.startswith(_FLAGS)}
-    if not exhaustion:
-        return False
-    try:
-        raise_if_exhausted(exhaustion)
-    except GuardExhaustedError as error:
-        guards = find_states(state, GuardState)
-        # Among several guards, each may have seen a part of the parameters only.
-        params = state.params if len(guards) == 1 else None
-        lines = [
-            f"  update {r.update}: {r.reason.name}, norm {r.grad_norm:.4g}, loss "
-            f"{r.value:.4g}" + (f", first in {r.leaf}" if r.leaf is not None else "")
-            for guard in guards
-            for r in rejections(guard, params)
-        ]
-        raise GuardExhaustedError(
-            "\n".join([str(error), "Rejected last:", *lines])
-        ) from None
-    return False
-
-
-def _warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
-    if is_empty:
-        raise ValueError("`batches` is empty.")
-    warnings.warn(
-        f"`batches` ended after step {step} of {num_steps}, and the run with it. Pass "
-        "a function `step -> batch`, or an iterable that repeats the data.",
-        stacklevel=3,
-    )
+    # Copies: the state is donated before the host reads the flags.
+    flags = {name: getattr(stop, name) for name in _FLAGS}
+    return stop, jax.tree.map(jnp.copy, flags)

@@ -30,8 +30,10 @@ Logger = Callable[[int, dict[str, float]], Any] | MetricWriter
 class Record:
     """Rows on their way to the loggers, one evaluation behind."""
 
-    def __init__(self, loggers: Sequence[Logger], display: Any):
-        self.history: list[dict[str, float]] = []
+    def __init__(
+        self, loggers: Sequence[Logger], display: Any, history: list[dict[str, float]]
+    ):
+        self.history = history
         self._loggers = loggers
         self._display = display
         self._pending: tuple[int, Any, Any] | None = None

@@ -2,13 +2,25 @@
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from optax_guard._leaf_runs import (
+    add_pairwise,
+    combine,
+    first_bad,
+    first_true,
+    mark_of,
+    part_size,
+    split,
+)
+from optax_guard._paths import path_names
 
 # Sums of squares are kept twice, of entries scaled up and of entries scaled down, so
 # that one read of the gradients is right for small and for huge ones (the idea of
@@ -20,9 +32,6 @@ _SCALES = {
 }
 # Below this, squares in the plain sum may have been flushed to zero.
 _SMALLEST_PLAIN_SUM = 2.0**-60
-# The name of a bad leaf needs its own sum across devices. Up to this many sums travel
-# in one all-reduce; trees with more leaves name a run of neighbouring leaves.
-_MAX_PARTS = 128
 
 AxisName = Hashable | Sequence[Hashable] | None
 
@@ -35,7 +44,7 @@ class TreeNorm(NamedTuple):
       bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
         norm is not finite, because an entry is not or because it overflows; -1 if there
         is none. In a tree of more than 128 floating leaves, index of the first leaf in
-        the run of neighbours that holds it.
+        the run of neighbours that holds it: 32 of them, or 1/128 of a larger tree.
     """
 
     value: jax.Array
@@ -74,10 +83,11 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
     all_leaves = jax.tree.leaves(tree)
     indices = [i for i, leaf in enumerate(all_leaves) if is_inexact(leaf)]
     leaves = [jnp.asarray(all_leaves[i]) for i in indices]
+    paths = path_names(tree)
     if not leaves:
         return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
     if ord is None or ord == 2:
-        value, bad = _euclidean(leaves, axis_name)
+        value, bad = _euclidean(leaves, axis_name, _roles([paths[i] for i in indices]))
     elif ord == 1:
         value, bad = _sum_norm(leaves, axis_name)
     elif ord == np.inf:
@@ -93,35 +103,37 @@ def leaves_of_part(tree: Any, first: int) -> list[int]:
     """Indices of the leaves that a ``bad_leaf`` of ``first`` stands for."""
     indices = [i for i, leaf in enumerate(jax.tree.leaves(tree)) if is_inexact(leaf)]
     start = indices.index(first)
-    return indices[start : start + _part_size(len(indices))]
+    return indices[start : start + part_size(len(indices))]
 
 
 # Jitted for callers outside of `jit`: there, every call would compile its branches.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-@functools.partial(jax.jit, static_argnums=1, inline=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _euclidean(
-    leaves: list[jax.Array], axis_name: AxisName
+    leaves: list[jax.Array], axis_name: AxisName, roles: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
     up, down = _SCALES[accumulator_dtype(leaves)]
     # Two reductions over one operand are one fusion on TPU and GPU, but cost many times
     # one on CPU, where a rare second look is cheap instead.
     small, big, bad = lax.platform_dependent(
-        *leaves, cpu=_squares_cpu, default=_squares
+        *leaves, cpu=_squares_cpu, default=functools.partial(_squares, roles)
     )
     if axis_name is not None:
         # The mark of a bad leaf travels in the same all-reduce.
-        small, big, mark = lax.psum((small, big, _mark(bad, leaves)), axis_name)
-        bad = _first(mark > 0)
+        small, big, mark = lax.psum((small, big, mark_of(bad, leaves)), axis_name)
+        bad = first_true(mark > 0)
     scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
     return jnp.where(jnp.isfinite(small), *scaled_back), bad
 
 
 @_euclidean.defjvp
-def _euclidean_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> Any:
+def _euclidean_jvp(
+    axis_name: AxisName, roles: tuple[str, ...], primals: Any, tangents: Any
+) -> Any:
     # The derivative of the sums is 0 * inf where one of them overflows or vanishes;
     # that of the norm is the unit vector, and by convention zero at zero.
     (leaves,), (dots,) = primals, tangents
-    value, bad = _euclidean(leaves, axis_name)
+    value, bad = _euclidean(leaves, axis_name, roles)
     usable = jnp.isfinite(value) & (value > 0)
     # XLA may divide by multiplying with the inverse, which vanishes for a huge norm.
     scale = jnp.where(value > 1, 2.0**-64, 1.0).astype(value.dtype)
@@ -139,13 +151,39 @@ def _euclidean_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> Any:
     return (value, bad), (slope, np.zeros((), jax.dtypes.float0))
 
 
-def _squares(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _squares(
+    roles: tuple[str, ...], *leaves: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
     dtype = accumulator_dtype(leaves)
     up, down = not_folded(dtype, *_SCALES[dtype])
-    small = add_pairwise([_sum_squares(x, dtype, up) for x in leaves])
-    parts = _parts(jnp.add, [_sum_squares(x, dtype, down) for x in leaves])
-    return small, add_pairwise(parts), _first_bad(parts, len(leaves))
+    runs = [_alike(run) for run in split(list(zip(roles, leaves, strict=True)))]
+
+    def sums(scale: jax.Array) -> list[jax.Array]:
+        return [add_pairwise([_sum_squares(x, dtype, scale) for x in r]) for r in runs]
+
+    parts = sums(down)
+    return add_pairwise(sums(up)), add_pairwise(parts), first_bad(parts, len(leaves))
+
+
+def _roles(paths: list[str]) -> tuple[str, ...]:
+    """What a leaf is in its layer: its path without the number of the layer."""
+    return tuple(re.sub(r"\d+", "*", path, count=1) for path in paths)
+
+
+def _alike(run: list[tuple[str, jax.Array]]) -> list[list[jax.Array]]:
+    """Leaves of a run that one reduction adds up.
+
+    A GPU takes two kernels or three to reduce one leaf; with hundreds of leaves that is
+    more kernels than the optimizer has. So leaves of one type are added entry by entry
+    first. Under `jit` their type does not tell how they are sharded, and to add those
+    that are sharded differently would move them; the same leaf of another layer is
+    sharded alike. From five leaves on, XLA for GPUs begins to write the sum to memory.
+    """
+    groups: dict[Any, list[jax.Array]] = {}
+    for role, leaf in run:
+        groups.setdefault((role, jax.typeof(leaf)), []).append(leaf)
+    return [g[i : i + 4] for g in groups.values() for i in range(0, len(g), 4)]
 
 
 def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -153,7 +191,7 @@ def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
     up, down = not_folded(dtype, *_SCALES[dtype])
     # Here one vector compiles faster than many scalars.
-    total = _sum_vector(jnp.stack([_sum_squares(x, dtype, 1.0) for x in leaves]))
+    total = _sum_vector(jnp.stack([_sum_squares([x], dtype, 1.0) for x in leaves]))
     too_small = total < _SMALLEST_PLAIN_SUM
     scale = jnp.where(too_small, up, down)
 
@@ -164,10 +202,10 @@ def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return total * up * up, total * down * down, none
 
     def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        sums = jnp.stack([_sum_squares(x, dtype, scale) for x in leaves])
+        sums = jnp.stack([_sum_squares([x], dtype, scale) for x in leaves])
         total = _sum_vector(sums)
-        size = _part_size(len(leaves))
-        bad = _first(~jnp.isfinite(sums))
+        size = part_size(len(leaves))
+        bad = first_true(~jnp.isfinite(sums))
         return (
             jnp.where(too_small, total, jnp.inf),
             jnp.where(too_small, 0.0, total),
@@ -183,11 +221,11 @@ def _sum_norm(
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
     sums = [jnp.sum(jnp.abs(x).astype(dtype)) for x in leaves]
-    parts = _parts(jnp.add, sums)
-    value, bad = add_pairwise(parts), _first_bad(parts, len(leaves))
+    parts = [add_pairwise(run) for run in split(sums)]
+    value, bad = add_pairwise(parts), first_bad(parts, len(leaves))
     if axis_name is not None:
-        value, mark = lax.psum((value, _mark(bad, leaves)), axis_name)
-        bad = _first(mark > 0)
+        value, mark = lax.psum((value, mark_of(bad, leaves)), axis_name)
+        bad = first_true(mark > 0)
     return value, bad
 
 
@@ -201,10 +239,10 @@ def _max_norm(
         return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x).astype(dtype))
 
     largest = [jnp.max(size(x), initial=0.0) for x in leaves]
-    parts = _parts(jnp.maximum, largest)
-    value, bad = _combine(jnp.maximum, parts), _first_bad(parts, len(leaves))
+    parts = [combine(jnp.maximum, run) for run in split(largest)]
+    value, bad = combine(jnp.maximum, parts), first_bad(parts, len(leaves))
     if axis_name is not None:
-        bad = _first(lax.psum(_mark(bad, leaves), axis_name) > 0)
+        bad = first_true(lax.psum(mark_of(bad, leaves), axis_name) > 0)
         value = lax.pmax(value, axis_name)
     return value, bad
 
@@ -235,55 +273,11 @@ def not_folded(dtype: Any, *factors: float) -> tuple[jax.Array, ...]:
     return lax.optimization_barrier(tuple(jnp.array(c, dtype) for c in factors))
 
 
-def _sum_squares(x: jax.Array, dtype: Any, scale: Any) -> jax.Array:
-    if jnp.iscomplexobj(x):
-        return _sum_squares(x.real, dtype, scale) + _sum_squares(x.imag, dtype, scale)
-    scaled = x.astype(dtype) * scale
-    return jnp.sum(scaled * scaled)
-
-
-def _part_size(num_leaves: int) -> int:
-    return -(-num_leaves // _MAX_PARTS)
-
-
-def _parts(add: Callable[..., Any], values: list[Any]) -> tuple[jax.Array, ...]:
-    size = _part_size(len(values))
-    return tuple(
-        _combine(add, values[i : i + size]) for i in range(0, len(values), size)
-    )
-
-
-def add_pairwise(values: Sequence[jax.Array]) -> jax.Array:
-    """Sum of scalars; its rounding grows with the logarithm of their number."""
-    return _combine(jnp.add, values)
-
-
-def _combine(add: Callable[..., Any], values: Sequence[Any]) -> jax.Array:
-    values = list(values)
-    while len(values) > 1:
-        odd = values[len(values) // 2 * 2 :]
-        pairs = zip(values[0::2], values[1::2], strict=False)
-        values = [add(a, b) for a, b in pairs] + odd
-    return values[0]
-
-
-def _first_bad(parts: Sequence[jax.Array], num_leaves: int) -> jax.Array:
-    """Index of the first leaf of the first part that is not finite, or -1."""
-    bad = jnp.full((), -1, jnp.int32)
-    for i in reversed(range(len(parts))):
-        first = jnp.int32(i * _part_size(num_leaves))
-        bad = jnp.where(jnp.isfinite(parts[i]), bad, first)
-    return bad
-
-
-def _mark(bad: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-    """A vector that is 1 at this device's first bad leaf."""
-    return (jnp.arange(len(leaves), dtype=jnp.int32) == bad).astype(jnp.float32)
-
-
-def _first(marks: jax.Array) -> jax.Array:
-    """Index of the first true entry of a vector, or -1."""
-    return jnp.where(jnp.any(marks), jnp.argmax(marks), -1).astype(jnp.int32)
+def _sum_squares(alike: Sequence[jax.Array], dtype: Any, scale: Any) -> jax.Array:
+    """Sum of squares of arrays of one shape, added entry by entry."""
+    pairs = [(x.real, x.imag) if jnp.iscomplexobj(x) else (x,) for x in alike]
+    scaled = [x.astype(dtype) * scale for pair in pairs for x in pair]
+    return jnp.sum(add_pairwise([x * x for x in scaled]))
 
 
 def _sum_vector(values: jax.Array) -> jax.Array:

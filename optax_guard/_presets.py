@@ -3,10 +3,12 @@
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice
+from optax_guard._base import check_choice, check_count
 from optax_guard._clipping import clip_by_global_norm
+from optax_guard._group_clipping import clip_by_leaf_norm
 from optax_guard._norms import AxisName
-from optax_guard._threshold_base import check_range
+from optax_guard._threshold_base import check_above, check_range
+from optax_guard._threshold_mean import relative_to_mean
 from optax_guard._threshold_quantile import quantile
 from optax_guard._threshold_zscore import published_zscore
 
@@ -116,3 +118,59 @@ def autoclip(
     check_range("percentile", percentile, 0, 100)
     rule = quantile(percentile / 100, warmup=0, include_current=True)
     return clip_by_global_norm(rule, axis_name=axis_name)
+
+
+def adagc(
+    *,
+    lambda_rel: ArrayLike = 1.05,
+    lambda_abs: ArrayLike = 1.0,
+    beta: ArrayLike = 0.98,
+    warmup_steps: ArrayLike = 100,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each leaf by the ratio to the running mean of its clipped norms: AdaGC.
+
+    During warm-up, updates are clipped by their global norm, and each mean starts as
+    the smallest norm that this leaves. Decisions and means are those of the authors'
+    code, but that zero and non-finite norms do not enter: there, a leaf whose norm is
+    zero once in warm-up gets no update ever after. What is theirs, too: a mean grows by
+    a factor of at most ``1 + (1 - beta) * (lambda_rel - 1)`` a step, 1.001 by default.
+    ``clip_by_leaf_norm(threshold.relative_to_mean())`` follows a lasting rise.
+
+    Args:
+      lambda_rel: How far above its mean a norm may be; above 1.
+      lambda_abs: Largest global norm in warm-up, in units of the gradient; positive.
+      beta: Weight of the past in the means, in (0, 1).
+      warmup_steps: How many updates are clipped by their global norm; at least 2. All
+        numbers may be traced.
+      axis_name: As for ``clip_by_leaf_norm``.
+
+    Returns:
+      A transformation whose state is a ``ClipByLeafNormState``.
+
+    Raises:
+      ValueError: If a Python number is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> tx = og.adagc(lambda_rel=1.5, lambda_abs=10.0, warmup_steps=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [4.0, 9.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates
+      Array([6.], dtype=float32)
+
+    References:
+      Wang et al., `AdaGC: Improving training stability for large language model
+      pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
+    """
+    check_count("warmup_steps", warmup_steps)
+    check_above("warmup_steps", warmup_steps, 1, "The first mean is of those before.")
+    rule = relative_to_mean(
+        lambda_rel,
+        decay=beta,
+        warmup=warmup_steps - 1,
+        warmup_max_norm=lambda_abs,
+        restart=False,
+    )
+    return clip_by_leaf_norm(rule, axis_name=axis_name)

@@ -8,14 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._clipping import ClipByNormState, RecordNormState
+from optax_guard._group_clipping import ClipByGroupNormState, ClipByLeafNormState
 from optax_guard._guarding import NUM_REJECTIONS, GuardState
 from optax_guard._norms import leaves_of_part
+from optax_guard._paths import path_names
 from optax_guard._states import find_state, find_states
+from optax_guard._unit_clipping import ClipByUnitNormState
 from optax_guard._value_clipping import ClipByValueState
 from optax_guard.skip import SkipReason
 
 # Every state that carries a `NormStats` as `stats`.
-_WATCHING = (ClipByNormState, ClipByValueState, RecordNormState)
+_WATCHING = (
+    ClipByNormState,
+    ClipByValueState,
+    ClipByLeafNormState,
+    ClipByGroupNormState,
+    ClipByUnitNormState,
+    RecordNormState,
+)
 
 
 class GuardExhaustedError(RuntimeError):
@@ -56,7 +66,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ``clipped_norm``, ``clip_threshold``, ``norm_mean``, ``norm_std``, ``norm_max``
       (units of the gradient), ``num_updates``, and shares of all updates in [0, 1]:
       ``clip_rate``, ``nonfinite_rate``; from ``clip_by_value`` also
-      ``entries_clipped`` and ``update_cosine``. From a guard: ``num_skipped``,
+      ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
+      ``units_clipped``. From a guard: ``num_skipped``,
       ``skip_rate``, ``skip_streak``, ``skip_reason`` (a ``SkipReason``),
       ``guard_exhausted``. Where there are several, the first in ``find_states``' order
       has these names, the next ``grad_norm_1`` and so on.
@@ -104,7 +115,7 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
       >>> tx = og.guard(optax.sgd(0.1))
       >>> updates, state = tx.update(grads, tx.init(params))
       >>> [(r.update, r.reason.name, r.leaf) for r in og.rejections(state, params)]
-      [(0, 'NONFINITE', "['head']['kernel']")]
+      [(0, 'NONFINITE', 'head/kernel')]
     """
     guard_state = find_state(state, GuardState)
     params = getattr(state, "params", None) if params is None else params
@@ -177,7 +188,7 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
 def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
     if index < 0:
         return None
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
+    paths = path_names(params)
     if len(paths) != num_leaves:
         # A part of the parameters, as under a mask: which part is not known here.
         return index
@@ -214,6 +225,8 @@ def _as_scalars(watching: Any, guards: Any) -> dict[str, jax.Array]:
                 entries_clipped=state.entries_clipped,
                 update_cosine=state.update_cosine,
             )
+        if isinstance(state, ClipByUnitNormState):
+            add(i, units_clipped=state.units_clipped)
     for i, state in enumerate(guards):
         add(
             i,

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._statistics import (
+from optax_guard._sketch import (
     SMALLEST_IN_SKETCH,
-    increment,
     sketch_add,
     sketch_init,
     sketch_quantile,
 )
+from optax_guard._statistics import increment
 from optax_guard._threshold_base import (
     Limits,
     Threshold,

@@ -1,4 +1,4 @@
-"""Flax: a `TrainState` that honours the guard, and `fit`."""
+"""Flax: a `TrainState` that honours the guard, and `fit` with its checkpoints."""
 
 import dataclasses
 import difflib
@@ -8,9 +8,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from optax_guard._checkpoint import Checkpointer as Checkpointer
+from optax_guard._checkpoint import load_best as load_best
 from optax_guard._fit import FitResult as FitResult
 from optax_guard._fit import fit as fit
 from optax_guard._guarding import GuardState, apply_gradients, keep_if_skipped
+from optax_guard._rewind import Rewind as Rewind
 from optax_guard._states import find_states
 
 try:

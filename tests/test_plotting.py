@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import optax_guard as og
-from optax_guard.plotting import plot_norms, plot_runs
+from optax_guard.analysis import History, diagnose
+from optax_guard.plotting import plot_history, plot_norms, plot_runs
 
 NORMS = [8.0, 2e6, math.nan, 1.5, 0.5]
 LOSSES = [3.0, 2.0, math.inf, 1.0, 2.5]
@@ -147,6 +148,47 @@ def test_figures_can_be_saved_without_a_warning(stop, tmp_path):
         tmp_path / "runs.pdf"
     )
     assert (tmp_path / "runs.pdf").read_bytes().startswith(b"%PDF")
+
+
+def recorded(**more):
+    history = History()
+    for row in rows():
+        history.append(row["step"], row, **more)
+    return history
+
+
+def test_history_has_a_panel_for_each_thing_that_is_known():
+    figure = plot_history(recorded(clip_rate=0.5, skip_rate=0.0, learning_rate=0.1))
+    labels = [axes.get_ylabel().partition("\n")[0] for axes in figure.axes]
+    assert labels == ["gradient norm", "loss", "share of steps", "learning rate"]
+    assert figure.axes[0].get_yscale() == "log"
+    assert legend(figure.axes[1])[-1] == "best: 1 at step 40"
+    # No step was skipped: a line at zero would say nothing.
+    assert legend(figure.axes[2]) == ["clipped"]
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    np.testing.assert_array_equal(drawn["after clipping"], [1, 1, math.nan, 1, 0.5])
+    (only,) = plot_history([{"step": 1, "loss": 1.0}]).axes
+    assert only.get_ylabel() == "loss"
+    with pytest.raises(ValueError, match="`history` must hold at least one row"):
+        plot_history([{"step": 1, "accuracy": 1.0}])
+
+
+def test_history_shows_where_a_finding_first_held_and_what_is_not_finite():
+    losses = [3.0, 2.0, math.nan, math.nan, math.inf]
+    history = rows(norms=[8.0] * 5, losses=losses)
+    figure = plot_history(history, findings=diagnose(history), title="A run")
+    above, below = figure.axes[:2]
+    assert "NONFINITE_LOSS_DESPITE_CLIPPING" in words(above)
+    assert [30, 30] in [np.asarray(line.get_xdata()).tolist() for line in below.lines]
+    # All of them are marked, and each kind is named once.
+    assert crosses(below) == [[30, 0.89], [40, 0.89], [50, 0.89]]
+    assert words(below) == ["NaN (validation)", "Inf (validation)"]
+
+
+def test_losses_over_decades_have_a_logarithmic_scale():
+    history = [{"step": i, "loss": 10.0**i} for i in range(4)]
+    assert plot_history(history).axes[0].get_yscale() == "log"
+    assert plot_history(rows()).axes[1].get_yscale() == "linear"
 
 
 def test_no_rows_is_an_error():

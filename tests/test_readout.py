@@ -17,7 +17,7 @@ PARAMS = {
     "rest": jnp.ones(3),
 }
 # Each of the leaves, in their order.
-PATHS = ["['head']['bias']", "['head']['kernel']", "['rest']"]
+PATHS = ["head/bias", "head/kernel", "rest"]
 ALL = {"head": {"bias": True, "kernel": True}, "rest": True}
 REST = {"head": {"bias": False, "kernel": False}, "rest": True}
 GOOD = jax.tree.map(jnp.zeros_like, PARAMS) | {"rest": jnp.array([0.0, 3.0, 4.0])}

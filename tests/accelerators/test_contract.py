@@ -5,16 +5,18 @@ which the same reading must show it.
 """
 
 import functools
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import optax_guard as og
 from benchmarks.accelerators import (
     COMPILERS,
-    OPTAX,
+    GUARDED,
     OURS,
     VARIANTS,
     Case,
@@ -25,30 +27,34 @@ from benchmarks.accelerators import (
     compile_step,
     cost_of,
     has_compiler,
+    mesh,
     train_step_cost_of,
 )
 
-PLATFORMS = [
-    pytest.param(
-        platform,
-        marks=pytest.mark.skipif(
-            not has_compiler(platform),
-            reason=f"{COMPILERS[platform]} is not installed: `make test-accelerators`",
-        ),
-    )
-    for platform in get_args(Platform)
-]
+
+def on(platform: Platform) -> Any:
+    """A platform as a parameter: skipped without its compiler, in one process."""
+    reason = f"{COMPILERS[platform]} is not installed: `make test-accelerators`"
+    is_missing = pytest.mark.skipif(not has_compiler(platform), reason=reason)
+    # Costs are cached, so tests that share some must share a process.
+    return pytest.param(platform, marks=[is_missing, pytest.mark.xdist_group(platform)])
+
+
+PLATFORMS = [on(platform) for platform in get_args(Platform)]
 # Passes on v5e and on H100; all-reduces on v5e and on H100.
 LIMITS = {
     "chain(clip_by_global_norm, adamw)": ((8.02, 8.03), (1, 1)),
     "guard(adamw, clip=1.0), update": ((8.02, 8.03), (1, 1)),
     "guard(adamw, clip=1.0), apply_gradients": ((8.02, 8.03), (1, 1)),
-    "guard(adamw, clip=1.0, skip=norm_above)": ((8.03, 8.04), (1, 1)),
+    "guard(adamw, clip=zscore, skip=spike)": ((8.03, 8.04), (1, 1)),
+    "guard(adamw, clip=quantile, skip=norm_above(relative_to_mean))": (
+        (8.03, 8.04),
+        (1, 1),
+    ),
     "guard(adamw, clip=clip_by_value)": ((8.05, 8.05), (1, 2)),
     "guard(chain(optax.clip_by_global_norm, adamw))": ((8.02, 8.03), (1, 1)),
 }
 WATCH_ONLY = "guard(chain(optax.clip_by_global_norm, adamw))"
-GUARDED = "guard(adamw, clip=1.0), apply_gradients"
 OPTAX_CLIP = "chain(optax.clip_by_global_norm, adamw)"
 APPLY_IF_FINITE = "apply_if_finite(chain(optax.clip_by_global_norm, adamw))"
 
@@ -185,24 +191,24 @@ class TestControls:
 
 
 class TestManyLeaves:
-    def test_global_scope_is_one_all_reduce(self, platform):
-        measured = cost(GUARDED, Case(platform, leaves=400))
+    def test_global_scope_is_one_read_and_one_all_reduce(self, platform):
+        case = Case(platform, leaves=400)
+        measured = cost(GUARDED, case)
+        # Plain AdamW makes 7.02 and Optax's clip 8.04 on v5e: small arrays are padded.
+        assert measured.passes <= 8.10
         assert measured.all_reduces == 1
         assert measured.other_collectives == 0
         assert measured.conditionals == 0
+        assert measured.host_transfers == 0
+        assert is_donated(measured, case)
 
-    @pytest.mark.xfail(strict=True, reason="128 sums that name the bad leaf are kept")
-    def test_temporaries_are_those_of_a_norm_on_tpu(self):
-        if not has_compiler("v5e"):
-            pytest.skip(f"{COMPILERS['v5e']} is not installed")
-        case = Case("v5e", leaves=400)
+    def test_temporaries_are_no_more_than_those_of_a_norm(self, platform):
+        case = Case(platform, leaves=400)
         most = cost(OPTAX_CLIP, case).temp_bytes + 2e6
         assert cost(GUARDED, case).temp_bytes <= most
 
-    def test_a_stacked_vector_of_sums_is_several_all_reduces_on_tpu(self):
-        if not has_compiler("v5e"):
-            pytest.skip(f"{COMPILERS['v5e']} is not installed")
-
+    @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
+    def test_a_stacked_vector_of_sums_is_several_all_reduces(self, platform):
         def stacked(updates, state, params=None):
             del params
             sums = [
@@ -214,17 +220,36 @@ class TestManyLeaves:
 
         clip = optax.GradientTransformation(lambda params: optax.EmptyState(), stacked)
         variant = Variant(lambda: optax.chain(clip, adamw()))
-        assert cost_of(variant, Case("v5e", leaves=400)).all_reduces > 1
+        assert cost_of(variant, Case(platform, leaves=200)).all_reduces > 1
 
-    @pytest.mark.xfail(strict=True, reason="XLA splits each leaf's sums in two stages")
-    def test_global_scope_takes_at_most_twice_the_kernels_of_adamw(self):
-        if not has_compiler("h100"):
-            pytest.skip(f"{COMPILERS['h100']} is not installed")
-        case = Case("h100", leaves=400)
-        cost_of(OPTAX["adamw"], Case("h100"))  # The compiler's own start.
+    @pytest.mark.parametrize("platform", [on("h100")], indirect=True)
+    def test_global_scope_takes_at_most_twice_the_kernels_of_adamw(self, platform):
+        cost("adamw", Case(platform))  # The compiler's own start.
+        case = Case(platform, leaves=400)
         plain, guarded = cost("adamw", case), cost(GUARDED, case)
         assert guarded.fusions <= 2 * plain.fusions
-        assert guarded.compile_seconds <= 2 * plain.compile_seconds
+        assert cost(OPTAX_CLIP, case).fusions > 2 * plain.fusions
+        # To choose between old and new state already takes twice AdamW's time.
+        assert guarded.compile_seconds <= 4 * plain.compile_seconds
+
+    @pytest.mark.parametrize("are_named", [True, False])
+    def test_leaves_sharded_differently_stay_where_they_are(self, platform, are_named):
+        """Added to each other are only leaves that have one name in their layers."""
+        grid = Mesh(mesh(platform).devices.reshape(2, 4), ("a", "b"))
+        column, row = (
+            jax.ShapeDtypeStruct((256, 256), "float32", sharding=NamedSharding(grid, s))
+            for s in (PartitionSpec("a", "b"), PartitionSpec("b", "a"))
+        )
+        grads = [{"in": column, "out": row} for _ in range(80)]
+        if not are_named:
+            grads = jax.tree.leaves(grads)
+
+        def norm(grads):
+            tx = og.record_norm()
+            return tx.update(grads, tx.init(grads))[1].stats.grad_norm
+
+        measured = compile_step(norm, Case(platform), grads, donate=())[0]
+        assert (measured.other_collectives == 0) == are_named
 
 
 class TestTrainStep:
@@ -239,6 +264,8 @@ class TestTrainStep:
         assert collectives(ours) <= collectives(plain)
         assert ours.conditionals == plain.conditionals
         assert ours.host_transfers == 0
+        guard = cost(GUARDED, case).passes - cost("adamw", case).passes
+        assert guard <= 0.01 * ours.passes
         if platform == "v5e":
             worse = train_cost(APPLY_IF_FINITE, case)
             assert worse.passes > bare_clip.passes * 1.005

@@ -1,0 +1,108 @@
+"""How the leaves of a tree form groups that share a norm."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._norms import is_inexact
+from optax_guard._paths import for_each_leaf, path_names
+
+
+class Groups(NamedTuple):
+    """The floating leaves of a tree, each in one part or more, and the parts' groups.
+
+    Attributes:
+      indices: For each floating leaf its index among all leaves of the tree.
+      axes: For each of them the axes that the norms of its parts reduce.
+      members: For each of them the groups of its parts, in the shape of their norms:
+        one group, or consecutive ones.
+    """
+
+    indices: list[int]
+    axes: tuple[tuple[int, ...], ...]
+    members: list[np.ndarray]
+
+    def floating(self, tree: Any) -> list[jax.Array]:
+        """The floating leaves of ``tree``."""
+        leaves = jax.tree.leaves(tree)
+        return [jnp.asarray(leaves[i]) for i in self.indices]
+
+    @property
+    def group_of_part(self) -> np.ndarray:
+        """For each part of all leaves its group."""
+        return np.concatenate([m.ravel() for m in self.members] or [np.zeros(0, int)])
+
+    @property
+    def leaf_of_part(self) -> np.ndarray:
+        """For each part of all leaves the index of its leaf among all leaves."""
+        return np.repeat(self.indices, [m.size for m in self.members]).astype(int)
+
+
+def each_part(tree: Any, axes: Sequence[tuple[int, ...]]) -> Groups:
+    """A group for each part that is left when ``axes`` of each leaf are reduced."""
+    leaves = jax.tree.leaves(tree)
+    indices = [i for i, x in enumerate(leaves) if is_inexact(x)]
+    members, start = [], 0
+    for i in indices:
+        shape = [1 if a in axes[i] else n for a, n in enumerate(np.shape(leaves[i]))]
+        size = math.prod(shape)
+        members.append(np.arange(start, start + size).reshape(shape))
+        start += size
+    return Groups(indices, tuple(axes[i] for i in indices), members)
+
+
+def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
+    """For each leaf all axes, but for that along which its layers lie."""
+    along = for_each_leaf("layer_axis", layer_axis, tree)
+    axes = []
+    for i, (x, axis) in enumerate(zip(jax.tree.leaves(tree), along, strict=True)):
+        rank = np.ndim(x)
+        if axis is not None and not -rank <= axis < rank:
+            raise ValueError(
+                f"`layer_axis` must be an axis of each leaf, got {axis} for "
+                f"{path_names(tree)[i]!r} of shape {np.shape(x)}. Pass a function of "
+                "the path that returns None for leaves that are not stacked."
+            )
+        kept = None if axis is None else axis % rank
+        axes.append(tuple(a for a in range(rank) if a != kept))
+    return axes
+
+
+def names_of_parts(tree: Any, axes: Sequence[tuple[int, ...]]) -> Any:
+    """A tree like ``tree`` with a ``None`` for each part."""
+    names: list[Any] = []
+    for x, reduced in zip(jax.tree.leaves(tree), axes, strict=True):
+        kept = [n for a, n in enumerate(np.shape(x)) if a not in reduced]
+        if not is_inexact(x):
+            names.append(())
+        else:
+            names.append((None,) * math.prod(kept) if kept else None)
+    return jax.tree.structure(tree).unflatten(names)
+
+
+def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
+    """A group for each label, numbered as in ``known``."""
+    leaves = jax.tree.leaves(tree)
+    given = for_each_leaf("labels", labels, tree)
+    indices = [i for i, x in enumerate(leaves) if is_inexact(x)]
+    for i in indices:
+        if given[i] not in known:
+            raise ValueError(
+                f"`max_norms` must have every label, got none for {given[i]!r} of "
+                f"{path_names(tree)[i]!r}. An infinite threshold only watches."
+            )
+    if unused := [label for label in known if label not in given]:
+        raise ValueError(
+            f"`labels` must use every label of `max_norms`, got no leaf for {unused}."
+        )
+    ranks = [np.ndim(leaves[i]) for i in indices]
+    numbers = [known.index(given[i]) for i in indices]
+    return Groups(
+        indices,
+        tuple(tuple(range(rank)) for rank in ranks),
+        [np.full((1,) * rank, n) for rank, n in zip(ranks, numbers, strict=True)],
+    )

@@ -1,0 +1,203 @@
+"""What a run is on the device, alone or as one of a population."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from optax_guard._checkpoint import Rewound
+from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState
+from optax_guard._fit import FitResult
+from optax_guard._fit_inputs import (
+    VALUE,
+    batch_stats,
+    check_apart,
+    named_values,
+    tracked,
+)
+from optax_guard._guarding import GuardState
+from optax_guard._interval import Interval, close, first_interval, run_step
+from optax_guard._readout import metrics
+from optax_guard._rewind import with_plateau
+from optax_guard._states import find_states
+
+# What a machine may be told without a host.
+_FACTS = frozenset({"step", "train_value", "opt_state"})
+
+
+class Functions(NamedTuple):
+    """The functions that make a run, as `train_on_device` takes them."""
+
+    train_step: Callable[[Any, Any], tuple[Any, Any]]
+    batches: Callable[[Any], Any]
+    evaluate: Callable[[Any], Any] | None
+    stopper: EarlyStopping | None
+
+
+class Lane(NamedTuple):
+    """All that one run carries from an evaluation to the next.
+
+    Attributes:
+      state: The user's state.
+      interval: Sums since the last evaluation.
+      stop: The `EarlyStoppingState`, or ``None`` without a stopper.
+      rows: One array a column of the history, shape (rows,); NaN or 0 where no
+        evaluation has been.
+      num_rows: Evaluations so far, int32[].
+      is_over: Whether a rule has fired or a guard is exhausted, bool[].
+    """
+
+    state: Any
+    interval: Interval
+    stop: EarlyStoppingState | None
+    rows: dict[str, jax.Array]
+    num_rows: jax.Array
+    is_over: jax.Array
+
+
+def as_argument(function: Any) -> Any:
+    """The function as a pytree, for `jit`: arrays in a `Partial` become arguments."""
+    if function is None or isinstance(function, Partial):
+        return function
+    return Partial(function)
+
+
+def check_functions(functions: Functions) -> None:
+    """Refuses functions that cannot run on the device."""
+    for name in ("train_step", "batches"):
+        function = getattr(functions, name)
+        if not callable(function):
+            advice = ""
+            if name == "batches":
+                advice = " of the step: an iterable stays on the host, use `fit`"
+            raise TypeError(f"`{name}` must be a function{advice}, got {function!r}.")
+    if functions.stopper is not None and (missing := functions.stopper.needs - _FACTS):
+        raise ValueError(
+            f"`stopper` has a rule that reads {sorted(missing)}, which a loop on the "
+            "device cannot tell: it has no clock. Count evaluations or steps instead, "
+            "as in `stop.budget(steps=...)`, or run it with `optax_guard.flax.fit`."
+        )
+
+
+def check_steps(step: int, num_steps: int) -> None:
+    """Refuses to train to a step that lies behind."""
+    if step >= num_steps:
+        raise ValueError(
+            f"`num_steps` must be above the steps done, {step}, got {num_steps}: it is "
+            "the step to train to, not the number of further steps."
+        )
+
+
+def first_lane(
+    functions: Functions, judge: Any, state: Any, num_steps: int, eval_every: int
+) -> Lane:
+    """A run before its first step, with empty columns for its history."""
+    stop = None
+    if functions.stopper is not None:
+        stop = functions.stopper.init(tracked(state))
+        state = with_plateau(state, stop, Rewound())
+    step = jnp.asarray(state.step, jnp.int32)
+    lane = Lane(
+        state=state,
+        interval=first_interval(functions.train_step, state, functions.batches(step)),
+        stop=stop,
+        rows={},
+        num_rows=jnp.zeros((), jnp.int32),
+        is_over=jnp.zeros((), bool),
+    )
+    _, row = jax.eval_shape(judge, lane, step)
+    size = -(-num_steps // eval_every)
+
+    def column(cell: jax.ShapeDtypeStruct) -> jax.Array:
+        empty = jnp.nan if jnp.issubdtype(cell.dtype, jnp.inexact) else 0
+        return jnp.full((size,), empty, cell.dtype)
+
+    return lane._replace(rows={name: column(cell) for name, cell in row.items()})
+
+
+def judge_of(functions: Functions) -> Callable[..., tuple[Lane, dict[str, Any]]]:
+    """The evaluation: ``(lane without rows, step) -> (lane, row)``, traced once."""
+
+    @functools.partial(jax.jit, inline=True)
+    def judge(lane: Lane, step: jax.Array) -> tuple[Lane, dict[str, Any]]:
+        state, stop = lane.state, lane.stop
+        found = {} if functions.evaluate is None else functions.evaluate(state)
+        values = named_values(found)
+        row, interval = close(lane.interval)
+        is_over = lane.is_over
+        if functions.stopper is not None and stop is not None:
+            facts = {"step": step, "train_value": row["train_loss"]}
+            if "opt_state" in functions.stopper.needs:
+                facts["opt_state"] = state.opt_state
+            judged = values if isinstance(found, Mapping) else values[VALUE]
+            stop = functions.stopper.update(judged, stop, tracked(state), **facts)
+            state = with_plateau(state, stop, Rewound())
+            is_over |= stop.should_stop
+        guards = find_states(state, GuardState)
+        if guards:
+            row["num_skipped"] = metrics(state)["num_skipped"]
+            for guard in guards:
+                is_over |= guard.guard_exhausted
+        check_apart(row, values)
+        lane = Lane(state, interval, stop, {}, lane.num_rows + 1, is_over)
+        return lane, {"step": step, **row, **values}
+
+    return judge
+
+
+def advance(
+    functions: Functions, judge: Any, lane: Lane, step: jax.Array, until: jax.Array
+) -> Lane:
+    """Trains from a step to the next evaluation, and writes its row."""
+
+    def take(i: jax.Array, carry: tuple[Any, Interval]) -> tuple[Any, Interval]:
+        state, interval = carry
+        batch = functions.batches(i)
+        return run_step(functions.train_step, state, interval, batch)
+
+    # Of traced length, one program serves the first interval of a resumed run and the
+    # last of any, which may be short, and those between.
+    state, interval = jax.lax.fori_loop(step, until, take, (lane.state, lane.interval))
+    lane = lane._replace(state=state, interval=interval)
+    new, row = judge(lane._replace(rows={}), until)
+    # The row of a member that is over is written nowhere.
+    place = jnp.where(lane.is_over, len(lane.rows["step"]), lane.num_rows)
+    rows = {
+        name: lane.rows[name].at[place].set(cell, mode="drop")
+        for name, cell in row.items()
+    }
+    return new._replace(rows=rows)
+
+
+def next_evaluation(step: jax.Array, num_steps: int, eval_every: int) -> jax.Array:
+    """The next step with an evaluation."""
+    return jnp.minimum(num_steps, (step // eval_every + 1) * eval_every)
+
+
+def as_result(
+    state: Any, best: Any, stop: EarlyStoppingState | None, rows: Any, num_rows: Any
+) -> FitResult:
+    """What `fit` would have returned. Waits for the device."""
+    columns, size = jax.device_get((rows, num_rows))
+    columns = {"step": columns["step"], **columns}
+    best_params, best_batch_stats = split_best(state, best)
+    return FitResult(
+        state=state,
+        best_params=best_params,
+        stop=stop,
+        history=[
+            {name: column[i].item() for name, column in columns.items()}
+            for i in range(int(size))
+        ],
+        best_batch_stats=best_batch_stats,
+    )
+
+
+def split_best(state: Any, best: Any) -> tuple[Any, Any]:
+    """The best parameters, and the batch statistics that belong to them."""
+    if best is None or batch_stats(state) is None:
+        return best, None
+    return best["params"], best["batch_stats"]

@@ -1,0 +1,40 @@
+"""Names of leaves, and settings that differ from leaf to leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def path_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """Names of the leaves, as ``encoder/layers/0/kernel``."""
+    paths = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
+    """The value of a setting for each leaf of ``tree``.
+
+    Args:
+      name: The argument's name, for the error.
+      setting: A function from the name of a leaf to its value, or a tree of values of
+        which ``tree`` is a continuation; a single value is one such.
+      tree: Parameters or updates.
+
+    Returns:
+      A list with as many values as there are leaves.
+
+    Raises:
+      ValueError: If ``setting`` is a tree that does not fit.
+    """
+    if callable(setting):
+        return [setting(path) for path in path_names(tree)]
+    if setting is None:
+        return [None] * len(jax.tree.leaves(tree))
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(setting, tree))
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must be a function of a leaf's path, or a tree that ends where "
+            f"the parameters' tree ends or before: {error}"
+        ) from error

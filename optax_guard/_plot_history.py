@@ -1,0 +1,155 @@
+"""The figure of one history: norms, losses, shares and learning rate, step by step."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from optax_guard import _plotting_marks as marks
+from optax_guard._findings import Finding, Severity
+from optax_guard._history import as_rows
+
+# Key -> label, style.
+_NORMS = {
+    "grad_norm": ("before clipping", marks.LARGEST),
+    "grad_norm_mean": ("before clipping, mean", marks.MEAN),
+    "clipped_norm": ("after clipping", marks.AFTER),
+    "clip_threshold": ("threshold", marks.THRESHOLD),
+}
+_LOSSES = {
+    "train_loss": ("training", marks.AFTER),
+    "val_loss": ("validation", marks.LARGEST),
+    "value": ("validation", marks.LARGEST),
+}
+_SHARES = {
+    "clip_rate": ("clipped", marks.LARGEST),
+    "skip_rate": ("skipped by the guard", marks.AFTER),
+    "nonfinite_rate": ("not finite", marks.MEAN),
+}
+_RATES = {"learning_rate": ("learning rate", marks.LARGEST)}
+# Markers of more rows than this run into each other.
+_MOST_MARKERS = 80
+
+
+def plot_history(
+    history: Iterable[Mapping[str, Any]],
+    *,
+    findings: Sequence[Finding] = (),
+    title: str = "",
+) -> marks.Figure:
+    """Draws all that is known of a run, one above the other over the same steps.
+
+    Norms before and after clipping with the threshold (logarithmic), losses with the
+    best evaluation, shares of steps clipped and skipped, and the learning rate: the
+    panels for which there is something. Values that are not finite are crosses at the
+    upper edge; warnings and errors are dotted lines where they first held.
+
+    Args:
+      history: A `History`, or rows such as `fit` returns.
+      findings: What `optax_guard.analysis.diagnose` returned.
+      title: Title of the figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: If there are no rows, or nothing to draw in them.
+    """
+    rows = as_rows(history)
+    wanted = {
+        marks.NORM_LABEL: _NORMS,
+        "loss": _LOSSES,
+        "share of steps": _SHARES,
+        "learning rate": _RATES,
+    }
+    found = {
+        label: {key: curve for key, curve in curves.items() if _is_shown(rows, key)}
+        for label, curves in wanted.items()
+    }
+    found = {label: curves for label, curves in found.items() if curves}
+    if not found:
+        raise ValueError(
+            "`history` must hold at least one row with a norm or a loss, got "
+            f"{len(rows)} rows. Names that are known: `analysis.COLUMN_NAMES`."
+        )
+    figure = marks.Figure(
+        figsize=(8, 1 + 2.4 * len(found)), dpi=120, layout="constrained"
+    )
+    figure.suptitle(title)
+    axes = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (label, curves) in zip(axes, found.items(), strict=True):
+        # Those that failed together are crosses one below the other.
+        for i, (key, (name, style)) in enumerate(curves.items()):
+            if len(rows) > _MOST_MARKERS:
+                style = style | {"marker": ""}
+            marks.line(panel, rows, key, name, style, edge=1 - 0.11 * i)
+        panel.set_ylabel(label)
+        if curves.keys() & _NORMS.keys() or _spans_decades(rows, curves):
+            marks.log_scale(panel)
+        if curves.keys() & _LOSSES.keys():
+            _mark_best(panel, rows)
+        if curves.keys() & _SHARES.keys():
+            panel.set_ylim(-0.03, 1.03)
+    _mark_findings(axes, findings)
+    marks.finish(*axes)
+    return figure
+
+
+def _is_shown(rows: Sequence[Mapping[str, float]], key: str) -> bool:
+    values = [row[key] for row in rows if key in row]
+    if key == "clip_threshold":
+        # Without a clip it is infinite, which is no failure to be marked.
+        return any(map(math.isfinite, values))
+    if key == "clipped_norm":
+        # Nor is there anything to see where nothing was clipped.
+        return any(
+            key in row and row[key] != row.get("grad_norm")
+            for row in rows
+            if not math.isnan(row.get(key, math.nan))
+        )
+    if key in ("skip_rate", "nonfinite_rate"):
+        return any(values)
+    return bool(values)
+
+
+def _spans_decades(rows: Sequence[Mapping[str, float]], keys: Iterable[str]) -> bool:
+    """Whether the values are positive, and on a linear scale most would be flat."""
+    values = np.concatenate([marks.column(rows, key) for key in keys])
+    values = values[np.isfinite(values)]
+    return values.size > 0 and 0 < 20 * values.min() < values.max()
+
+
+def _mark_best(panel: marks.Axes, rows: Sequence[Mapping[str, float]]) -> None:
+    key = next((k for k in ("val_loss", "value") if any(k in r for r in rows)), None)
+    if key is None:
+        return
+    values = marks.column(rows, key)
+    if np.isfinite(values).any():
+        best = int(np.nanargmin(np.where(np.isfinite(values), values, np.nan)))
+        step = rows[best]["step"]
+        label = f"best: {values[best]:.4g} at step {step}"
+        panel.plot([step], [values[best]], label=label, **marks.STAR)
+
+
+def _mark_findings(axes: np.ndarray, findings: Sequence[Finding]) -> None:
+    shown = [f for f in findings if f.severity != Severity.INFO]
+    for i, finding in enumerate(sorted(shown, key=lambda f: f.step)):
+        for panel in axes:
+            panel.axvline(finding.step, color=marks.VERMILLION, linestyle=":", zorder=1)
+        axes[0].annotate(
+            str(finding.code),
+            (finding.step, 1),
+            xycoords=axes[0].get_xaxis_transform(),
+            # Codes are long: each has a line of its own.
+            xytext=(0, 4 + 10 * (len(shown) - 1 - i)),
+            textcoords="offset points",
+            fontsize="x-small",
+            color=marks.VERMILLION,
+            ha=_side(axes[0], finding.step),
+        )
+
+
+def _side(panel: marks.Axes, step: float) -> str:
+    left, right = panel.get_xlim()
+    return "left" if step < (left + right) / 2 else "right"

@@ -1,0 +1,121 @@
+"""Quantile sketches: any quantile of all values so far, in fixed memory."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+# The values that quantile sketches tell apart. Outside they still count, as the ends.
+SMALLEST_IN_SKETCH = 1e-12
+_LARGEST_IN_SKETCH = 1e12
+
+
+def sketch_init(
+    shape: tuple[int, ...], relative_error: float, dtype: Any = jnp.int32
+) -> jax.Array:
+    """An empty quantile sketch for each entry of an array of shape ``shape``.
+
+    A DDSketch over a fixed range: counts in bins that grow geometrically from 1e-12 to
+    1e12, so that every quantile of values within is right to ``relative_error``. The
+    number of bins says everything about it: the functions below need nothing else.
+
+    Args:
+      shape: Shape of the values to come; () for scalars.
+      relative_error: Largest relative error of a quantile, in (0, 1).
+      dtype: int32 counts exactly and saturates; a sketch that forgets needs float32.
+
+    Returns:
+      Zeros of shape ``(*shape, num_bins)``: about ``28 / relative_error`` bins of 4
+      bytes, 5.5 kB at 0.02.
+
+    References:
+      Masson et al., `DDSketch: A fast and fully-mergeable quantile sketch with
+      relative-error guarantees <https://arxiv.org/abs/1908.10693>`_, 2019
+    """
+    log_growth = 2 * math.atanh(relative_error)
+    # A per mille more bins than that, for the rounding of logarithms in float32.
+    num_bins = math.ceil(1.001 * _log_range() / log_growth)
+    # The first is for what is at or below the range.
+    return jnp.zeros((*shape, num_bins + 1), dtype)
+
+
+def sketch_add(
+    sketch: jax.Array, value: jax.Array, decay: ArrayLike | None = None
+) -> jax.Array:
+    """Adds one non-negative value to each sketch; what is not finite changes nothing.
+
+    Args:
+      sketch: int32[..., bins] or float32[..., bins].
+      value: float32[...].
+      decay: What the weight of all earlier values is multiplied by; needs float32.
+
+    Returns:
+      The new sketch. An int32 bin stays at its largest value for good.
+    """
+    num_bins = sketch.shape[-1]
+    is_finite = jnp.isfinite(value)[..., None]
+    bin_of = _bin_of(value, num_bins)[..., None]
+    hit = (jnp.arange(num_bins, dtype=jnp.int32) == bin_of) & is_finite
+    if decay is not None:
+        decay = jnp.asarray(decay, sketch.dtype)
+        return jnp.where(is_finite, sketch * decay, sketch) + hit.astype(sketch.dtype)
+    if jnp.issubdtype(sketch.dtype, jnp.integer):
+        hit &= sketch != jnp.iinfo(sketch.dtype).max
+    return sketch + hit.astype(sketch.dtype)
+
+
+def sketch_merge(sketch: jax.Array, other: jax.Array) -> jax.Array:
+    """The sketch of all values of two sketches with equally many bins."""
+    if jnp.issubdtype(sketch.dtype, jnp.integer):
+        other = jnp.minimum(other, jnp.iinfo(sketch.dtype).max - sketch)
+    return sketch + other
+
+
+def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
+    """The ``q``-quantile of all values, between neighbours as in ``np.quantile``.
+
+    Args:
+      sketch: int32[..., bins] or float32[..., bins].
+      q: A number in [0, 1], or several if the sketch is a single one; may be traced.
+
+    Returns:
+      float32[...] or of the shape of ``q``, within the sketch's relative error; NaN if
+      it is empty. With a decay, the quantile of the weighted values.
+    """
+    num_bins = sketch.shape[-1]
+    # In float32 nothing overflows; beyond 2**24 values a rank is off by 1e-4 at most.
+    ranks = jnp.cumsum(sketch.astype(jnp.float32), axis=-1)
+    total = ranks[..., -1]
+    last = jnp.maximum(total - 1, 0.0)
+    position = jnp.asarray(q, jnp.float32) * last
+    below = jnp.floor(position)
+    low, high = (
+        _value_of(jnp.sum(ranks <= k[..., None], axis=-1), num_bins)
+        for k in (below, jnp.minimum(below + 1, last))
+    )
+    # Each neighbour is right to the relative error, and so is what lies between.
+    between = low + (position - below) * (high - low)
+    return jnp.where(total > 0, between, jnp.nan)
+
+
+def _log_range() -> float:
+    return math.log(_LARGEST_IN_SKETCH / SMALLEST_IN_SKETCH)
+
+
+def _bin_of(value: jax.Array, num_bins: int) -> jax.Array:
+    growth = _log_range() / (num_bins - 1)
+    within = jnp.clip(value, SMALLEST_IN_SKETCH, _LARGEST_IN_SKETCH)
+    exponent = (jnp.log(within) - math.log(SMALLEST_IN_SKETCH)) / growth
+    bin_of = jnp.clip(jnp.ceil(exponent).astype(jnp.int32), 1, num_bins - 1)
+    return jnp.where(value > SMALLEST_IN_SKETCH, bin_of, 0)
+
+
+def _value_of(bin_of: jax.Array, num_bins: int) -> jax.Array:
+    """The value that is off by the same factor at both ends of the bin; 0 for bin 0."""
+    growth = _log_range() / (num_bins - 1)
+    # 2 g**i / (g + 1) times the smallest value, for bins between powers of g.
+    first = math.log(SMALLEST_IN_SKETCH) + math.log(2 / (1 + math.exp(growth)))
+    exponent = first + growth * jnp.minimum(bin_of, num_bins - 1).astype(jnp.float32)
+    return jnp.where(bin_of == 0, 0.0, jnp.exp(exponent))

@@ -1,0 +1,320 @@
+"""What histories mean: one that shows each finding, one that must not, and no noise."""
+
+import collections
+import functools
+import math
+
+import numpy as np
+import pytest
+
+import optax_guard as og
+from optax_guard.analysis import Diagnosis, FindingCode, History, Severity, diagnose
+
+NAN, INF = math.nan, math.inf
+FALLING = [2.3 * 0.9**i for i in range(30)]
+
+
+def rows(**columns):
+    """Rows of columns; a number is the same in every row."""
+    n = max(len(c) for c in columns.values() if not isinstance(c, int | float))
+    columns = {
+        k: [c] * n if isinstance(c, int | float) else c for k, c in columns.items()
+    }
+    steps = columns.pop("step", range(1, n + 1))
+    return [
+        {"step": step, **{name: c[i] for name, c in columns.items()}}
+        for i, step in enumerate(steps)
+    ]
+
+
+def noisy(line, size, seed):
+    return [
+        float(x)
+        for x in line + size * np.random.default_rng(seed).normal(size=len(line))
+    ]
+
+
+# The last three are worse than the one before by noise alone.
+NOISY = noisy(2 - 0.01 * np.arange(40), 0.06, 3)
+
+# Code -> a history that shows it, and one near to it that does not.
+CASES = {
+    "CLIPPING_WORKS": (
+        rows(
+            grad_norm=[15.2, 12.7, 20.5, 4.8, 3.2],
+            clip_threshold=5.0,
+            loss=[2.3, 1.8, 1.2, 0.9, 0.7],
+        ),
+        rows(grad_norm=[15.2, 12.7, 20.5, 4.8, 3.2], clip_threshold=5.0, loss=2.3),
+    ),
+    "EXPLODING": (
+        rows(grad_norm=[1, 2, 1, 30, 1e3], loss=[2.3, 2.2, 2.5, 8, 100]),
+        # Norms that grow as much while the loss falls, and then come back.
+        rows(grad_norm=[1, 2, 1, 30, 1e3, 20], loss=FALLING[:6]),
+    ),
+    "OVER_CLIPPED": (
+        rows(
+            grad_norm=50.0, clip_threshold=0.5, loss=[2.3 - 0.01 * i for i in range(20)]
+        ),
+        # Everything clipped, by little: as an adaptive threshold does.
+        rows(
+            grad_norm=0.6, clip_threshold=0.5, loss=[2.3 - 0.01 * i for i in range(20)]
+        ),
+    ),
+    "NEVER_CLIPPED": (
+        rows(grad_norm=0.5, clip_threshold=100.0, loss=FALLING),
+        rows(grad_norm=[0.5] * 29 + [60.0], clip_threshold=100.0, loss=FALLING),
+    ),
+    "VANISHING": (
+        rows(grad_norm=[10 * 0.3**i for i in range(12)], loss=2.3),
+        # Converging.
+        rows(grad_norm=[10 * 0.3**i for i in range(12)], loss=FALLING[:12]),
+    ),
+    "NONFINITE_LOSS_DESPITE_CLIPPING": (
+        rows(grad_norm=100.0, clip_threshold=5.0, loss=[2.3, 2.4, 2.3, 2.4, NAN]),
+        # The guard withheld that step.
+        rows(
+            grad_norm=100.0,
+            clip_threshold=5.0,
+            num_skipped=[0, 0, 0, 0, 1],
+            loss=[2.3, 2.4, 2.3, 2.4, NAN],
+        ),
+    ),
+    "LOSS_SPIKE_WITHOUT_NORM_SPIKE": (
+        rows(grad_norm=1.0, loss=[2.3, 2.1, 1.9, 1.8, 9.0, 1.7]),
+        rows(grad_norm=[1, 1, 1, 1, 9.0, 1], loss=[2.3, 2.1, 1.9, 1.8, 9.0, 1.7]),
+    ),
+    "DIRECTION_DISTORTED": (
+        rows(update_cosine=0.6, grad_norm=10.0, clipped_norm=3.0, loss=FALLING[:6]),
+        rows(update_cosine=0.97, grad_norm=10.0, clipped_norm=9.0, loss=FALLING[:6]),
+    ),
+    "CLIPPED_TOO_LATE": (
+        rows(
+            grad_norm=[1, 1.2, 1, 50, 80, 60, 40],
+            clip_threshold=[INF] * 4 + [1.0] * 3,
+            loss=[2, 1.9, 1.8, 3, 3, 2.9, 2.5],
+        ),
+        rows(
+            grad_norm=[1, 1.2, 1, 1.5, 80, 60, 40],
+            clip_threshold=[INF] * 4 + [1.0] * 3,
+            loss=[2, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4],
+        ),
+    ),
+    "SKIP_STORM": (
+        rows(step=range(10, 70, 10), num_skipped=range(0, 30, 5), loss=2.0),
+        rows(step=range(10, 70, 10), num_skipped=range(0, 12, 2), loss=2.0),
+    ),
+    "REGIME_SHIFT": (
+        rows(grad_norm=[1.0] * 12 + [6.0] * 18, loss=FALLING),
+        # A larger change, as a drift.
+        rows(grad_norm=[100 ** (i / 30) for i in range(30)], loss=FALLING),
+    ),
+    "OVERFITTING": (
+        rows(
+            train_loss=[2 * 0.8**i for i in range(10)],
+            val_loss=[2, 1.7, 1.5, 1.4, 1.38, 1.45, 1.5, 1.6, 1.65, 1.7],
+        ),
+        # Training gets worse as well: not overfitting, the run diverges.
+        rows(
+            train_loss=[1, 0.8, 0.6, 0.5, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+            val_loss=[2, 1.7, 1.5, 1.4, 1.38, 1.45, 1.5, 1.6, 1.65, 1.7],
+        ),
+    ),
+    "STOPPED_TOO_EARLY": (
+        rows(val_loss=FALLING[:12]),
+        # No more than noise, though the last is the best.
+        rows(val_loss=[1, 1.1, 0.95, 1.05, 0.9, 1.1, 0.95, 1.0, 0.92, 0.89]),
+    ),
+    "SHORT_PATIENCE": (
+        rows(val_loss=NOISY),
+        # A plateau with the same noise.
+        rows(val_loss=[x + 0.01 * i for i, x in enumerate(NOISY)]),
+    ),
+}
+
+
+def codes(history, **how):
+    return {finding.code.name for finding in diagnose(history, **how)}
+
+
+def test_codes_are_those_that_were_promised():
+    assert list(FindingCode) == [code.name for code in FindingCode]
+    assert set(CASES) == set(FindingCode)
+
+
+@pytest.mark.parametrize("code", list(CASES))
+def test_each_finding_has_a_history_that_shows_it_and_one_that_does_not(code):
+    shows, does_not = CASES[code]
+    found = next(f for f in diagnose(shows) if f.code == code)
+    assert found.evidence
+    assert found.advice
+    for value in found.evidence.values():
+        assert isinstance(value, str | int | float)
+    assert code not in codes(does_not)
+
+
+def test_five_epochs_read_as_working_and_as_nothing_else():
+    (finding,) = diagnose(CASES["CLIPPING_WORKS"][0])
+    assert finding.code == FindingCode.CLIPPING_WORKS
+    assert finding.severity == Severity.INFO
+    assert finding.evidence == {
+        "clip_share": 0.6,
+        "largest_norm": 20.5,
+        "largest_after_clip": 5.0,
+        "first_loss": 2.3,
+        "loss": 0.7,
+    }
+
+
+def test_lost_loss_under_a_clip_reads_as_not_enough():
+    (finding,) = diagnose(CASES["NONFINITE_LOSS_DESPITE_CLIPPING"][0])
+    assert finding.severity == Severity.ERROR
+    assert "clipping is not enough" in str(finding)
+    assert finding.step == 5
+    assert finding.evidence["clipped_norm"] == 5.0
+    assert finding.as_dict()["evidence"]["loss"] == "NaN"
+
+
+def test_gradient_that_is_not_finite_explodes_unless_it_is_withheld():
+    history = rows(grad_norm=[1.0, 1.0, INF], loss=2.0)
+    (finding,) = diagnose(history)
+    assert finding.code == "EXPLODING"
+    assert finding.evidence["nonfinite_share"] == 1.0
+    assert codes([{**row, "skip_rate": 0.1} for row in history]) == set()
+
+
+def test_clipped_steps_count_though_no_norm_of_a_row_tells_of_them():
+    history = rows(grad_norm=0.5, clip_threshold=100.0, clip_rate=[0.0] * 29 + [0.1])
+    assert codes(history) == set()
+
+
+def test_spike_of_a_row_is_no_other_level_of_norms():
+    history = rows(grad_norm=[1.0] * 29 + [60.0], loss=FALLING)
+    assert codes(history) == set()
+
+
+def test_leaf_is_named_if_the_rejections_are_known():
+    rejection = og.Rejection(3, NAN, NAN, og.SkipReason.NONFINITE, "['head']['w']")
+    history = CASES["NONFINITE_LOSS_DESPITE_CLIPPING"][0]
+    (finding,) = diagnose(history, rejections=[rejection])
+    assert finding.evidence["leaf"] == "['head']['w']"
+
+
+def test_lost_loss_at_calm_norms_without_a_clip_is_not_the_gradient():
+    history = rows(grad_norm=1.0, loss=[2.3, 2.1, NAN])
+    assert codes(history) == {"LOSS_SPIKE_WITHOUT_NORM_SPIKE"}
+
+
+@pytest.mark.parametrize(
+    ("norms", "phase", "severity"),
+    [
+        ([50.0] * 20, "whole run", "warning"),
+        ([50.0] * 10 + [0.2] * 10, "warm-up", "info"),
+        ([0.2] * 10 + [50.0] * 10, "part of the run", "warning"),
+    ],
+)
+def test_phase_of_clipping_too_much_is_named(norms, phase, severity):
+    history = rows(grad_norm=norms, clip_threshold=0.5, loss=2.3)
+    finding = next(f for f in diagnose(history) if f.code == "OVER_CLIPPED")
+    assert (finding.evidence["phase"], finding.severity) == (phase, severity)
+
+
+def test_findings_come_when_they_first_hold_and_are_taken_back(capsys):
+    diagnosis = Diagnosis()
+    said = []
+    for row in rows(
+        grad_norm=[8.0] * 6, clip_threshold=5.0, loss=[3, 2.5, 2, 1.8, 1.5, NAN]
+    ):
+        diagnosis(row["step"], row)
+        said.append(capsys.readouterr().out)
+    spoken = {i: text.split()[1] for i, text in enumerate(said, start=1) if text}
+    assert spoken == {4: "CLIPPING_WORKS", 6: "NONFINITE_LOSS_DESPITE_CLIPPING"}
+    (left,) = diagnosis.findings()
+    assert left.code == "NONFINITE_LOSS_DESPITE_CLIPPING"
+
+
+def test_rows_of_fit_history_and_dicts_say_the_same():
+    plain = CASES["SKIP_STORM"][0]
+    history = History()
+    for row in plain:
+        history(row["step"], row)
+    assert list(map(str, diagnose(history))) == list(map(str, diagnose(plain)))
+    assert diagnose([]) == []
+    assert diagnose([{"value": 1.0}]) == []
+    with pytest.raises(TypeError, match="`history` must be a `History` or rows"):
+        diagnose([1.0])  # type: ignore[list-item]
+
+
+def healthy(seed):
+    """Rows as `fit` writes them, of a simulated run that learns.
+
+    Losses fall exponentially to a floor, with noise of up to 5 %; norms fall as well,
+    with log-normal noise, and are now and then 2 to 30 times as large; four of five
+    runs are clipped, at a quantile of their norms between 0.5 and 0.99.
+    """
+    rng = np.random.default_rng(seed)
+    n, every = int(rng.integers(20, 150)), int(rng.integers(1, 200))
+    i = np.arange(n)
+    time = n * rng.uniform(0.03, 0.15)
+    first, last = rng.uniform(2, 10), rng.uniform(0.05, 2)
+    curve = last + (first - last) * np.exp(-i / time)
+    train = curve * (1 + rng.uniform(0, 0.05) * rng.normal(size=n))
+    val = curve * rng.uniform(1, 1.2) * (1 + rng.uniform(0, 0.03) * rng.normal(size=n))
+    mean = rng.uniform(0.1, 5) * (1 + rng.uniform(0, 10) * np.exp(-i / time))
+    mean *= np.exp(rng.uniform(0.05, 0.5) * rng.normal(size=n))
+    norm = mean * (1 + rng.exponential(0.5, n))
+    norm *= np.where(rng.random(n) < 0.02, rng.uniform(2, 30, n), 1)
+    is_clipped = rng.random() < 0.8
+    limit = np.quantile(norm, rng.uniform(0.5, 0.99)) if is_clipped else INF
+    share = np.where(norm > limit, np.clip((norm / limit - 0.5) / 2, 0, 1), 0)
+    return rows(
+        step=every * (i + 1),
+        grad_norm=norm,
+        grad_norm_mean=mean,
+        clipped_norm=np.minimum(norm, limit),
+        clip_threshold=float(limit),
+        clip_rate=share,
+        skip_rate=0.0,
+        train_loss=train,
+        val_loss=val,
+    )
+
+
+@functools.cache
+def false_alarms():
+    """Of 300 healthy runs, how many have each finding, by severity and code."""
+    counts = collections.Counter()
+    for seed in range(300):
+        found = [f for f in diagnose(healthy(seed)) if f.code != "CLIPPING_WORKS"]
+        counts.update(f.code for f in found)
+        counts["warned"] += any(f.severity != Severity.INFO for f in found)
+    return counts
+
+
+def test_healthy_runs_are_hardly_ever_warned_of():
+    """Measured: no warning, and 8 infos on how a run ended or norms changed."""
+    counts = false_alarms()
+    assert counts["warned"] <= 3, counts
+    assert sum(counts[code] for code in FindingCode) <= 15, counts
+
+
+def test_time_a_row_does_not_grow_with_the_run():
+    diagnosis = Diagnosis()
+    for row in healthy(0) * 4:
+        diagnosis.update(row)
+
+    def size(x, seen):
+        if id(x) in seen or isinstance(x, type):
+            return 0
+        seen.add(id(x))
+        inner = vars(x).values() if hasattr(x, "__dict__") else ()
+        if isinstance(x, dict):
+            inner = list(x.values())
+        elif isinstance(x, list | tuple | collections.deque):
+            inner = list(x)
+        return 1 + sum(size(y, seen) for y in inner)
+
+    before = size(diagnosis, set())
+    for row in healthy(0) * 20:
+        diagnosis.update(row)
+    assert size(diagnosis, set()) <= before + 50
