@@ -1,6 +1,6 @@
 """The norms that a run has seen: of each leaf, and their quantiles."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
@@ -45,6 +45,14 @@ def leaf_norms(state: Any) -> dict[str, jax.Array]:
     return _by_name(stats, stats.group_norm)
 
 
+@overload
+def norm_quantile(
+    state: Any, q: ArrayLike, *, by_group: Literal[False] = False
+) -> jax.Array: ...
+@overload
+def norm_quantile(
+    state: Any, q: ArrayLike, *, by_group: Literal[True]
+) -> dict[str, jax.Array]: ...
 def norm_quantile(
     state: Any, q: ArrayLike, *, by_group: bool = False
 ) -> jax.Array | dict[str, jax.Array]:

@@ -364,7 +364,7 @@ def test_last_sixteen_rejections_are_kept_with_their_facts():
     assert [r.update for r in rows] == expected[-16:]
     assert [r.value for r in rows] == [float(i) for i in expected[-16:]]
     assert [r.leaf for r in rows] == [
-        "['b']" if i % 2 == 0 else "['w']" for i in expected[-16:]
+        "b" if i % 2 == 0 else "w" for i in expected[-16:]
     ]
     assert {r.reason for r in rows} == {REASON.NONFINITE}
     assert not any(math.isfinite(r.grad_norm) for r in rows)
