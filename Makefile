@@ -59,7 +59,7 @@ demo: .venv/installed  ## train on real text with and without the guard (ARGS=--
 
 .PHONY: test
 test: .venv/installed  ## run the tests and the examples in docstrings
-	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # For developers --------------------------------------------------------------
 

@@ -53,7 +53,21 @@ def ratio(x: jax.Array, length: jax.Array) -> jax.Array:
     """``x / length`` for a positive length, however large."""
     # XLA may divide by multiplying with the inverse, which vanishes for a huge length.
     scale = jnp.where(length > 1, 2.0**-64, 1.0).astype(length.dtype)
-    return x * scale / (length * scale)
+    return divide(x * scale, length * scale)
+
+
+@jax.custom_jvp
+def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The quotient, with derivatives wherever it is finite."""
+    return numerator / denominator
+
+
+@divide.defjvp
+def _divide_jvp(primals: Any, tangents: Any) -> Any:
+    # The plain derivative squares the denominator, which may overflow or vanish.
+    (_, denominator), (dot, denominator_dot) = primals, tangents
+    quotient = divide(*primals)
+    return quotient, dot / denominator - quotient * (denominator_dot / denominator)
 
 
 # Jitted for callers outside of `jit`: there, every call would compile its branches.

@@ -15,6 +15,7 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from optax_guard._axis_norms import divide
 from optax_guard._base import (
     check_choice,
     check_positive,
@@ -269,7 +270,7 @@ def factors_for(is_clipped: jax.Array, target: jax.Array, norm: jax.Array) -> Fa
     underflows = target < norm * 2.0**-100
     first = jnp.where(underflows, jnp.where(norm > 1, 2.0**-120, 2.0**-96), 1.0)
     first = first.astype(norm.dtype)
-    return Factors(is_clipped, first, _divide(target, norm * first))
+    return Factors(is_clipped, first, divide(target, norm * first))
 
 
 def rescaled(x: jax.Array, factors: Factors) -> jax.Array:
@@ -280,16 +281,3 @@ def rescaled(x: jax.Array, factors: Factors) -> jax.Array:
     # A selection, not a factor of one, so that what is not clipped keeps its bits: some
     # backends flush denormals whenever they multiply.
     return jnp.where(factors.is_clipped, scaled.astype(x.dtype), x)
-
-
-@jax.custom_jvp
-def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    return numerator / denominator
-
-
-@_divide.defjvp
-def _divide_jvp(primals: Any, tangents: Any) -> Any:
-    # The plain derivative squares the denominator, which may overflow or vanish.
-    (_, denominator), (dot, denominator_dot) = primals, tangents
-    ratio = _divide(*primals)
-    return ratio, dot / denominator - ratio * (denominator_dot / denominator)

@@ -74,14 +74,31 @@ def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
 
 def names_of_parts(tree: Any, axes: Sequence[tuple[int, ...]]) -> Any:
     """A tree like ``tree`` with a ``None`` for each part."""
-    names: list[Any] = []
-    for x, reduced in zip(jax.tree.leaves(tree), axes, strict=True):
+
+    def name(x: Any, reduced: tuple[int, ...]) -> Any:
         kept = [n for a, n in enumerate(np.shape(x)) if a not in reduced]
-        if not is_inexact(x):
-            names.append(())
-        else:
-            names.append((None,) * math.prod(kept) if kept else None)
-    return jax.tree.structure(tree).unflatten(names)
+        return (None,) * math.prod(kept) if kept else None
+
+    return _named(tree, list(map(name, jax.tree.leaves(tree), axes)))
+
+
+def names_of_leaves(tree: Any) -> Any:
+    """A tree like ``tree`` with a ``None`` for each floating leaf."""
+    return _named(tree, [None] * len(jax.tree.leaves(tree)))
+
+
+def _named(tree: Any, names: list[Any]) -> Any:
+    """``names`` in the places of the floating leaves, and ``()`` elsewhere."""
+    remaining = iter(names)
+
+    def place(x: Any) -> Any:
+        # A tree's own `None` is no leaf, and must not be taken for a name.
+        if x is None:
+            return ()
+        found = next(remaining)
+        return found if is_inexact(x) else ()
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: x is None)
 
 
 def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:

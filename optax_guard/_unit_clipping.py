@@ -23,8 +23,8 @@ from optax_guard._group_clipping import (
     update_total,
 )
 from optax_guard._group_stats import GroupStats, init_group_stats, update_group_stats
-from optax_guard._groups import Groups, each_part
-from optax_guard._norms import AxisName, is_inexact
+from optax_guard._groups import Groups, each_part, names_of_leaves
+from optax_guard._norms import AxisName
 from optax_guard._paths import for_each_leaf, path_names
 from optax_guard._statistics import NormStats, init_stats
 from optax_guard.threshold import Threshold, as_threshold
@@ -125,7 +125,7 @@ def clip_by_unit_norm(
         groups, _ = split(params)
         return ClipByUnitNormState(
             stats=init_stats(),
-            group_stats=init_group_stats(_names_of_leaves(params), record_quantiles),
+            group_stats=init_group_stats(names_of_leaves(params), record_quantiles),
             units_clipped=jnp.zeros((), jnp.float32),
             threshold=threshold.start(groups.group_of_part.shape),
         )
@@ -143,7 +143,7 @@ def clip_by_unit_norm(
                 "`params` of `clip_by_unit_norm` must be given, to compare with their "
                 "norms: `tx.update(updates, state, params)`."
             )
-        names = _names_of_leaves(updates)
+        names = names_of_leaves(updates)
         check_same_groups("clip_by_unit_norm", names, state.group_stats)
         groups, excluded = split(updates)
         is_excluded = excluded[groups.leaf_of_part]
@@ -217,10 +217,6 @@ def _update_leaves(
         jnp.where(jnp.isfinite(margins), before * margins, jnp.inf),
         is_any,
     )
-
-
-def _names_of_leaves(tree: Any) -> Any:
-    return jax.tree.map(lambda x: None if is_inexact(x) else (), tree)
 
 
 def _unit_axes(tree: Any, axis: Any) -> list[tuple[int, ...]]:

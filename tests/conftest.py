@@ -25,6 +25,19 @@ import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Keeps tests of one case together: by its `name` they share what they compile."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        case = getattr(item, "callspec", None)
+        name = case.params.get("name") if case else None
+        if isinstance(name, str):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
+
+
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
     """Eight devices along the axis `data`; the compiler places what is between."""

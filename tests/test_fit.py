@@ -601,6 +601,15 @@ def test_rows_before_a_crash_reach_the_loggers():
     assert rows == [2, 4]
 
 
+@pytest.fixture
+def python_interrupts():
+    """Python's own handler, which a process in the background starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_interrupts")
 def test_first_interrupt_returns_what_there_is():
     def batches(step):
         if step == 5:
@@ -624,6 +633,7 @@ def test_first_interrupt_returns_what_there_is():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("python_interrupts")
 def test_second_interrupt_raises():
     rows = []
 

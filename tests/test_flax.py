@@ -275,7 +275,7 @@ def test_metrics_rejections_and_find_state_take_the_state():
     state = created(GUARDED).apply_gradients(grads=BAD, value=3.0)
     assert og.metrics(state)["num_skipped"] == 1
     [rejection] = og.rejections(state)
-    assert rejection.leaf == "['kernel']"
+    assert rejection.leaf == "kernel"
     assert rejection.value == 3.0
 
 

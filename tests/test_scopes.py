@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_guard as og
-from tests.strategies import same_bits, true_norm
+from tests.strategies import f32, same_bits, true_norm
 
 RNG = np.random.default_rng(0)
 SHAPES = {"conv": (3, 3, 4, 8), "dense": (8, 5), "bias": (5,), "layers": (4, 2, 6)}
@@ -100,6 +100,18 @@ def test_guard_names_the_bad_leaf(name):
     assert same_bits(params, PARAMS)
     (rejection,) = og.rejections(state, PARAMS)
     assert rejection.leaf == "dense"
+
+
+@pytest.mark.parametrize(
+    "tx", [og.clip_by_leaf_norm(1.0), og.clip_by_unit_norm(1.0)], ids=["leaf", "unit"]
+)
+def test_what_has_no_gradient_is_no_leaf(tx):
+    tree: Any = {"a": None, "b": jnp.arange(3), "c": f32([3, 4]), "d": f32([[1.0]])}
+    updates, state = tx.update(tree, tx.init(tree), tree)
+    assert og.leaf_norms(state) == {"c": 5.0, "d": 1.0}
+    assert state.group_stats.group_norm.shape == (2,)
+    assert updates["a"] is None
+    assert same_bits(updates["b"], tree["b"])
 
 
 def test_errors_name_the_argument():
