@@ -28,11 +28,13 @@ class RelativeToMeanState(NamedTuple):
         ``warmup`` norms were seen.
       recent_min: float32[S], smallest of the last norms, if all of them were unusual
         (or during warm-up), else 0.
+      recent_share: float32[S], the largest share that clipping left of any of them.
       recent_length: int32[S], how many they are.
     """
 
     clipped_mean: jax.Array
     recent_min: jax.Array
+    recent_share: jax.Array
     recent_length: jax.Array
 
 
@@ -50,11 +52,13 @@ def relative_to_mean(
     :math:`\gamma \leftarrow \beta\gamma + (1-\beta) \min(n, \rho\gamma)` follows the
     norms :math:`n`, upwards by a factor of at most :math:`1 + (1-\beta)(\rho - 1)` a
     step. During warm-up, updates are clipped by their
-    *global* norm and :math:`\gamma` is the smallest norm that this leaves. After
-    ``warmup`` norms in a row above the limit or below half the mean, it starts afresh
-    from the smallest of those, so that a lasting change of scale is followed within
-    ``warmup`` updates. Zero and non-finite norms do not enter: the limit cannot end at
-    zero.
+    *global* norm, and :math:`\gamma` starts as the smallest norm times the largest
+    share that this left of any. (The paper has the smallest clipped norm, to which one
+    exploding leaf brings all leaves at once; without a spike both are about the same.)
+    After ``warmup`` norms in a row above the limit or below half the mean, it starts
+    afresh from the smallest of those, so that a lasting change of scale is followed
+    within ``warmup`` updates. Zero and non-finite norms do not enter: the limit cannot
+    end at zero.
 
     Args:
       ratio: How far above the running mean a norm may be; above 1, or the mean could
@@ -63,10 +67,10 @@ def relative_to_mean(
       warmup: How many norms make up the first mean, and a new one.
       warmup_max_norm: Largest global norm that passes unchanged during warm-up, in
         units of the gradient; ``None`` to clip nothing. All numbers may be traced.
-      restart: Whether the mean ever starts afresh.
+      restart: Whether the mean ever starts afresh; if not, it starts as in the paper.
 
     Returns:
-      A threshold with a ``RelativeToMeanState``: 12 bytes for each norm.
+      A threshold with a ``RelativeToMeanState``: 16 bytes for each norm.
 
     Raises:
       ValueError: If a Python number is out of range.
@@ -94,6 +98,7 @@ def relative_to_mean(
         return RelativeToMeanState(
             clipped_mean=jnp.zeros(shape, jnp.float32),
             recent_min=jnp.zeros(shape, jnp.float32),
+            recent_share=jnp.zeros(shape, jnp.float32),
             recent_length=jnp.zeros(shape, jnp.int32),
         )
 
@@ -124,16 +129,21 @@ def relative_to_mean(
         if restart:
             is_unusual |= (norm > float32(ratio) * old) | (norm < old / 2)
         length = state.recent_length + 1
-        # Clipped norms are all at the old limit: only raw ones tell the new scale.
-        candidate = jnp.where(is_new, clipped_norm, norm)
+        if restart:
+            # Afterwards clipped norms are all at the old limit: only raw ones tell.
+            kept = jnp.where(is_new, clipped_norm / jnp.where(norm > 0, norm, 1.0), 1.0)
+            candidate, share = norm, jnp.maximum(state.recent_share, kept)
+        else:
+            candidate, share = clipped_norm, jnp.ones_like(norm)
         smallest = jnp.where(
             length == 1, candidate, jnp.minimum(state.recent_min, candidate)
         )
         is_restart = is_unusual & (length >= warmup)
         goes_on = is_unusual & ~is_restart
         new = RelativeToMeanState(
-            clipped_mean=jnp.where(is_restart, smallest, mean),
+            clipped_mean=jnp.where(is_restart, smallest * share, mean),
             recent_min=jnp.where(goes_on, smallest, 0.0),
+            recent_share=jnp.where(goes_on, share, 0.0),
             recent_length=jnp.where(goes_on, length, 0),
         )
         return where(is_informative(norm) & (clipped_norm > 0), new, state)

@@ -93,7 +93,9 @@ def clip_by_unit_norm(
 
     Raises:
       ValueError: If ``max_ratio`` or ``eps`` is a Python number and not positive;
-        if a leaf has more axes than the rule by rank knows; if ``params`` is missing.
+        if a leaf has more axes than the rule by rank knows, or with ``axis_name`` a
+        device's part of it has at most one axis longer than 1; if ``params`` is
+        missing.
       TypeError: If ``max_ratio`` is none of the above.
 
     Examples:
@@ -114,7 +116,7 @@ def clip_by_unit_norm(
 
     def split(tree: Any) -> tuple[Groups, np.ndarray]:
         """The units, and which leaves are excluded: all of such a leaf is one unit."""
-        axes = _unit_axes(tree, axis)
+        axes = _unit_axes(tree, axis, axis_name)
         excluded = np.array(for_each_leaf("exclude", exclude, tree), bool)
         for i, x in enumerate(jax.tree.leaves(tree)):
             if excluded[i]:
@@ -219,7 +221,7 @@ def _update_leaves(
     )
 
 
-def _unit_axes(tree: Any, axis: Any) -> list[tuple[int, ...]]:
+def _unit_axes(tree: Any, axis: Any, axis_name: AxisName) -> list[tuple[int, ...]]:
     """For each leaf the axes along which its units lie."""
     rules = for_each_leaf("axis", axis if callable(axis) else lambda _: axis, tree)
     axes = []
@@ -233,6 +235,12 @@ def _unit_axes(tree: Any, axis: Any) -> list[tuple[int, ...]]:
                     f"`axis` must name axes of each leaf, got {rule} for "
                     f"{path_names(tree)[i]!r} of shape {shape}."
                 ) from error
+        elif axis_name is not None and len(shape) > 1 >= sum(n != 1 for n in shape):
+            raise ValueError(
+                "`axis` must be given with `axis_name` for a leaf of which a device "
+                f"has one row or column, got None for {path_names(tree)[i]!r} of local "
+                f"shape {shape}. Its rank alone does not tell its units."
+            )
         elif sum(n != 1 for n in shape) <= 1:
             axes.append(tuple(range(len(shape))))
         elif len(shape) in _AXES_BY_RANK:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_guard as og
 from tests.strategies import f32, same_bits, true_norm
@@ -102,6 +104,106 @@ def test_guard_names_the_bad_leaf(name):
     assert rejection.leaf == "dense"
 
 
+WIDE = {"w": GRADS["conv"].reshape(8, 36), "v": GRADS["layers"].reshape(8, 6)}
+WIDE_CLIPS: dict[str, Callable[[Any], Any]] = {
+    "leaf": lambda axis: og.clip_by_leaf_norm(2.0, axis_name=axis),
+    "layer": lambda axis: og.clip_by_leaf_norm(0.5, layer_axis=1, axis_name=axis),
+    "group": lambda axis: og.clip_by_group_norm({"all": 2.0}, "all", axis_name=axis),
+    "unit": lambda axis: og.clip_by_unit_norm(0.5, axis=0, axis_name=axis),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_CLIPS)
+def test_sharded_is_as_on_one_device(name, mesh):
+    def play(axis: Any) -> Any:
+        tx = WIDE_CLIPS[name](axis)
+        return lambda grads: tx.update(grads, tx.init(grads), grads)
+
+    def values(result: Any) -> list[np.ndarray]:
+        return [np.asarray(x, np.float64) for x in jax.tree.leaves(result)]
+
+    grads = WIDE | {"v": 1e-4 * WIDE["v"]}
+    expected = values(jax.jit(play(None))(grads))
+    rows = PartitionSpec("data")
+    sharded = jax.device_put(grads, NamedSharding(mesh, rows))
+    automatic = jax.jit(play(None))(sharded)
+    # Units lie along the sharded axis, layers across it.
+    manual = jax.shard_map(
+        play("data"), mesh=mesh, in_specs=rows, out_specs=(rows, PartitionSpec())
+    )
+    for result in (automatic, jax.jit(manual)(sharded)):
+        for got, wanted in zip(values(result), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+THRESHOLDS = {
+    "zscore": og.threshold.zscore(),
+    "quantile": og.threshold.quantile(0.9),
+    "relative_to_mean": og.threshold.relative_to_mean(1.2, warmup=25),
+}
+FAULTS = [math.nan, math.inf, 1e30, 1e-30, 0.0]
+PHASES = [0, 3, 24, 25, 150]
+NOISE = f32(0.1 * np.exp(0.1 * np.random.default_rng(1).normal(size=(250, 2))))
+
+
+def loop_of(tx: Any) -> Any:
+    """Norms of two leaves by step to clipped norms, thresholds and the last state."""
+
+    def step(state: Any, norms: Any) -> Any:
+        updates, state = tx.update({"a": norms[0], "b": norms[1]}, state)
+        stats = state.group_stats
+        return state, (jnp.stack([updates["a"], updates["b"]]), stats.group_threshold)
+
+    def run(norms: Any) -> Any:
+        start = tx.init({"a": jnp.zeros(()), "b": jnp.zeros(())})
+        state, (clipped, thresholds) = jax.lax.scan(step, start, norms)
+        return clipped, thresholds, state
+
+    return jax.jit(jax.vmap(run))
+
+
+@pytest.mark.parametrize("scope", ["leaf", "group"])
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_fault_in_one_group_spares_the_others_and_is_forgotten(name, scope):
+    rule = THRESHOLDS[name]
+    run = loop_of(
+        og.clip_by_leaf_norm(rule)
+        if scope == "leaf"
+        else og.clip_by_group_norm({"a": rule, "b": rule}, lambda path: path)
+    )
+    cases = [(fault, phase) for fault in FAULTS for phase in PHASES]
+    lanes, without = [NOISE], [NOISE]
+    for fault, phase in cases:
+        faulty = NOISE.copy()
+        faulty[phase, 0] = fault
+        lanes.append(faulty)
+        # As long as the others, so that one program runs all.
+        without.append(np.append(np.delete(NOISE, phase, 0), NOISE[-1:], 0))
+    clipped, thresholds, states = jax.device_get(run(np.stack(lanes)))
+    *_, thresholds_without, _ = jax.device_get(run(np.stack(without)))
+    assert all(
+        np.isfinite(x).all()
+        for x in jax.tree.leaves((states.threshold, states.stats.norm_mean))
+    )
+    for i, (fault, phase) in enumerate(cases, 1):
+        rest = slice(phase + 1, None)
+        if math.isfinite(fault):
+            # The other leaf does not notice, but that AdaGC's warm-up clips all.
+            seen = [k for k in range(250) if k != phase or name != "relative_to_mean"]
+            assert same_bits(clipped[i, seen, 1], clipped[0, seen, 1])
+            assert same_bits(thresholds[i, seen, 1], thresholds[0, seen, 1])
+        else:
+            # Neither leaf learns from the step, as if it had not been.
+            expected = thresholds_without[i, phase:-1]
+            assert same_bits(thresholds[i, rest], expected)
+        # What passes the faulty leaf later is about what passed it in a clean run.
+        late = slice(phase + 60, None)
+        ratio = clipped[i, late, 0] / clipped[0, late, 0]
+        assert 0.7 < ratio.min() <= ratio.max() < 1.4, (fault, phase)
+        if fault == 1e30 and phase > 25:
+            assert clipped[i, phase, 0] < 2 * NOISE.max()
+
+
 @pytest.mark.parametrize(
     "tx", [og.clip_by_leaf_norm(1.0), og.clip_by_unit_norm(1.0)], ids=["leaf", "unit"]
 )
@@ -123,5 +225,8 @@ def test_errors_name_the_argument():
         og.clip_by_leaf_norm(1.0, layer_axis=1).init(PARAMS)
     with pytest.raises(ValueError, match="`params` of `clip_by_unit_norm`"):
         og.clip_by_unit_norm(0.1).update(GRADS, CLIPS["unit"].init(PARAMS))
+    # Of 8 rows each of 8 devices has one, which looks like a vector.
+    with pytest.raises(ValueError, match="`axis` must be given with `axis_name`"):
+        og.clip_by_unit_norm(0.1, axis_name="data").init(jnp.ones((1, 6)))
     with pytest.raises(ValueError, match="`state` holds no norms of leaves"):
         og.leaf_norms(og.record_norm().init(PARAMS))
