@@ -165,3 +165,14 @@ def test_norm_quantile_of_nothing():
         norm_quantile(start(optax.adam(0.1), jnp.zeros(1)), 0.5)
     with pytest.raises(ValueError, match=r"`q` must be in \[0, 1\], got 90"):
         norm_quantile(start(tx, jnp.zeros(1)), 90)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0])
+def test_quantiles_stay_right_beyond_what_float32_counts(q):
+    # As after 2**30 updates: norms of 1, 2 and 3, equally often.
+    state = sketch_init((), 0.01)
+    for norm in (1.0, 2.0, 3.0):
+        state = sketch_add(state, jnp.float32(norm))
+    state = state * 2**28
+    expected = np.quantile([1.0, 2.0, 3.0], q, method="nearest")
+    assert sketch_quantile(state, q) == pytest.approx(expected, rel=0.01)
