@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_report(commands)
+    _add_replay(commands)
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as exit:
@@ -88,7 +89,6 @@ def _add_report(
         "trainer_state.json. Exit code: 0 if nothing is worse than an info, 3 if there "
         "is a warning, 4 if there is an error; 1 if the run could not be read.",
     )
-    report.add_argument("path", metavar="RUN", type=Path, help="a file, or its folder")
     report.add_argument(
         "--out",
         type=Path,
@@ -103,8 +103,20 @@ def _add_report(
         action="store_true",
         help="print one JSON object and nothing else; writes no files without --out",
     )
-    report.add_argument("--run", metavar="NAME", help="which of several runs in a file")
+    _add_reading(report)
     report.add_argument(
+        "--max-norm", type=float, help="threshold of the clip, if the file lacks it"
+    )
+    report.set_defaults(run_command=_report)
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    """What `History.read` takes."""
+    command.add_argument("path", metavar="RUN", type=Path, help="a file, or its folder")
+    command.add_argument(
+        "--run", metavar="NAME", help="which of several runs in a file"
+    )
+    command.add_argument(
         "--column",
         metavar="NAME=THEIRS",
         action="append",
@@ -112,10 +124,6 @@ def _add_report(
         default=[],
         help="what a column is called in the file, as in grad_norm=my/norm; repeatable",
     )
-    report.add_argument(
-        "--max-norm", type=float, help="threshold of the clip, if the file lacks it"
-    )
-    report.set_defaults(run_command=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -148,6 +156,58 @@ def _report(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"\nFiles in {out}: {', '.join(path.name for path in written)}")
     return _report.exit_code(report)
+
+
+def _add_replay(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="where stop rules would have stopped a recorded run",
+        description="Plays the evaluations of a run to stop rules: where each would "
+        "have stopped, what it would have saved, and what it gives up. Exit code: 0, "
+        "or 1 if the run could not be read or a rule cannot be played.",
+    )
+    _add_reading(replay)
+    replay.add_argument(
+        "--rule",
+        metavar="RULE",
+        action="append",
+        default=[],
+        help="a rule of optax_guard.stop as in Python, such as 'patience(5)' or "
+        "'any_of(lag(3), target(0.1))'; repeatable; default: patience from 1 to 20",
+    )
+    replay.add_argument("--key", help="column of the value; default: val_loss or value")
+    replay.add_argument("--mode", choices=("min", "max"), default="min")
+    replay.add_argument("--json", action="store_true", help="print one JSON object")
+    replay.add_argument(
+        "--out", type=Path, help="folder for replay.txt and the plot; default: none"
+    )
+    replay.set_defaults(run_command=_replay)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from optax_guard import _replay_command
+
+    try:
+        history, replayed = _replay_command.play(
+            arguments.path,
+            arguments.rule,
+            key=arguments.key,
+            mode=arguments.mode,
+            run=arguments.run,
+            columns=dict(arguments.column),
+        )
+    except ValueError as error:
+        print(f"optax-guard replay: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(_replay_command.as_json(replayed))
+    else:
+        print(_replay_command.replay_table(replayed))
+    if arguments.out is not None:
+        _replay_command.write(history, replayed, arguments.out, key=arguments.key)
+    return 0
 
 
 def _column(text: str) -> tuple[str, str]:

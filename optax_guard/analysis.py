@@ -1,4 +1,4 @@
-"""What a run's record says: history, table, diagnosis, and writers for it."""
+"""What a run's record says: history, table, diagnosis, replay, writers."""
 
 from optax_guard._diagnosis import Diagnosis as Diagnosis
 from optax_guard._diagnosis import diagnose as diagnose
@@ -8,5 +8,8 @@ from optax_guard._findings import Severity as Severity
 from optax_guard._history import History as History
 from optax_guard._history_readers import COLUMN_NAMES as COLUMN_NAMES
 from optax_guard._history_table import table as table
+from optax_guard._replay import Replayed as Replayed
+from optax_guard._replay import replay as replay
+from optax_guard._replay import replay_table as replay_table
 from optax_guard._writers import GroupedWriter as GroupedWriter
 from optax_guard._writers import grouped_name as grouped_name

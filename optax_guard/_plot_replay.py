@@ -1,0 +1,73 @@
+"""The figure of a replay: one evaluation curve, and where each rule would stop."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from optax_guard import _plotting_marks as marks
+from optax_guard._history import as_rows
+from optax_guard._replay import Replayed, evaluations_of
+from optax_guard._stop_base import StopReason
+
+
+def plot_replay(
+    history: Iterable[Mapping[str, Any]],
+    replayed: Sequence[Replayed],
+    *,
+    key: str | None = None,
+    title: str = "",
+) -> marks.Figure:
+    """Draws the evaluations of a run, and below them what each rule would have made.
+
+    Above: the values, and the best of them. Below, a line for each rule: a bar to where
+    it would have stopped, with a star at the best until then, and what it gives up.
+
+    Args:
+      history: A `History`, or rows such as `fit` returns.
+      replayed: What `optax_guard.analysis.replay` returned for it.
+      key: As for `replay`.
+      title: Title of the figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: If no row has the value, or ``replayed`` is empty.
+    """
+    if not replayed:
+        raise ValueError("`replayed` must hold a rule at least, got none.")
+    rows, key = evaluations_of(as_rows(history), key)
+    figure = marks.Figure(
+        figsize=(8, 4 + 0.35 * len(replayed)), dpi=120, layout="constrained"
+    )
+    figure.suptitle(title)
+    above, below = figure.subplots(
+        2, 1, sharex=True, height_ratios=[3, 0.5 + 0.35 * len(replayed)]
+    )
+    style = marks.LARGEST if len(rows) <= 80 else marks.LARGEST | {"marker": ""}
+    marks.line(above, rows, key, key, style)
+    above.set_ylabel(key)
+    for i, one in enumerate(replayed):
+        has_stopped = one.reason != StopReason.RUNNING
+        color = marks.ORANGE if has_stopped else marks.SKY
+        below.barh(i, one.stopped_step, height=0.5, color=color, edgecolor=marks.BLACK)
+        if one.best_step >= 0:
+            below.plot([one.best_step], [i], **marks.STAR)
+        words = (
+            f"gives up {one.loss_given_up:.3g}" if one.loss_given_up else "same best"
+        )
+        inside = one.stopped_step > 0.7 * rows[-1]["step"]
+        below.annotate(
+            words,
+            (one.stopped_step, i),
+            xytext=(-5 if inside else 5, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize="small",
+        )
+        if has_stopped:
+            above.axvline(one.stopped_step, color=marks.ORANGE, linestyle=":", zorder=1)
+    below.set_yticks(range(len(replayed)), [one.name for one in replayed])
+    below.invert_yaxis()
+    marks.finish(above, below)
+    return figure
