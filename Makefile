@@ -83,7 +83,8 @@ bench: .venv/installed  ## print the cost of a guarded step beside Optax's (ARGS
 
 .PHONY: test-accelerators
 test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert the cost
-	PYTHONPATH=$(ACCELERATORS) $(PY) -m pytest tests/accelerators $(ARGS)
+	PYTHONPATH=$(ACCELERATORS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup \
+	  tests/accelerators $(ARGS)
 
 .PHONY: notebooks
 notebooks: .venv/installed-notebooks  ## execute every notebook

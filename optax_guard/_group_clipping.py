@@ -81,12 +81,12 @@ def clip_by_leaf_norm(
 
     Args:
       max_norm: As for ``clip_by_global_norm``. With ``threshold.quantile`` the state
-        has a sketch for every leaf, 22 kB each by default.
+        has a sketch for every leaf, 23 kB each by default.
       layer_axis: The axis of stacked leaves along which layers lie, as ``nn.scan``
         makes them: each layer is clipped by its own norm. A number for all leaves, or a
         function from the path of a leaf (``"blocks/mlp/kernel"``) to its axis, ``None``
         where it is not stacked.
-      record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.5 kB each,
+      record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
       axis_name: Mesh axis or axes over which each leaf is split, other than along its
         ``layer_axis``, under ``jax.shard_map`` or ``jax.pmap``.
@@ -143,7 +143,7 @@ def clip_by_group_norm(
         the group), a schedule, one of ``optax_guard.threshold`` or a table.
       labels: A function from the path of a leaf (``"encoder/attention/kernel"``) to its
         label; or a tree of labels like the parameters, or like the top of their tree.
-      record_quantiles: Whether to keep a sketch of the norms of each group, 5.5 kB
+      record_quantiles: Whether to keep a sketch of the norms of each group, 5.6 kB
         each, for ``norm_quantile(state, q, by_group=True)``.
       axis_name: Mesh axis or axes over which the updates are split, under
         ``jax.shard_map`` or ``jax.pmap``.

@@ -33,7 +33,7 @@ class GroupStats(NamedTuple):
         norms before clipping; 0 after ``init``.
       group_norm_var: float32[G], variance around that mean; 0 after ``init``.
       group_norm_max: float32[G], largest finite norm before clipping; 0 after ``init``.
-      group_sketch: int32[G, 1384], for ``norm_quantile``, if it was asked for, else
+      group_sketch: int32[G, 1408], for ``norm_quantile``, if it was asked for, else
         ``None``; zeros after ``init``.
     """
 

@@ -88,7 +88,7 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips updates by a percentile of all global norms, this one's included.
 
-    The whole history is kept as counts in 22 kB: the threshold is AutoClip's, or up to
+    The whole history is kept as counts in 23 kB: the threshold is AutoClip's, or up to
     1 % more, for norms from 1e-12 to 1e12. Zero and non-finite norms do not enter it.
 
     Args:

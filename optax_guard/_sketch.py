@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 SMALLEST_IN_SKETCH = 1e-12
 _LARGEST_IN_SKETCH = 1e12
 # How many bins are added up before the search for a rank looks at single ones.
-_ROW = 64
+_ROW = 128
 
 
 def sketch_init(
@@ -31,7 +31,7 @@ def sketch_init(
 
     Returns:
       Zeros of shape ``(*shape, num_bins)``: about ``28 / relative_error`` bins of 4
-      bytes, 5.5 kB at 0.02.
+      bytes, 5.6 kB at 0.02.
 
     References:
       Masson et al., `DDSketch: A fast and fully-mergeable quantile sketch with
@@ -40,8 +40,9 @@ def sketch_init(
     log_growth = 2 * math.atanh(relative_error)
     # A per mille more bins than that, for the rounding of logarithms in float32.
     num_bins = math.ceil(1.001 * _log_range() / log_growth)
-    # The first is for what is at or below the range.
-    return jnp.zeros((*shape, num_bins + 1), dtype)
+    # The first is for what is at or below the range; and whole rows, to be searched.
+    num_rows = -(-(num_bins + 1) // _ROW)
+    return jnp.zeros((*shape, num_rows * _ROW), dtype)
 
 
 def sketch_add(
@@ -89,13 +90,12 @@ def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
     """
     num_bins = sketch.shape[-1]
     # In float32 nothing overflows; beyond 2**24 values a rank is off by 1e-4 at most.
-    counts = sketch.astype(jnp.float32)
-    total = jnp.sum(counts, axis=-1)
+    total = jnp.sum(sketch.astype(jnp.float32), axis=-1)
     last = jnp.maximum(total - 1, 0.0)
     position = jnp.asarray(q, jnp.float32) * last
     below = jnp.floor(position)
     low, high = (
-        _value_of(_bin_of_rank(counts, k), num_bins)
+        _value_of(_bin_of_rank(sketch, k), num_bins)
         for k in (below, jnp.minimum(below + 1, last))
     )
     # Each neighbour is right to the relative error, and so is what lies between.
@@ -104,17 +104,22 @@ def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
 
 
 @functools.partial(jnp.vectorize, signature="(b),()->()")
-def _bin_of_rank(counts: jax.Array, rank: jax.Array) -> jax.Array:
+def _bin_of_rank(sketch: jax.Array, rank: jax.Array) -> jax.Array:
     """The bin in which the value of that rank lies, counting from 0."""
-    # First the row, then the bin in it: a cumulative sum over all bins takes three
-    # times as long on CPU.
-    rows = jnp.pad(counts, (0, -len(counts) % _ROW)).reshape(-1, _ROW)
-    ends = jnp.cumsum(jnp.sum(rows, axis=1))
+    # First the row, then the bin in it: one sum over all bins, not one for each.
+    rows = sketch.reshape(-1, _ROW)
+    ends = _running_sum(jnp.sum(rows.astype(jnp.float32), axis=1))
     # Below the end, which a rank of so many values may reach by rounding.
     rank = jnp.minimum(rank, ends[-1] * (1 - 2.0**-20))
     row = jnp.minimum(jnp.sum(ends <= rank), len(rows) - 1)
     start = jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0.0)
-    return row * _ROW + jnp.sum(start + jnp.cumsum(rows[row]) <= rank)
+    return row * _ROW + jnp.sum(start + _running_sum(rows[row].astype(jnp.float32)) <= rank)
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    # Unlike `jnp.cumsum` this fuses with what is around it.
+    i = jnp.arange(len(x), dtype=jnp.int32)
+    return jnp.sum(jnp.where(i <= i[:, None], x, 0.0), axis=1)
 
 
 def _log_range() -> float:

@@ -76,7 +76,7 @@ def quantile(
 
     Returns:
       A threshold with a ``QuantileState``: about ``220 / relative_error`` bytes for
-      each norm, 22 kB at 0.01.
+      each norm, 23 kB at 0.01.
 
     Raises:
       ValueError: If a Python number is out of range.

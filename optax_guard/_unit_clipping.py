@@ -82,7 +82,7 @@ def clip_by_unit_norm(
       exclude: Which leaves are never clipped, only watched (the paper's last layer): a
         function from the path of a leaf to a bool, or a tree of bools like the
         parameters, or like the top of their tree.
-      record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.5 kB each,
+      record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
       axis_name: Mesh axis or axes over which the axes of units are split, under
         ``jax.shard_map`` or ``jax.pmap``.
