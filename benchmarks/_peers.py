@@ -1,11 +1,12 @@
 """Published rules for spikes as Optax transformations, with their faults.
 
-Written from their descriptions and held by `tests/test_bad_batches.py` to what the
-originals were recorded to do, non-finite numbers included: what `optax_guard` is compared
-with must not be better or worse than what people run. The commits are those of the
-records: ZClip 584ce4f, OLMo-core fa6c501, MaxText e591f30, levanter 9263f81.
+Written from their descriptions; `tests/test_bad_batches.py` holds them to what the
+originals were recorded to do, with non-finite numbers, too: what `optax_guard` is
+compared with must be neither better nor worse than what people run. The commits are
+those of the records: ZClip 584ce4f, OLMo-core fa6c501, MaxText e591f30 and levanter
+9263f81.
 
-Norms are `optax.global_norm`, which is infinite for norms above 1.8e19 in float32.
+Norms are `optax.tree.norm`, which is infinite for norms above 1.8e19 in float32.
 """
 
 from typing import Any, NamedTuple
@@ -37,9 +38,9 @@ def zclip(
         norms = jnp.zeros(warmup_steps, jnp.float32)
         return ZClipState(jnp.zeros((), jnp.int32), norms, zero, zero)
 
-    def update(updates: Any, state: ZClipState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
-        norm = optax.global_norm(updates)
+        norm = optax.tree.norm(updates)
         is_early = state.seen < warmup_steps
         deviation = jnp.sqrt(state.var)
         z = (norm - state.mean) / (deviation + 1e-6)
@@ -116,7 +117,7 @@ def maxtext(
 def levanter(
     inner: optax.GradientTransformation, window: int = 128, sigma: float = 6.0
 ) -> optax.GradientTransformationExtraArgs:
-    """levanter's `skip_bad_steps`: updates are multiplied, moments are selected."""
+    """Levanter's `skip_bad_steps`: updates are multiplied, moments are selected."""
 
     def std(squares: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.maximum(jnp.sqrt(squares / count), 1e-6)
@@ -159,10 +160,8 @@ def _skip_step(
         # False if anything is NaN.
         return x - mean <= sigma * std(squares, count)
 
-    def update(
-        updates: Any, state: SkipStepState, params: Any = None, **extra: Any
-    ) -> Any:
-        loss, norm = extra["value"], optax.global_norm(updates)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        loss, norm = extra["value"], optax.tree.norm(updates)
         seen = state.seen
         is_taken = is_usual(loss, state.losses, seen)
         is_taken &= is_usual(norm, state.norms, seen)

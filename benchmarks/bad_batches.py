@@ -7,9 +7,10 @@ published settings, ours the defaults. No contender, fault or setting was left o
 its result was seen.
 
 A run with a fault is compared with the same contender's run without: how far the
-held-out loss rises above it (nats per character), how many steps after the first corrupt
-batch it is for good within 5 % of it, how many healthy steps are withheld, and whether
-parameters and moments are finite in the end. Run `python -m benchmarks.bad_batches`.
+held-out loss rises above it (nats per character), how many steps after the first
+corrupt batch it is within 5 % of it for good, how many healthy steps are withheld, and
+whether parameters and moments are finite in the end. Run `python -m
+benchmarks.bad_batches`.
 """
 
 import argparse
@@ -19,48 +20,25 @@ import os
 import pathlib
 import platform
 import statistics
+import textwrap
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import optax_guard as og
 from benchmarks import _peers
-from optax_guard._demo_text import load_text
+from benchmarks._text_run import Batches, Run, Settings, healthy, init_params, make_half
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-class Settings(NamedTuple):
-    """All numbers of the study; a fault begins with the first step of the second half."""
-
-    seeds: int = 3
-    half: int = 300
-    eval_every: int = 4
-    learning_rate: float = 3e-3
-    batch_size: int = 8
-    window: int = 32
-    width: int = 48
-    embedding: int = 24
-    held_out: int = 32
-
-
 QUICK = Settings(seeds=1, half=80)
 FULL = Settings(seeds=5, half=600)
-
-
-class Batches(NamedTuple):
-    """What is wrong with each batch: float32, float32 and bool, each [steps]."""
-
-    loss_factor: np.ndarray
-    input_factor: np.ndarray
-    is_shuffled: np.ndarray
 
 
 class Fault(NamedTuple):
@@ -79,11 +57,6 @@ class Fault(NamedTuple):
         return np.arange(steps) < (self.length or 0)
 
 
-def healthy(steps: int) -> Batches:
-    ones = np.ones(steps, np.float32)
-    return Batches(ones, ones.copy(), np.zeros(steps, bool))
-
-
 FAULTS = {
     "none": Fault("loss_factor", 1.0, 0),
     "NaN": Fault("loss_factor", math.nan, 1),
@@ -97,8 +70,11 @@ FAULTS = {
 
 
 def contenders(learning_rate: float) -> dict[str, Any]:
-    """Every way to protect the same AdamW. Rules that skip are used with a clip of 1,
-    as their own projects' configurations have it."""
+    """Every way to protect the same AdamW.
+
+    Published rules that skip have a clip of 1 beside them, as in their own projects'
+    configurations.
+    """
     adamw = optax.adamw(learning_rate)
     clip = optax.clip_by_global_norm(1.0)
     clipped = optax.chain(clip, adamw)
@@ -120,122 +96,13 @@ def contenders(learning_rate: float) -> dict[str, Any]:
     }
 
 
-# The run -----------------------------------------------------------------------------
-
-
-def init_params(key: jax.Array, vocabulary: int, settings: Settings) -> Any:
-    width, embedding = settings.width, settings.embedding
-    shapes = {
-        "embed": (vocabulary, embedding),
-        "cell": (embedding + width, 4 * width),
-        "head": (embedding + width, vocabulary),
-    }
-    keys = jax.random.split(key, len(shapes))
-    params = {
-        name: jax.random.normal(key, shape) / math.sqrt(shape[0])
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    params["embed"] *= math.sqrt(vocabulary)
-    # A forget gate that is open at first, as is usual.
-    params["cell_bias"] = jnp.zeros(4 * width).at[:width].set(1.0)
-    params["head_bias"] = jnp.zeros(vocabulary)
-    return params
-
-
-def loss_of(params: Any, text: jax.Array, input_factor: Any, is_shuffled: Any) -> Any:
-    """Cross entropy of the next character in windows of text, [window, time + 1].
-
-    The embedding goes around the recurrent layer, too, whose gates would otherwise hide
-    from everything behind them how large the inputs are.
-    """
-    embedded = params["embed"][text[:, :-1]] * input_factor
-    targets = text[:, 1:]
-    # As if the labels were those of other windows, and in reverse.
-    wrong = jnp.roll(targets[:, ::-1], 1, axis=0)
-    targets = jnp.where(is_shuffled, wrong, targets)
-    width = params["cell_bias"].shape[0] // 4
-
-    def step(carry: Any, x: jax.Array) -> Any:
-        hidden, cell = carry
-        gates = jnp.concatenate([x, hidden], -1) @ params["cell"] + params["cell_bias"]
-        forget, enter, leave, new = jnp.split(gates, 4, axis=-1)
-        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(new)
-        hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
-        return (hidden, cell), hidden
-
-    zeros = jnp.zeros((len(text), width))
-    _, hidden = jax.lax.scan(step, (zeros, zeros), embedded.swapaxes(0, 1))
-    features = jnp.concatenate([hidden.swapaxes(0, 1), embedded], -1)
-    logits = features @ params["head"] + params["head_bias"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-class Run(NamedTuple):
-    """One half of a run: losses [evaluations], whether steps were taken [steps]."""
-
-    params: Any
-    opt_state: Any
-    losses: Any
-    is_taken: Any
-
-
-def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
-    """Half a run as one jitted function of the state, first step, seed and batches."""
-    text = load_text()
-    train = jnp.asarray(text.train)
-    starts = np.linspace(
-        0, len(text.validation) - settings.window - 1, settings.held_out
-    ).astype(int)
-    held_out = text.validation[starts[:, None] + np.arange(settings.window + 1)]
-    tx = optax.with_extra_args_support(tx)
-
-    def train_step(carry: Any, inputs: Any) -> Any:
-        params, opt_state, key = carry
-        step, bad = inputs
-        starts = jax.random.randint(
-            jax.random.fold_in(key, step),
-            (settings.batch_size, 1),
-            0,
-            len(train) - settings.window,
-        )
-        batch = train[starts + jnp.arange(settings.window + 1)]
-
-        def loss_fn(params: Any) -> jax.Array:
-            loss = loss_of(params, batch, bad.input_factor, bad.is_shuffled)
-            return loss * bad.loss_factor
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        new, opt_state = og.apply_gradients(tx, params, opt_state, grads, value=loss)
-        # Weight decay alone moves something: only a withheld step changes nothing.
-        same = jax.tree.map(lambda a, b: jnp.all(a == b), new, params)
-        is_taken = ~jnp.all(jnp.stack(jax.tree.leaves(same)))
-        return (new, opt_state, key), is_taken
-
-    def train_and_evaluate(carry: Any, inputs: Any) -> Any:
-        carry, is_taken = jax.lax.scan(train_step, carry, inputs)
-        return carry, (loss_of(carry[0], held_out, 1.0, False), is_taken)
-
-    @jax.jit
-    def half(params: Any, opt_state: Any, first: Any, key: Any, bad: Batches) -> Run:
-        steps = first + jnp.arange(settings.half)
-        inputs = jax.tree.map(
-            lambda x: x.reshape(-1, settings.eval_every), (steps, bad)
-        )
-        carry = (params, opt_state, key)
-        carry, (losses, is_taken) = jax.lax.scan(train_and_evaluate, carry, inputs)
-        return Run(*carry[:2], losses, is_taken.ravel())
-
-    return half
-
-
 def run_contender(tx: Any, settings: Settings) -> dict[str, list[Run]]:
     """The second half with every fault, and without: a run for each seed."""
     half = make_half(tx, settings)
-    vocabulary = len(load_text().characters)
     runs: dict[str, list[Run]] = {fault: [] for fault in FAULTS}
     for seed in range(settings.seeds):
         first, key = jax.random.split(jax.random.key(seed))
-        params = init_params(first, vocabulary, settings)
+        params = init_params(first, settings)
         before = half(params, tx.init(params), 0, key, healthy(settings.half))
         for name, fault in FAULTS.items():
             batches = fault.batches(settings.half)
@@ -295,13 +162,14 @@ def show(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
     """Prints a table for each fault: medians, and the range of steps, over seeds."""
     for fault in FAULTS:
         print(
-            f"\n{fault}\n{'':24}{'excursion':>10}{'steps to recover':>20}{'skipped':>9}"
+            f"\n{fault}\n{'':24}{'excursion':>10}{'steps to recover':>24}{'skipped':>9}"
             f"{'taken':>7}{'final':>8}{'moment x':>10}  not finite"
         )
         for name, table in results.items():
             seen = table[fault]
             steps = sorted(seen["steps_to_recover"])
             span = f"{steps[len(steps) // 2]:g} ({steps[0]:g} to {steps[-1]:g})"
+            span = span.replace("inf", "never")
             bad = [
                 what
                 for what in ("params", "moments")
@@ -309,7 +177,7 @@ def show(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
             ]
             print(
                 f"{name:24}{statistics.median(seen['peak_excursion']):10.3f}"
-                f"{span.replace('inf', 'never'):>20}"
+                f"{span:>24}"
                 f"{statistics.median(seen['healthy_steps_skipped']):9g}"
                 f"{statistics.median(seen['corrupt_steps_taken']):7g}"
                 f"{statistics.median(seen['final_loss']):8.3f}"
@@ -329,3 +197,98 @@ def study(
         }
         runs = {name: future.result() for name, future in futures.items()}
     return runs, {name: measure(run, settings) for name, run in runs.items()}
+
+
+def plot(
+    runs: dict[str, dict[str, list[Run]]], settings: Settings, path: pathlib.Path
+) -> None:
+    """Draws a panel for each fault: what the first seed's losses are above clean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 4).ravel()
+    steps = settings.eval_every * np.arange(1, settings.half // settings.eval_every + 1)
+    handles: list[Any] = []
+    for ax, fault in zip(axes, list(FAULTS)[1:], strict=False):
+        for i, (name, by_fault) in enumerate(runs.items()):
+            is_ours = name.startswith("guard")
+            rise = by_fault[fault][0].losses - by_fault["none"][0].losses
+            (line,) = ax.plot(
+                steps,
+                rise,
+                color=f"C{i % 10}" if not is_ours else f"C{(i + 2) % 10}",
+                linestyle="-" if is_ours else "--",
+                linewidth=1.6 if is_ours else 1.2,
+                marker=".os^v<>*"[i % 8],
+                markevery=(3 * i % 20, 20),
+                markersize=4,
+                label=name,
+            )
+            if ax is axes[0]:
+                handles.append(line)
+        gone = [n for n, by in runs.items() if not is_finite(by[fault][0].losses)]
+        if gone:
+            text = f"not finite: {', '.join(gone)}"
+            ax.text(
+                0.97,
+                0.95,
+                textwrap.fill(text, 38),
+                transform=ax.transAxes,
+                ha="right",
+                va="top",
+            )
+        ax.axhline(0, color="black", linewidth=0.5)
+        ax.set_title(fault)
+        ax.set_yscale("symlog", linthresh=0.05)
+        ax.set_ylim(-0.06, 4)
+        ax.set_yticks([-0.05, 0, 0.05, 0.1, 0.3, 1, 3])
+        ax.set_yticklabels(["-0.05", "0", "0.05", "0.1", "0.3", "1", "3"])
+        ax.set_xlabel("steps after the first corrupt batch")
+    for ax in axes[::4]:
+        ax.set_ylabel("held-out loss above the clean run's\n[nats per character]")
+    axes[-1].axis("off")
+    axes[-1].legend(handles=handles, loc="center", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one seed, short runs")
+    size.add_argument("--full", action="store_true", help="five seeds, long runs")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    settings = QUICK if args.quick else FULL if args.full else Settings()
+    started = time.monotonic()
+    runs, results = study(settings, contenders(settings.learning_rate))
+    show(results)
+    seconds = round(time.monotonic() - started)
+    print(f"\nTook {seconds} s.")
+    about = {
+        "versions": {name: version(name) for name in ("jax", "optax", "numpy")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": seconds,
+        "settings": settings._asdict(),
+        "faults": {name: fault._asdict() for name, fault in FAULTS.items()},
+        "units": "losses and excursions in nats per character; lists are by seed",
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(as_json({**about, "results": results}), indent=1)
+    (args.out / "bad_batches.json").write_text(content + "\n")
+    plot(runs, settings, args.out / "bad_batches.png")
+
+
+def as_json(value: Any) -> Any:
+    """Numbers to 5 digits; those that are not finite as strings."""
+    if isinstance(value, dict):
+        return {key: as_json(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [as_json(x) for x in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+    return value
+
+
+if __name__ == "__main__":
+    main()

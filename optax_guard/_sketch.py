@@ -113,7 +113,9 @@ def _bin_of_rank(sketch: jax.Array, rank: jax.Array) -> jax.Array:
     rank = jnp.minimum(rank, ends[-1] * (1 - 2.0**-20))
     row = jnp.minimum(jnp.sum(ends <= rank), len(rows) - 1)
     start = jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0.0)
-    return row * _ROW + jnp.sum(start + _running_sum(rows[row].astype(jnp.float32)) <= rank)
+    return row * _ROW + jnp.sum(
+        start + _running_sum(rows[row].astype(jnp.float32)) <= rank
+    )
 
 
 def _running_sum(x: jax.Array) -> jax.Array:

@@ -24,18 +24,24 @@ for name, value in {
 import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402
 
+# Modules of which all tests share what takes long to make.
+TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}
+
 
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Keeps tests of one case together: by its `name` they share what they compile."""
+    """Keeps in one process what shares compiled programs: cases of one `name`."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
+        module = item.path.stem
         case = getattr(item, "callspec", None)
         name = case.params.get("name") if case else None
-        if isinstance(name, str):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
+        if module in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(module))
+        elif isinstance(name, str):
+            item.add_marker(pytest.mark.xdist_group(f"{module} {name}"))
 
 
 @pytest.fixture

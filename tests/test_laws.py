@@ -576,10 +576,12 @@ def test_numbers_may_be_traced_and_derivatives_are_finite(form):
 
     number = form.number or 1.0
     numbers = f32([number, 3 * number])
-    # Norms down, numbers across, in one program.
-    slope = jax.grad(weighted, argnums=(0, 1), has_aux=True)
-    grid = jax.vmap(jax.vmap(slope, (None, 0)), (0, None))
-    slopes, updates = jax.jit(grid)(f32(NORMS), numbers)
+    # All pairs of a norm and a number, in one program.
+    slope = jax.vmap(jax.grad(weighted, argnums=(0, 1), has_aux=True))
+    pairs = np.repeat(f32(NORMS), 2), np.tile(numbers, len(NORMS))
+    slopes, updates = jax.tree.map(
+        lambda x: x.reshape(len(NORMS), 2, *x.shape[1:]), jax.jit(slope)(*pairs)
+    )
     assert np.all(np.isfinite(slopes[0]))
     assert np.all(np.isfinite(slopes[1]))
     # Under the bound the slope is that of the weighted sum itself; above it, where the

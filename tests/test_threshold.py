@@ -425,7 +425,8 @@ def test_types_are_fixed(name, dtype):
     assert len(set(buffers)) == len(buffers)
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+# In their usual settings thresholds are among the forms of test_laws.
+@pytest.mark.parametrize("name", ["zscore capped", "quantile forgets", "relative"])
 def test_types_are_fixed_under_x64(name, x64):
     del x64
     tx = transformation(name)
@@ -438,7 +439,9 @@ def test_types_are_fixed_under_x64(name, x64):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.threshold))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", ["zscore reciprocal", "quantile with current", "relative"]
+)
 def test_derivatives_are_finite(name):
     rule = RULES[name]
 

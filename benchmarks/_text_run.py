@@ -1,0 +1,149 @@
+"""Half a training run of a character LSTM, with batches that can be corrupt."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_guard as og
+from optax_guard._demo_text import load_text
+
+
+class Settings(NamedTuple):
+    """All numbers of the study; faults begin with the second half."""
+
+    seeds: int = 3
+    half: int = 300
+    eval_every: int = 4
+    learning_rate: float = 1e-2
+    batch_size: int = 8
+    window: int = 32
+    width: int = 48
+    embedding: int = 24
+    held_out: int = 32
+
+
+class Batches(NamedTuple):
+    """What is wrong with each batch: float32, float32 and bool, each [steps]."""
+
+    loss_factor: np.ndarray
+    input_factor: np.ndarray
+    is_shuffled: np.ndarray
+
+
+def healthy(steps: int) -> Batches:
+    ones = np.ones(steps, np.float32)
+    return Batches(ones, ones.copy(), np.zeros(steps, bool))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def init_params(key: jax.Array, settings: Settings) -> Any:
+    vocabulary = len(load_text().characters)
+    width, embedding = settings.width, settings.embedding
+    shapes = {
+        "embed": (vocabulary, embedding),
+        "cell": (embedding + width, 4 * width),
+        "head": (embedding + width, vocabulary),
+    }
+    keys = jax.random.split(key, len(shapes))
+    params = {
+        name: jax.random.normal(key, shape) / math.sqrt(shape[0])
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    params["embed"] *= math.sqrt(vocabulary)
+    # A forget gate that is open at first, as is usual.
+    params["cell_bias"] = jnp.zeros(4 * width).at[:width].set(1.0)
+    params["head_bias"] = jnp.zeros(vocabulary)
+    return params
+
+
+def loss_of(params: Any, text: jax.Array, input_factor: Any, is_shuffled: Any) -> Any:
+    """Cross entropy of the next character in windows of text, [window, time + 1].
+
+    The embedding goes around the recurrent layer, too, whose gates would otherwise hide
+    from everything behind them how large the inputs are.
+    """
+    embedded = params["embed"][text[:, :-1]] * input_factor
+    targets = text[:, 1:]
+    # As if the labels were those of other windows, and in reverse.
+    wrong = jnp.roll(targets[:, ::-1], 1, axis=0)
+    targets = jnp.where(is_shuffled, wrong, targets)
+    width = params["cell_bias"].shape[0] // 4
+
+    def step(carry: Any, x: jax.Array) -> Any:
+        hidden, cell = carry
+        gates = jnp.concatenate([x, hidden], -1) @ params["cell"] + params["cell_bias"]
+        forget, enter, leave, new = jnp.split(gates, 4, axis=-1)
+        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(new)
+        hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
+        return (hidden, cell), hidden
+
+    zeros = jnp.zeros((len(text), width))
+    _, hidden = jax.lax.scan(step, (zeros, zeros), embedded.swapaxes(0, 1))
+    features = jnp.concatenate([hidden.swapaxes(0, 1), embedded], -1)
+    logits = features @ params["head"] + params["head_bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+class Run(NamedTuple):
+    """One half of a run: losses [evaluations], whether steps were taken [steps]."""
+
+    params: Any
+    opt_state: Any
+    losses: Any
+    is_taken: Any
+
+
+def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
+    """Half a run as one jitted function of the state, first step, seed and batches."""
+    text = load_text()
+    train = jnp.asarray(text.train)
+    starts = np.linspace(
+        0, len(text.validation) - settings.window - 1, settings.held_out
+    ).astype(int)
+    windows = starts[:, None] + np.arange(settings.window + 1)
+    held_out = jnp.asarray(text.validation[windows])
+    tx = optax.with_extra_args_support(tx)
+
+    def train_step(carry: Any, inputs: Any) -> Any:
+        params, opt_state, key = carry
+        step, bad = inputs
+        starts = jax.random.randint(
+            jax.random.fold_in(key, step),
+            (settings.batch_size, 1),
+            0,
+            len(train) - settings.window,
+        )
+        batch = train[starts + jnp.arange(settings.window + 1)]
+
+        def loss_fn(params: Any) -> jax.Array:
+            loss = loss_of(params, batch, bad.input_factor, bad.is_shuffled)
+            return loss * bad.loss_factor
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        new, opt_state = og.apply_gradients(tx, params, opt_state, grads, value=loss)
+        # Weight decay alone moves something: only a withheld step changes nothing.
+        same = jax.tree.map(lambda a, b: jnp.all(a == b), new, params)
+        is_taken = ~jnp.all(jnp.stack(jax.tree.leaves(same)))
+        return (new, opt_state, key), is_taken
+
+    def train_and_evaluate(carry: Any, inputs: Any) -> Any:
+        carry, is_taken = jax.lax.scan(train_step, carry, inputs)
+        return carry, (loss_of(carry[0], held_out, 1.0, False), is_taken)
+
+    @jax.jit
+    def half(params: Any, opt_state: Any, first: Any, key: Any, bad: Batches) -> Run:
+        steps = first + jnp.arange(settings.half)
+        inputs = jax.tree.map(
+            lambda x: x.reshape(-1, settings.eval_every), (steps, bad)
+        )
+        carry = (params, opt_state, key)
+        carry, (losses, is_taken) = jax.lax.scan(train_and_evaluate, carry, inputs)
+        return Run(*carry[:2], losses, is_taken.ravel())
+
+    return half
