@@ -306,7 +306,7 @@ def optax_clip() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), adamw())
 
 
-def two_groups() -> optax.GradientTransformation:
+def two_groups() -> optax.GradientTransformationExtraArgs:
     return og.clip_by_group_norm(
         {"embedding": 0.1, "blocks": og.threshold.zscore()},
         lambda path: "embedding" if path == "embedding" else "blocks",

@@ -1,5 +1,6 @@
 """Set before JAX is imported: the CPU as eight devices, and no search for others."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +24,9 @@ for name, value in {
 
 import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402
+
+# Tracing makes many short-lived objects; to look for cycles less often saves a tenth.
+gc.set_threshold(200_000, 20, 20)
 
 # Modules of which all tests share what takes long to make.
 TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}

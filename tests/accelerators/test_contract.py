@@ -295,7 +295,8 @@ class TestManyLeaves:
 
         def norm(grads):
             tx = og.record_norm()
-            return tx.update(grads, tx.init(grads))[1].stats.grad_norm
+            state: Any = tx.update(grads, tx.init(grads))[1]
+            return state.stats.grad_norm
 
         measured = compile_step(norm, Case(platform), grads, donate=())[0]
         assert (measured.other_collectives == 0) == are_named
