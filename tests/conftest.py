@@ -25,7 +25,6 @@ for name, value in {
 import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402
 
-
 # Modules of which all tests share what takes long to make.
 TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}
 
