@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from optax_guard._base import check_count, check_positive
@@ -14,7 +13,7 @@ from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState, StopR
 from optax_guard._guarding import GuardState
 from optax_guard._readout import GuardExhaustedError, raise_if_exhausted, rejections
 from optax_guard._states import find_states
-from optax_guard._stop_plateau import PlateauState, apply_plateau
+from optax_guard._stop_plateau import PlateauState, apply_plateau, set_lr_scale
 
 # Stops that mean that training went wrong, not that it is done.
 _GONE_BAD = {StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM}
@@ -143,8 +142,8 @@ def go_back(
     then, state, stop = store.load_pinned(run.state, run.stop)
     state = state.replace(step=state.step + (run.step - then))
     if scales:
-        scale = jnp.asarray(rewound.lr_scale, jnp.float32)
-        state = state.replace(opt_state=optax.tree.set(state.opt_state, lr_scale=scale))
+        opt_state = set_lr_scale(state.opt_state, rewound.lr_scale)
+        state = state.replace(opt_state=opt_state)
     # The best is that of the checkpoint: the evaluation that failed may have set one.
     stop = stopper.reset(stop)._replace(
         num_evals=run.stop.num_evals, train_seconds=run.stop.train_seconds
@@ -165,7 +164,7 @@ def with_plateau(state: Any, stop: EarlyStoppingState, rewound: Rewound) -> Any:
     opt_state = apply_plateau(state.opt_state, stop)
     if rewound.lr_scale != 1.0:
         scale = optax.tree.get_all_with_path(opt_state, "lr_scale")[0][1]
-        opt_state = optax.tree.set(opt_state, lr_scale=scale * rewound.lr_scale)
+        opt_state = set_lr_scale(opt_state, scale * rewound.lr_scale)
     return state.replace(opt_state=opt_state)
 
 

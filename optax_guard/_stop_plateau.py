@@ -177,5 +177,14 @@ def apply_plateau(opt_state: Any, state: EarlyStoppingState) -> Any:
             "`opt_state` has no `lr_scale` to set: put `stop.scale_by_plateau()` last "
             "in the chain of the optimizer."
         )
-    # A copy: both states may be donated to one jitted function.
-    return optax.tree.set(opt_state, lr_scale=jnp.array(scale, copy=True))
+    return set_lr_scale(opt_state, scale)
+
+
+def set_lr_scale(opt_state: Any, scale: ArrayLike) -> Any:
+    """Writes a copy of ``scale`` over each ``lr_scale``: each may be donated."""
+    for path, _ in optax.tree.get_all_with_path(opt_state, "lr_scale"):
+        own = jnp.array(scale, jnp.float32, copy=True)
+        opt_state = optax.tree.set(
+            opt_state, lambda at, _, path=path: at == path, lr_scale=own
+        )
+    return opt_state

@@ -56,9 +56,10 @@ def relative_to_mean(
     share that this left of any. (The paper has the smallest clipped norm, to which one
     exploding leaf brings all leaves at once; without a spike both are about the same.)
     After ``warmup`` norms in a row above the limit or below half the mean, it starts
-    afresh from the smallest of those, so that a lasting change of scale is followed
-    within ``warmup`` updates. Zero and non-finite norms do not enter: the limit cannot
-    end at zero.
+    afresh from the smallest of those. A lasting change of scale is so followed after
+    ``warmup`` updates, and after ``2 * warmup - 1`` at most: norms of the old scale
+    just before it that were above the limit may be the smallest of the first such row.
+    Zero and non-finite norms do not enter: the limit cannot end at zero.
 
     Args:
       ratio: How far above the running mean a norm may be; above 1, or the mean could

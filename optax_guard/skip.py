@@ -163,6 +163,12 @@ def spike(
     but zeros withholds nothing. The guard bounds the steps withheld in a row, and then
     empties the windows.
 
+    A long row of bad but plausible batches raises the limit until they pass; a row
+    longer than the guard's ``max_consecutive_skips`` ends in any case. With
+    ``rejected="nothing"`` and a larger ``max_consecutive_skips`` the limit stays, at
+    the price that after a lasting rise of norm or loss so many healthy steps are
+    withheld. (With the defaults 10 are; `benchmarks/README.md`, "Bad batches".)
+
     OLMo-core and MaxText's rule is ``spike(sigma, window, min_history=max(2, window //
     2) - 1, min_deviation=0, rejected="enter")``, levanter's ``spike(sigma, window,
     min_deviation=0, rejected="enter", ddof=0)``.

@@ -1,12 +1,19 @@
 """Set before JAX is imported: the CPU as eight devices, and no search for others."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One module of LLVM a program: to split programs this small costs a fifth of the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
 )
+# A program that several tests make anew is compiled once: a quarter of the time. Each
+# process of xdist has a folder of its own, for JAX writes there without a lock.
+_cache = tempfile.TemporaryDirectory(prefix="optax_guard_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Nothing below changes a result: libtpu, where `make test-accelerators` installed
 # it, neither asks the network for a TPU, nor locks out a second process, nor logs.
 for name, value in {

@@ -390,6 +390,27 @@ def test_apply_plateau_scales_the_step_of_the_optimizer():
     jax.jit(lambda a, b: (a, b), donate_argnums=(0, 1))(opt_state, state)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_scales_of_a_plateau_may_all_be_donated(jit):
+    tx = optax.partition(
+        {
+            "a": optax.chain(optax.sgd(1.0), stop.scale_by_plateau()),
+            "b": optax.chain(optax.sgd(1.0), stop.scale_by_plateau()),
+        },
+        {"a": "a", "b": "b"},
+    )
+    opt_state = tx.init({"a": jnp.ones(1), "b": jnp.ones(1)})
+    state = run(stop.plateau(1, factor=0.25), [1.0, 1.0])[-1]
+    apply = jax.jit(stop.apply_plateau) if jit else stop.apply_plateau
+    opt_state = apply(opt_state, state)
+    scales = [x for _, x in optax.tree.get_all_with_path(opt_state, "lr_scale")]
+    assert [float(x) for x in scales] == [0.25, 0.25]
+    # With the state of the machine, as a train step that donates all it carries.
+    jax.jit(lambda *x: jax.tree.map(lambda x: x + 1, x), donate_argnums=(0, 1))(
+        opt_state, state.rule_state
+    )
+
+
 def test_apply_plateau_says_what_is_missing():
     state = run(stop.plateau(1), [1.0])[-1]
     with pytest.raises(ValueError, match=r"put `stop.scale_by_plateau\(\)` last"):

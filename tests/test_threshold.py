@@ -329,6 +329,18 @@ def test_lasting_change_is_followed_within_warmup(name, kind):
             assert same_bits(clipped[late], SEQUENCES[kind, before, after][late])
 
 
+@pytest.mark.parametrize("unusual", [0, 1, 12, WARMUP - 1])
+def test_mean_follows_a_rise_within_two_warmups(unusual):
+    # Norms above the limit just before the rise begin the row that restarts the mean.
+    norms = np.full(200, 5.0, np.float32)
+    norms[:100] = 1.0
+    norms[100 - unusual : 100] = 1.1
+    run = runner(og.clip_by_global_norm(threshold.relative_to_mean(warmup=WARMUP)))
+    trigger = np.asarray(run(norms[None])[1][0])
+    updates = int(np.argmax(trigger > 5)) - 100
+    assert updates == (2 * WARMUP - unusual if unusual else WARMUP)
+
+
 def test_forgetting_quantile_follows_a_lasting_rise():
     # A tenth of the weight is new after log(0.9) / log(0.98) = 5.2 updates.
     assert played("quantile forgets")["rise at 200"][1][200 + 8] > 4
