@@ -245,7 +245,6 @@ def test_rate_that_a_plateau_has_reduced_is_reduced_further(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:At step")
-@pytest.mark.filterwarnings("ignore:At step")
 def test_every_scale_of_the_learning_rate_is_reduced_and_can_be_donated(tmp_path):
     tx = optax.chain(SCALED, og.stop.scale_by_plateau())
     state = made(og.guard(tx))
@@ -254,6 +253,7 @@ def test_every_scale_of_the_learning_rate_is_reduced_and_can_be_donated(tmp_path
     np.testing.assert_allclose(result.state.params["w"], expected, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:At step")
 def test_old_state_has_left_the_device_when_the_best_comes(tmp_path, monkeypatch):
     shape, counts = (1 << 18,), []
 
