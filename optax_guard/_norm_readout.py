@@ -1,5 +1,7 @@
 """The norms that a run has seen: of each leaf, and their quantiles."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -8,7 +10,7 @@ from jax.typing import ArrayLike
 
 from optax_guard._group_stats import GroupStats
 from optax_guard._paths import path_names
-from optax_guard._sketch import sketch_quantile
+from optax_guard._sketch import sketch_merge, sketch_quantile
 from optax_guard._states import find_states
 from optax_guard._statistics import NormStats
 
@@ -47,14 +49,18 @@ def leaf_norms(state: Any) -> dict[str, jax.Array]:
 
 @overload
 def norm_quantile(
-    state: Any, q: ArrayLike, *, by_group: Literal[False] = False
+    state: Any,
+    q: ArrayLike,
+    *,
+    by_group: Literal[False] = False,
+    merge: Sequence[Any] = (),
 ) -> jax.Array: ...
 @overload
 def norm_quantile(
-    state: Any, q: ArrayLike, *, by_group: Literal[True]
+    state: Any, q: ArrayLike, *, by_group: Literal[True], merge: Sequence[Any] = ()
 ) -> dict[str, jax.Array]: ...
 def norm_quantile(
-    state: Any, q: ArrayLike, *, by_group: bool = False
+    state: Any, q: ArrayLike, *, by_group: bool = False, merge: Sequence[Any] = ()
 ) -> jax.Array | dict[str, jax.Array]:
     """The ``q``-quantile of all finite norms so far, before clipping.
 
@@ -69,6 +75,8 @@ def norm_quantile(
       q: One or several numbers in [0, 1], shape S; may be traced.
       by_group: Whether to return a quantile for each leaf or group of a clip that was
         made with ``record_quantiles=True``, instead of that of the global norm.
+      merge: Further states, of other runs or of hosts that each saw other gradients:
+        the quantile is that of the norms of all, to the same error.
 
     Returns:
       float32[S], in units of the gradient; within 2 % of the exact quantile for norms
@@ -93,21 +101,43 @@ def norm_quantile(
         if not np.all((q >= 0) & (q <= 1)):
             raise ValueError(f"`q` must be in [0, 1], got {q}.")
     if by_group:
-        stats = _group_stats(state)
-        if stats.group_sketch is None:
-            raise ValueError(
-                "`state` holds no quantiles of its groups. Make the clip with "
-                "`record_quantiles=True`."
-            )
-        each = jax.vmap(lambda sketch: sketch_quantile(sketch, q))(stats.group_sketch)
-        return _by_name(stats, each)
+        merged = _merged(_group_sketch, state, merge)
+        each = jax.vmap(lambda sketch: sketch_quantile(sketch, q))(merged)
+        return _by_name(_group_stats(state), each)
+    return sketch_quantile(_merged(_norm_sketch, state, merge), q)
+
+
+def _merged(
+    sketch_of: Callable[[Any], jax.Array], state: Any, others: Sequence[Any]
+) -> jax.Array:
+    sketches = [sketch_of(each) for each in (state, *others)]
+    shapes = [sketch.shape for sketch in sketches]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "`merge` must hold states of the same groups as `state`, got sketches of "
+            f"the shapes {shapes}."
+        )
+    return functools.reduce(sketch_merge, sketches)
+
+
+def _norm_sketch(state: Any) -> jax.Array:
     all_stats = find_states(state, NormStats)
     if not all_stats:
         raise ValueError(
             "`state` holds no norms. Wrap the optimizer in `guard`, or chain "
             "`clip_by_global_norm` or `record_norm` before it."
         )
-    return sketch_quantile(all_stats[0].norm_sketch, q)
+    return all_stats[0].norm_sketch
+
+
+def _group_sketch(state: Any) -> jax.Array:
+    sketch = _group_stats(state).group_sketch
+    if sketch is None:
+        raise ValueError(
+            "`state` holds no quantiles of its groups. Make the clip with "
+            "`record_quantiles=True`."
+        )
+    return sketch
 
 
 def _group_stats(state: Any) -> GroupStats:

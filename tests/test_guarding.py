@@ -43,6 +43,29 @@ def mode(request, monkeypatch):
     return mode
 
 
+@pytest.mark.parametrize("call", ["update", "apply_gradients"])
+def test_with_cond_a_branch_withholds_everywhere(monkeypatch, call):
+    monkeypatch.setattr(jax.lax, "platform_dependent", masked)
+    params, results, counts = params_of_two(), [], []
+    for use_cond in (False, True):
+        tx = og.guard(optax.adam(0.1), clip=1.0, use_cond=use_cond)
+
+        def run(params, state, grads, tx=tx):
+            if call == "apply_gradients":
+                return og.apply_gradients(tx, params, state, grads)
+            return tx.update(grads, state, params)
+
+        state = tx.init(params)
+        counts.append(str(jax.make_jaxpr(run)(params, state, GOOD[0])).count(" cond["))
+        for grads in (GOOD[0], BAD[0], GOOD[1]):
+            found, state = jax.jit(run)(params, state, grads)
+            params = found if call == "apply_gradients" else params
+        results.append((found, state))
+        params = params_of_two()
+    assert counts[1] == counts[0] + 1
+    jax.tree.map(lambda *x: np.testing.assert_allclose(*x, rtol=1e-6), *results)
+
+
 def params_of_two() -> dict[str, Any]:
     return {"b": jnp.float32(0.5), "w": jnp.array([1.0, -2.0, 3.0])}
 

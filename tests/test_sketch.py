@@ -1,5 +1,6 @@
 """The quantile sketch, and quantiles of the norms that a run has seen."""
 
+import math
 from typing import Any
 
 import jax
@@ -149,6 +150,32 @@ def test_norm_quantile_is_of_all_raw_finite_norms(tx):
         np.testing.assert_allclose(jax.jit(norm_quantile)(state, q), exact, 0.02)
     exact = np.quantile(norms.astype(np.float64), QUANTILES)
     np.testing.assert_allclose(norm_quantile(state, QUANTILES), exact, 0.02)
+
+
+def test_norms_of_several_runs_are_merged():
+    norms = np.asarray(SAMPLES["lognormal"][:400], np.float32)
+    tx = og.record_norm()
+    first, second, third = (after(tx, part) for part in np.split(norms, [50, 120]))
+    for q in (0.1, 0.5, 0.99):
+        exact = np.quantile(norms.astype(np.float64), q)
+        got = norm_quantile(first, q, merge=[second, third])
+        np.testing.assert_allclose(got, exact, 0.02)
+
+
+def test_norms_of_groups_are_merged():
+    tx = og.clip_by_leaf_norm(math.inf, record_quantiles=True)
+    grads = {"a": jnp.ones(1), "b": 2 * jnp.ones(1)}
+    states = []
+    for factor in (1.0, 3.0):
+        scaled = jax.tree.map(lambda x, c=factor: c * x, grads)
+        states.append(tx.update(scaled, tx.init(grads))[1])
+    found = norm_quantile(states[0], 1.0, by_group=True, merge=states[1:])
+    assert {k: x.item() for k, x in found.items()} == pytest.approx(
+        {"a": 3.0, "b": 6.0}, rel=0.02
+    )
+    other = tx.init(jnp.ones(1))
+    with pytest.raises(ValueError, match="`merge` must hold states of the same groups"):
+        norm_quantile(states[0], 1.0, by_group=True, merge=[other])
 
 
 def test_sketch_in_the_state_is_as_small_as_it_says():

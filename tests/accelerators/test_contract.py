@@ -29,6 +29,8 @@ from benchmarks.accelerators import (
     Platform,
     Variant,
     adamw,
+    by_apply_gradients,
+    by_update,
     compile_step,
     cost_of,
     has_compiler,
@@ -225,6 +227,23 @@ class TestControls:
 
         case = Case(platform)
         assert compile_with(branching, case).conditionals == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "passes"), [(by_update, 11.0), (by_apply_gradients, 8.0)]
+)
+def test_with_cond_is_one_conditional_and_no_traffic_but_by_update(
+    platform, call, passes
+):
+    """As the docstring of `guard` says."""
+    case = Case(platform)
+    variant = Variant(lambda: og.guard(adamw(), 1.0, use_cond=True), call)
+    measured = cost_of(variant, case)
+    assert measured.conditionals == 1
+    assert measured.all_reduces == 1
+    assert measured.passes == pytest.approx(passes, abs=0.02)
+    has_copy = measured.temp_bytes > 0.9 * case.array_bytes
+    assert has_copy == (call is by_update)
 
 
 class TestManyLeaves:
