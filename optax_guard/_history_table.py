@@ -6,7 +6,7 @@ from typing import Any
 from optax_guard import _progress
 from optax_guard._history import as_rows
 
-_KEYS = (*_progress._COLUMNS, "value", "learning_rate")
+_KEYS = (*_progress.COLUMNS, "value", "learning_rate")
 
 
 def table(history: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
@@ -46,6 +46,6 @@ def cells(history: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """The texts of the table: the heading, then a list a row."""
     rows = as_rows(history)
     known = {key: 0.0 for key in _KEYS if any(key in row for row in rows)}
-    keys = _progress._choose_columns(known)
-    heading = [_progress._heading(key) for key in keys]
-    return [heading, *([_progress._cell(k, row.get(k)) for k in keys] for row in rows)]
+    keys = _progress.choose_columns(known)
+    heading = [_progress.heading(key) for key in keys]
+    return [heading, *([_progress.cell(k, row.get(k)) for k in keys] for row in rows)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 # Key of a row -> heading, format. In this order, before what `evaluate` returned.
-_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "epoch": ("epoch", "{:g}".format),
     "step": ("step", "{:g}".format),
     "grad_norm": ("grad norm", "{:.4g}".format),
@@ -103,11 +103,11 @@ class Progress:
     def row(self, row: Mapping[str, float]) -> None:
         """Adds a row to the table; the first one decides which columns there are."""
         if not self._columns:
-            self._columns = _choose_columns(row)
+            self._columns = choose_columns(row)
             if self._title:
                 self._print(self._title)
-            self._print_cells([_heading(key) for key in self._columns])
-        self._print_cells([_cell(key, row.get(key)) for key in self._columns])
+            self._print_cells([heading(key) for key in self._columns])
+        self._print_cells([cell(key, row.get(key)) for key in self._columns])
 
     def close(self) -> None:
         """Draws the bar for the last time and leaves the terminal to others."""
@@ -125,7 +125,7 @@ class Progress:
 
     def _print_cells(self, cells: list[str]) -> None:
         # Nine hold any number as it is written here.
-        widths = [max(9, len(_heading(key))) for key in self._columns]
+        widths = [max(9, len(heading(key))) for key in self._columns]
         pairs = zip(cells, widths, strict=True)
         self._print("  ".join(f"{cell:>{width}}" for cell, width in pairs))
 
@@ -136,19 +136,19 @@ class Progress:
             print(line, file=self._file or sys.stdout, flush=True)
 
 
-def _choose_columns(row: Mapping[str, float]) -> list[str]:
-    known = [key for key in _COLUMNS if key in row]
+def choose_columns(row: Mapping[str, float]) -> list[str]:
+    known = [key for key in COLUMNS if key in row]
     if "epoch" in row and "step" in row:
         known.remove("step")
-    others = [key for key in row if key not in _COLUMNS and key not in _LEFT_OUT]
+    others = [key for key in row if key not in COLUMNS and key not in _LEFT_OUT]
     return known + others
 
 
-def _heading(key: str) -> str:
-    return _COLUMNS[key][0] if key in _COLUMNS else key.replace("_", " ")
+def heading(key: str) -> str:
+    return COLUMNS[key][0] if key in COLUMNS else key.replace("_", " ")
 
 
-def _cell(key: str, value: float | None) -> str:
+def cell(key: str, value: float | None) -> str:
     if value is None:
         return ""
-    return _COLUMNS[key][1](value) if key in _COLUMNS else f"{value:.4g}"
+    return COLUMNS[key][1](value) if key in COLUMNS else f"{value:.4g}"
