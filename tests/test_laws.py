@@ -347,6 +347,7 @@ def step_of(name: str) -> Step:
 
 
 by_name = pytest.mark.parametrize("name", FORMS)
+ONE_GUARD = {"guard of norm by a number", "guard of norm by zscore"}
 
 SMALL = grads_of_norm(0.05)
 LARGE = grads_of_norm(20.0, seed=1)
@@ -562,7 +563,8 @@ def bounded(form: Form, tree: Any, number: float | None) -> np.ndarray:
     return form.oracle(flat(tree), number)
 
 
-@over(FORMS)
+# What a guard clips with has its derivatives; that of the guard is the same for all.
+@over({n: form for n, form in FORMS.items() if n in ONE_GUARD or "guard of" not in n})
 def test_numbers_may_be_traced_and_derivatives_are_finite(form):
     unit = wide(grads_of_norm(1.0, seed=3))
     weights = wide(grads_of_norm(1.0, seed=4))

@@ -150,14 +150,19 @@ def test_cost(name, platform, layout, dtype):
     check(name, case, cost(name, case), cost(OPTAX_CLIP, case))
 
 
-def test_recorded_table_keeps_the_contract():
+def recorded() -> dict[tuple[str, Case], Cost]:
+    """What `python -m benchmarks.accelerators` has found, by step and case."""
     rows = json.loads((RESULTS / "accelerators.json").read_text())["rows"]
-    table = {
+    return {
         (row["step"], Case(*(row[field] for field in Case._fields))): Cost(
             *(row[field] for field in Cost._fields)
         )
         for row in rows
     }
+
+
+def test_recorded_table_keeps_the_contract():
+    table = recorded()
     cases = [case for case in CASES if case.leaves == 20]
     for name, case in itertools.product(OURS, cases):
         check(name, case, table[name, case], table[OPTAX_CLIP, case])
@@ -271,7 +276,8 @@ class TestManyLeaves:
     @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
     def test_temporaries_are_no_more_than_those_of_a_norm(self, platform):
         case = Case(platform, leaves=400)
-        most = cost(OPTAX_CLIP, case).temp_bytes + 2e6
+        # Optax's clip takes a minute to compile.
+        most = recorded()[OPTAX_CLIP, case].temp_bytes + 2e6
         assert cost(GUARDED, case).temp_bytes <= most
 
     @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
