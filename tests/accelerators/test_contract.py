@@ -333,8 +333,12 @@ class TestTrainStep:
 
     def test_guard_adds_no_more_than_a_norm_does(self, platform):
         case = Case(platform)
-        plain, ours = train_cost("adamw", case), train_cost(GUARDED, case)
-        bare_clip = train_cost(OPTAX_CLIP, case)
+        # On v5e each takes three quarters of a minute to compile, so only ours is.
+        table = recorded()
+        plain, bare_clip = (
+            table[f"train step: {name}", case] for name in ("adamw", OPTAX_CLIP)
+        )
+        ours = train_cost(GUARDED, case)
         assert ours.passes <= bare_clip.passes * 1.005
         # On TPU the norm's all-reduce takes the place of another collective.
         assert collectives(ours) <= collectives(plain)
