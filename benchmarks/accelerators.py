@@ -205,7 +205,11 @@ class Case(NamedTuple):
 
 
 def compile_step(
-    step: Step, case: Case, *args: Any, donate: tuple[int, ...] = (0, 1)
+    step: Step,
+    case: Case,
+    *args: Any,
+    donate: tuple[int, ...] = (0, 1),
+    outputs: Any = None,
 ) -> tuple[Cost, str]:
     """Compiles a step and reads its cost.
 
@@ -215,13 +219,16 @@ def compile_step(
       case: Where it is compiled.
       *args: Abstract arrays with their shardings.
       donate: Which arguments are donated.
+      outputs: Shardings of the outputs; if not given, in device memory and sharded like
+        the parameters of the same shape.
 
     Returns:
       The cost, and the optimized program as text.
     """
-    outputs = jax.tree.map(
-        lambda x: x.sharding, case.place(jax.eval_shape(step, *args))
-    )
+    if outputs is None:
+        outputs = jax.tree.map(
+            lambda x: x.sharding, case.place(jax.eval_shape(step, *args))
+        )
     jitted = jax.jit(step, donate_argnums=donate, out_shardings=outputs)
     lowered = jitted.lower(*args)
     # With its scratch memory in use, XLA's byte count for TPU is 2 to 5 times too high.

@@ -251,6 +251,60 @@ def test_with_cond_is_one_conditional_and_no_traffic_but_by_update(
     assert has_copy == (call is by_update)
 
 
+class TestOffloadedState:
+    """Moments in the host's memory, as the docstring of `guard` says."""
+
+    @staticmethod
+    def offloaded(case: Case) -> optax.GradientTransformationExtraArgs:
+        inner = optax.with_extra_args_support(adamw())
+
+        def put(state: Any, space: jax.memory.Space) -> Any:
+            return jax.tree.map(
+                lambda x: jax.device_put(x, space) if is_moment(x, case) else x, state
+            )
+
+        def update(updates, state, params=None, **extra_args):
+            state = put(state, jax.memory.Space.Device)
+            updates, state = inner.update(updates, state, params, **extra_args)
+            return updates, put(state, jax.memory.Space.Host)
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    @staticmethod
+    def cost(case: Case, tx: optax.GradientTransformation, call: Any) -> Cost:
+        params = case.params()
+
+        def place(x):
+            kind = "pinned_host" if is_moment(x, case) else "device"
+            sharding = x.sharding.with_memory_kind(kind)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        opt_state = case.place(jax.eval_shape(tx.init, params))
+        opt_state = jax.tree.map(place, opt_state)
+        outputs = jax.tree.map(lambda x: x.sharding, (params, opt_state))
+        return compile_step(call(tx), case, params, opt_state, params, outputs=outputs)[
+            0
+        ]
+
+    @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
+    def test_a_branch_adds_one_read_and_a_mask_chooses_in_the_host(self, platform):
+        case = Case(platform)
+        inner = self.offloaded(case)
+        plain = self.cost(case, inner, by_update)
+        branch, mask = (
+            self.cost(case, og.guard(inner, 1.0, use_cond=use_cond), by_apply_gradients)
+            for use_cond in (True, False)
+        )
+        assert (branch.conditionals, mask.conditionals) == (1, 0)
+        assert branch.passes - plain.passes == pytest.approx(1.0, abs=0.02)
+        assert mask.passes - plain.passes == pytest.approx(3.15, abs=0.02)
+        assert max(branch.temp_bytes, mask.temp_bytes) < plain.temp_bytes + 3e6
+
+
+def is_moment(x: Any, case: Case) -> bool:
+    return x.shape in case.shapes.values()
+
+
 class TestManyLeaves:
     def test_global_scope_is_one_read_and_one_all_reduce(self, platform):
         case = Case(platform, leaves=400)
