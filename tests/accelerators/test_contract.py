@@ -258,7 +258,7 @@ class TestOffloadedState:
     def offloaded(case: Case) -> optax.GradientTransformationExtraArgs:
         inner = optax.with_extra_args_support(adamw())
 
-        def put(state: Any, space: jax.memory.Space) -> Any:
+        def put(state: Any, space: Any) -> Any:
             return jax.tree.map(
                 lambda x: jax.device_put(x, space) if is_moment(x, case) else x, state
             )
