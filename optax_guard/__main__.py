@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_report(commands)
     _add_replay(commands)
+    _add_suggest(commands)
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as exit:
@@ -207,6 +208,44 @@ def _replay(arguments: argparse.Namespace) -> int:
         print(_replay_command.replay_table(replayed))
     if arguments.out is not None:
         _replay_command.write(history, replayed, arguments.out, key=arguments.key)
+    return 0
+
+
+def _add_suggest(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    suggest = commands.add_parser(
+        "suggest",
+        help="a threshold for the norm, from the norms of a recorded run",
+        description="Suggests a threshold that a share of the recorded norms is above, "
+        "with its reasons. Exit code: 0, or 1 if the run could not be read or has too "
+        "few norms.",
+    )
+    _add_reading(suggest)
+    suggest.add_argument(
+        "--clip-rate",
+        type=float,
+        default=0.1,
+        help="share of the norms to clip; default: %(default)s",
+    )
+    suggest.add_argument("--json", action="store_true", help="print one JSON object")
+    suggest.set_defaults(run_command=_suggest)
+
+
+def _suggest(arguments: argparse.Namespace) -> int:
+    import json
+
+    from optax_guard.analysis import History, suggest_max_norm
+
+    try:
+        history = History.read(
+            arguments.path, run=arguments.run, columns=dict(arguments.column)
+        )
+        suggestion = suggest_max_norm(history, clip_rate=arguments.clip_rate)
+    except ValueError as error:
+        print(f"optax-guard suggest: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(suggestion._asdict()) if arguments.json else suggestion)
     return 0
 
 

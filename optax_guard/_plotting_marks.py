@@ -13,6 +13,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle as Rectangle
 except ImportError as error:
     raise ImportError(
         "`optax_guard.plotting` needs matplotlib: pip install 'optax-guard[plot]'",

@@ -1,4 +1,4 @@
-"""What a run's record says: history, table, diagnosis, replay, writers."""
+"""What a run's record says: history, table, diagnosis, replay, threshold, writers."""
 
 from optax_guard._diagnosis import Diagnosis as Diagnosis
 from optax_guard._diagnosis import diagnose as diagnose
@@ -11,5 +11,10 @@ from optax_guard._history_table import table as table
 from optax_guard._replay import Replayed as Replayed
 from optax_guard._replay import replay as replay
 from optax_guard._replay import replay_table as replay_table
+from optax_guard._suggest import Suggestion as Suggestion
+from optax_guard._suggest import suggest_max_norm as suggest_max_norm
+from optax_guard._sweep import Sweep as Sweep
+from optax_guard._sweep import Trial as Trial
+from optax_guard._sweep import sweep_max_norm as sweep_max_norm
 from optax_guard._writers import GroupedWriter as GroupedWriter
 from optax_guard._writers import grouped_name as grouped_name

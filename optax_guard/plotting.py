@@ -13,6 +13,7 @@ import numpy as np
 
 from optax_guard._plot_history import plot_history as plot_history
 from optax_guard._plot_replay import plot_replay as plot_replay
+from optax_guard._plot_sweep import plot_sweep as plot_sweep
 from optax_guard._plotting_marks import (
     AFTER,
     LARGEST,
