@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -26,6 +27,7 @@ from optax_guard._norms import (
     AxisName,
     TreeNorm,
     accumulator_dtype,
+    dtype_of,
     is_inexact,
     tree_norm,
 )
@@ -232,9 +234,32 @@ def clip(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         measured, state = measure(updates, state, params, **extra_args)
-        return rescale(updates, measured), state
+        return rescale(_read_again(updates), measured), state
 
     return transformation(init, update, measure=measure, rescale=rescale)
+
+
+def _read_again(updates: optax.Updates) -> optax.Updates:
+    """The updates, for XLA on CPU not those that were measured.
+
+    It would widen half precision once for the norm and for what follows, and keep a
+    copy of all in float32 between them. In a guard they are apart by its branch.
+    """
+    leaves, treedef = jax.tree.flatten(updates)
+    half = [i for i, x in enumerate(leaves) if is_inexact(x) and _is_half(x)]
+    if half:
+        again = lax.platform_dependent(
+            *(leaves[i] for i in half),
+            cpu=lambda *x: lax.optimization_barrier(x),
+            default=lambda *x: x,
+        )
+        for i, x in zip(half, again, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _is_half(x: Any) -> bool:
+    return jnp.finfo(dtype_of(x)).bits < 32
 
 
 def map_inexact(f: Callable[[Any], Any], tree: Any) -> Any:

@@ -740,3 +740,14 @@ def test_derivative_through_a_value_clip_is_finite(size):
         return jnp.sum(out) + state.stats.grad_norm
 
     assert np.isfinite(jax.jit(jax.grad(total))(f32(size)))
+
+
+def test_half_precision_is_not_kept_in_float32():
+    """XLA on CPU would widen all leaves once, for the norm and for what follows."""
+    tx = optax.chain(og.clip_by_global_norm(1.0), optax.sgd(0.1))
+    params = [jnp.ones(10_000, jnp.bfloat16) for _ in range(8)]
+    state = tx.init(params)
+    compiled = jax.jit(tx.update).lower(params, state).compile()
+    analysis: Any = compiled.memory_analysis()
+    one_leaf = 4 * 10_000
+    assert analysis.temp_size_in_bytes < one_leaf + 10_000
