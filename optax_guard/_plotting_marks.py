@@ -11,6 +11,7 @@ import numpy as np
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
@@ -155,6 +156,21 @@ def cross(
             **place,
         )
     return axes.plot([step], [edge], transform=at_edge, color=color, **CROSS)
+
+
+def color_scale(values: np.ndarray) -> Normalize:
+    """From the smallest to the largest value; logarithmic if they span decades.
+
+    Args:
+      values: Numbers, masked or not; those that are not finite do not count.
+    """
+    known = np.ma.masked_invalid(values).compressed()
+    if not known.size:
+        return Normalize(0, 1)
+    low, high = float(known.min()), float(known.max())
+    if 0 < 20 * low < high:
+        return LogNorm(low, high)
+    return Normalize(low, high if high > low else low + 1)
 
 
 def log_scale(axes: Axes, top: float | None = None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from optax_guard._plot_history import plot_history as plot_history
+from optax_guard._plot_landscape import plot_landscape as plot_landscape
 from optax_guard._plot_replay import plot_replay as plot_replay
 from optax_guard._plot_sweep import plot_sweep as plot_sweep
 from optax_guard._plotting_marks import (

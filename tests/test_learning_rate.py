@@ -1,5 +1,7 @@
 """The learning rate in a history, against the schedule in plain Python."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def made(tx):
 
 
 INJECTED = og.guard(optax.inject_hyperparams(optax.sgd)(learning_rate=schedule))
-LENGTH = {"num_steps": 6, "eval_every": 2}
+LENGTH: dict[str, Any] = {"num_steps": 6, "eval_every": 2}
 # Steps 2 and 3 of 6, from 0, are withheld.
 BAD = jnp.array([1.0, 1.0, jnp.nan, jnp.nan, 1.0, 1.0])
 # The last update before steps 2, 4 and 6 was the second, that one still, the fourth.
@@ -61,7 +63,11 @@ def test_loop_on_the_device_records_it_too():
 def test_plateau_scales_it_and_a_value_of_ones_own_is_kept():
     tx = optax.chain(optax.sgd(0.1), og.stop.scale_by_plateau())
     stopper = og.early_stopping(og.stop.plateau(1, factor=0.5, max_reductions=1))
-    how = {"train_step": train_step, "batches": lambda step: 1.0, **LENGTH}
+    how: dict[str, Any] = {
+        "train_step": train_step,
+        "batches": lambda step: 1.0,
+        **LENGTH,
+    }
     result = fit(
         made(og.guard(tx)),
         evaluate=lambda state: 1.0,
@@ -80,7 +86,7 @@ def test_plateau_scales_it_and_a_value_of_ones_own_is_kept():
 
 def test_progress_prints_a_finding_below_the_row_at_which_it_first_holds(capsys):
     pytest.importorskip("rich")
-    how = {"train_step": train_step, "batches": lambda step: 1.0}
+    how: dict[str, Any] = {"train_step": train_step, "batches": lambda step: 1.0}
     how |= {"num_steps": 6, "eval_every": 1}
     tx = og.guard(optax.sgd(0.1), clip=1.0)
     fit(made(tx), progress=True, **how)
