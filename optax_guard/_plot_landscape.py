@@ -25,13 +25,15 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
     figure = marks.Figure(figsize=(10, 4.9), dpi=120, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    # The gradient of a loss that is not finite means nothing.
+    norms = np.where(np.isfinite(landscape.loss), landscape.grad_norm, np.nan)
     for panel, values, label in (
         (panels[0], landscape.loss, "loss"),
-        (panels[1], landscape.grad_norm, marks.NORM_LABEL.replace("\n", " ")),
+        (panels[1], norms, marks.NORM_LABEL.replace("\n", " ")),
     ):
-        _surface(figure, panel, landscape, values, label)
+        _surface(figure, panel, landscape, values, has_lines=label == "loss")
         _marks(panel, landscape)
-        panel.set_title(label.partition(" [")[0])
+        panel.set_title(label)
         panel.set_xlabel("first direction")
     panels[0].set_ylabel("second direction")
     # One for both panels, below, where it hides nothing.
@@ -56,31 +58,19 @@ def _surface(
     panel: marks.Axes,
     landscape: Landscape,
     values: np.ndarray,
-    label: str,
+    *,
+    has_lines: bool,
 ) -> None:
-    finite = np.ma.masked_invalid(values)
-    norm: Any = marks.color_scale(finite)
-    mesh = panel.pcolormesh(
-        landscape.alphas,
-        landscape.betas,
-        finite,
-        norm=norm,
-        cmap="cividis",
-        shading="nearest",
-        rasterized=True,
-    )
-    figure.colorbar(mesh, ax=panel, label=label, shrink=0.9)
-    if label == "loss" and finite.count() and finite.min() < finite.max():
-        inside = np.linspace(norm(finite.min()), norm(finite.max()), 9)[1:-1]
-        lines = panel.contour(
-            landscape.alphas,
-            landscape.betas,
-            finite,
-            levels=norm.inverse(inside),
-            colors="white",
-            linewidths=0.8,
-        )
-        panel.clabel(lines, fontsize="small", fmt="%.3g")
+    x, y = landscape.alphas, landscape.betas
+    shown, scale = marks.colors(values)
+    how: Any = {"norm": scale, "cmap": "cividis", "shading": "nearest"}
+    mesh = panel.pcolormesh(x, y, shown, rasterized=True, **how)
+    figure.colorbar(mesh, ax=panel, shrink=0.9)
+    if has_lines and shown.count() and shown.min() < shown.max():
+        inside = scale.inverse(np.linspace(0, 1, 9)[1:-1])
+        lines = panel.contour(x, y, shown, inside, colors="white", linewidths=0.8)
+        for text in panel.clabel(lines, fontsize="small", fmt="%.2g"):
+            text.set_path_effects(marks.OUTLINE)
 
 
 def _marks(panel: marks.Axes, landscape: Landscape) -> None:

@@ -4,22 +4,27 @@ Values that are not finite are drawn, as crosses at the upper edge.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import LogNorm as LogNorm
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
+    from matplotlib.patheffects import withStroke
 except ImportError as error:
     raise ImportError(
         "`optax_guard.plotting` needs matplotlib: pip install 'optax-guard[plot]'",
         name=error.name,
     ) from error
+
+from optax_guard._stop_base import StopReason
+from optax_guard._stop_state import EarlyStoppingState
 
 Row = Mapping[str, Any]
 
@@ -68,7 +73,21 @@ STAR = CROSS | {
     "color": GREEN,
     "markeredgecolor": BLACK,
 }
+END: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 5,
+    "color": VERMILLION,
+    "markeredgecolor": "white",
+    "linestyle": "none",
+    "zorder": 4,
+}
+# Markers of more rows than this run into each other.
+MOST_MARKERS = 80
 NORM_LABEL = "gradient norm\n[loss per unit of parameter]"
+
+
+# Of white lines and words, to be read on light grounds as well.
+OUTLINE: list[Any] = [withStroke(linewidth=2.5, foreground=BLACK)]
 
 
 def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
@@ -78,6 +97,49 @@ def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
     figure.suptitle(title)
     return figure, figure.subplots(2, 1, sharex=True)
+
+
+def thinned(style: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
+    """A style without markers where they would run into each other."""
+    return {**style, "marker": ""} if num_rows > MOST_MARKERS else dict(style)
+
+
+def spans_decades(rows: Sequence[Row], keys: Iterable[str]) -> bool:
+    """Whether the values are positive, and on a linear scale most would be flat."""
+    values = np.concatenate([column(rows, key) for key in keys])
+    values = values[np.isfinite(values)]
+    return values.size > 0 and 0 < 20 * values.min() < values.max()
+
+
+def mark_lowest(panel: Axes, rows: Sequence[Row], key: str) -> None:
+    """A star at the lowest finite value, if there is one."""
+    values = column(rows, key)
+    if np.isfinite(values).any():
+        best = int(np.nanargmin(np.where(np.isfinite(values), values, np.nan)))
+        mark_best(panel, rows[best]["step"], values[best])
+
+
+def mark_best(panel: Axes, step: float, value: float) -> None:
+    """A star, named in the legend."""
+    label = f"best: {value:.4g} at step {step}"
+    panel.plot([step], [value], label=label, **STAR)
+
+
+def mark_stop(
+    panels: Iterable[Axes],
+    losses: Axes | None,
+    rows: Sequence[Row],
+    stop: EarlyStoppingState,
+) -> None:
+    """The best evaluation among the losses, and a line at the stop in all panels."""
+    best, stopped = int(stop.best_eval), int(stop.stopped_at)
+    if losses is not None and 0 <= best < len(rows):
+        mark_best(losses, rows[best]["step"], float(stop.best_value))
+    if 0 <= stopped < len(rows):
+        step = rows[stopped]["step"]
+        reason = StopReason(int(stop.stop_reason)).name
+        for axes in panels:
+            axes.axvline(step, label=f"stop: {reason} at step {step}", **STOP)
 
 
 def column(history: Sequence[Row], key: str) -> np.ndarray:
@@ -158,19 +220,22 @@ def cross(
     return axes.plot([step], [edge], transform=at_edge, color=color, **CROSS)
 
 
-def color_scale(values: np.ndarray) -> Normalize:
-    """From the smallest to the largest value; logarithmic if they span decades.
+def colors(values: np.ndarray) -> tuple[np.ma.MaskedArray, Normalize]:
+    """What to draw as colours, and the scale: logarithmic if values span decades.
 
-    Args:
-      values: Numbers, masked or not; those that are not finite do not count.
+    Values that are not finite are masked; zeros on a logarithmic scale have the colour
+    of the smallest value.
     """
-    known = np.ma.masked_invalid(values).compressed()
+    shown = np.ma.masked_invalid(values)
+    known = shown.compressed()
     if not known.size:
-        return Normalize(0, 1)
+        return shown, Normalize(0, 1)
     low, high = float(known.min()), float(known.max())
-    if 0 < 20 * low < high:
-        return LogNorm(low, high)
-    return Normalize(low, high if high > low else low + 1)
+    positive = known[known > 0]
+    if low >= 0 and positive.size and 20 * float(positive.min()) < high:
+        low = float(positive.min())
+        return np.ma.maximum(shown, low), LogNorm(low, high)
+    return shown, Normalize(low, high if high > low else low + 1)
 
 
 def log_scale(axes: Axes, top: float | None = None) -> None:

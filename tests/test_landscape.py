@@ -122,6 +122,7 @@ def test_path_is_projected_by_least_squares(share):
     found = landscape(
         lambda w: jnp.sum(w**2), w, directions=plane, num_points=2, path=path
     )
+    assert found.path is not None
     np.testing.assert_allclose(found.path, wanted, atol=1e-6)
     assert found.path_share == pytest.approx(share)
 
@@ -170,7 +171,9 @@ def test_memory_does_not_grow_with_the_grid():
         lowered = _of_points.lower(
             Partial(lambda w: jnp.sum(jnp.tanh(w) ** 2)), w, (w, w), points
         )
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     few, many = temporaries(2), temporaries(400)
     # Two numbers a point, and no more.
