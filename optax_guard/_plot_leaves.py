@@ -13,6 +13,7 @@ _HEADINGS = {
     LEAF_NORM: "gradient norm [loss per unit of parameter]",
     UPDATE_RATIO: "norm of the update / norm of the parameters",
 }
+_COLORS = "cividis"
 _GLOBAL = "all (global norm)"
 # More names than these run into each other.
 _MOST_NAMES = 40
@@ -62,9 +63,8 @@ def plot_leaves(
     legend: dict[str, Any] = {}
     for line, (prefix, (names, values)) in zip(grid, tables.items(), strict=True):
         _, scale = marks.colors(np.ma.concatenate([x.ravel() for x in values]))
-        mesh: Any = None
         for panel, run, shown in zip(line, runs, values, strict=True):
-            mesh = _heat_map(panel, runs[run], shown, scale)
+            _heat_map(panel, runs[run], shown, scale)
             legend |= dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
             if names[0] == _GLOBAL:
                 panel.axhline(0.5, color="white", linewidth=2)
@@ -73,7 +73,8 @@ def plot_leaves(
         line[0].set_yticks(places, names[::stride], fontsize="small")
         line[0].set_ylim(len(names) - 0.5, -0.5)
         # Beside the last panel: of several, the layout would make no room.
-        figure.colorbar(mesh, ax=line[-1], label=_HEADINGS[prefix])
+        colors = marks.ScalarMappable(scale, _COLORS)
+        figure.colorbar(colors, ax=line[-1], label=_HEADINGS[prefix])
     for run, top, bottom in zip(runs, grid[0], grid[-1], strict=True):
         top.set_title(run)
         bottom.set_xlabel("steps done")
@@ -107,16 +108,20 @@ def _tables(
 
 def _heat_map(
     panel: marks.Axes, rows: list[dict[str, float]], values: Any, scale: Any
-) -> Any:
+) -> None:
     # Rows in which nothing of this was recorded would be blank columns.
     known = ~np.ma.getmaskarray(values).all(0)
+    if not known.any():
+        words: Any = {"ha": "center", "va": "center", "transform": panel.transAxes}
+        panel.text(0.5, 0.5, "not recorded", **words)
+        return
     steps, values = marks.column(rows, "step")[known], values[:, known]
     shown = np.ma.masked_invalid(values)
     if isinstance(scale, marks.LogNorm) and scale.vmin is not None:
         shown = np.ma.maximum(shown, scale.vmin)
-    how: Any = {"norm": scale, "cmap": "cividis", "rasterized": True}
+    how: Any = {"norm": scale, "cmap": _COLORS, "rasterized": True}
     lines = np.arange(len(values) + 1) - 0.5
-    mesh = panel.pcolormesh(_edges(steps), lines, shown, **how)
+    panel.pcolormesh(_edges(steps), lines, shown, **how)
     is_known, raw = ~np.ma.getmaskarray(values), np.ma.getdata(values)
     style: Any = {"color": marks.VERMILLION, "linestyle": "none", "markersize": 5}
     for label, marker, is_marked in (
@@ -126,13 +131,12 @@ def _heat_map(
         line, row = np.nonzero(is_known & is_marked)
         if line.size:
             panel.plot(steps[row], line, marker=marker, label=label, **style)
-    return mesh
 
 
 def _edges(centers: np.ndarray) -> np.ndarray:
     """Where cells around these centers meet."""
     if len(centers) < 2:
-        return np.array([-0.5, 0.5]) + (centers[0] if len(centers) else 0)
+        return np.array([-0.5, 0.5]) + centers[0]
     middles = (centers[1:] + centers[:-1]) / 2
     first, last = 2 * centers[0] - middles[0], 2 * centers[-1] - middles[-1]
     return np.concatenate([[first], middles, [last]])

@@ -11,6 +11,7 @@ import numpy as np
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable as ScalarMappable
     from matplotlib.colors import LogNorm as LogNorm
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
