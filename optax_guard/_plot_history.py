@@ -18,6 +18,8 @@ _NORMS = {
     "clipped_norm": ("after clipping", marks.AFTER),
     "clip_threshold": ("threshold", marks.THRESHOLD),
 }
+# Not finite where the norm is not: one cross for all of them.
+_FOLLOWING = {"grad_norm_mean", "clipped_norm", "clip_threshold"}
 _LOSSES = {
     "train_loss": ("training", marks.AFTER),
     "val_loss": ("validation", marks.LARGEST),
@@ -84,7 +86,9 @@ def plot_history(
         # Those that failed together are crosses one below the other.
         for i, (key, (name, style)) in enumerate(curves.items()):
             style = marks.thinned(style, len(rows))
-            marks.line(panel, rows, key, name, style, edge=1 - 0.11 * i)
+            told_by = "grad_norm" if key in _FOLLOWING else None
+            edge = 1 - 0.11 * i
+            marks.line(panel, rows, key, name, style, edge=edge, told_by=told_by)
         panel.set_ylabel(label)
         if curves.keys() & _NORMS.keys() or marks.spans_decades(rows, curves):
             marks.log_scale(panel)

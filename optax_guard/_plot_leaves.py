@@ -10,8 +10,8 @@ from optax_guard._history import as_rows
 from optax_guard._leaf_columns import LEAF_NORM, UPDATE_RATIO, leaf_table
 
 _HEADINGS = {
-    LEAF_NORM: "gradient norm [loss per unit of parameter]",
-    UPDATE_RATIO: "norm of the update / norm of the parameters",
+    LEAF_NORM: marks.NORM_LABEL,
+    UPDATE_RATIO: "norm of the update /\nnorm of the parameters",
 }
 _COLORS = "cividis"
 _GLOBAL = "all (global norm)"
@@ -52,7 +52,9 @@ def plot_leaves(
             f"`histories` must have columns {LEAF_NORM}<path> or {UPDATE_RATIO}<path>, "
             "got none. Record what `analysis.leaf_columns` returns."
         )
-    heights = [1.3 + 0.2 * min(45, len(names)) for names, _ in tables.values()]
+    # No lower than the labels of the colours are long.
+    sizes = [min(45, len(names)) for names, _ in tables.values()]
+    heights = [max(3.0, 1.3 + 0.2 * size) for size in sizes]
     figure = marks.Figure(
         figsize=(3.5 + 4.5 * len(runs), sum(heights)), dpi=120, layout="constrained"
     )

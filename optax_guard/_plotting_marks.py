@@ -150,7 +150,7 @@ def column(history: Sequence[Row], key: str) -> np.ndarray:
 
 def value_key(history: Sequence[Row]) -> str:
     """The key of the validation loss."""
-    return "val_loss" if "val_loss" in history[0] else "value"
+    return "val_loss" if any("val_loss" in row for row in history) else "value"
 
 
 def line(
@@ -162,9 +162,15 @@ def line(
     *,
     top: float = math.inf,
     edge: float = 1.0,
+    told_by: str | None = None,
 ) -> None:
-    """A curve; crosses for what is not finite, hollow markers for what is beyond."""
-    if not any(key in row for row in history):
+    """A curve; crosses for what is not finite, hollow markers for what is beyond.
+
+    Rows without the key are passed over. There is no cross where ``told_by`` is not
+    finite either.
+    """
+    history = [row for row in history if key in row]
+    if not history:
         return
     steps, values = column(history, "step"), column(history, key)
     is_finite = np.isfinite(values)
@@ -175,7 +181,10 @@ def line(
         edges, at_edge = np.full(beyond.size, edge), axes.get_xaxis_transform()
         axes.plot(beyond, edges, transform=at_edge, clip_on=False, **hollow)
     told = set()
-    for step, value in zip(steps[~is_finite], values[~is_finite], strict=True):
+    is_marked = ~is_finite
+    if told_by is not None:
+        is_marked &= np.array([math.isfinite(row.get(told_by, 0.0)) for row in history])
+    for step, value in zip(steps[is_marked], values[is_marked], strict=True):
         # Once is enough: further words would run into each other.
         of = "" if str(value) in told else label
         told.add(str(value))
@@ -216,6 +225,9 @@ def cross(
             xytext=offset,
             textcoords="offset points",
             fontsize="small",
+            # Curves may pass below.
+            bbox={"color": "white", "alpha": 0.8, "pad": 0.5},
+            zorder=4,
             **place,
         )
     return axes.plot([step], [edge], transform=at_edge, color=color, **CROSS)
