@@ -191,7 +191,9 @@ def test_evaluations_need_not_be_in_every_row():
     history[7] |= {"val_loss": math.nan, "grad_norm": 1.0}
     for figure in (plot_history(history), plot_norms(history)):
         below = next(x for x in figure.axes if x.get_ylabel() == "loss")
-        drawn = {line.get_label(): line.get_xydata() for line in below.lines}
+        drawn = {
+            line.get_label(): np.asarray(line.get_xydata()) for line in below.lines
+        }
         assert drawn["validation"].tolist()[0] == [4, 2]
         # One was not finite; the other six were not made.
         assert [xy[0] for xy in crosses(below)] == [8]
