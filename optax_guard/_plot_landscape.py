@@ -11,8 +11,8 @@ from optax_guard._landscape import Landscape
 def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
     """Draws the loss and the gradient norm over the plane, side by side.
 
-    Lighter is larger, on logarithmic scales where values span decades; the loss has
-    contour lines too. Points prone to instability are hatched, those that are not
+    Lighter is larger, on logarithmic scales where values span decades, with one colour
+    for the lowest 3 %; the loss has contour lines too. Points prone to instability are hatched, those that are not
     finite are crosses, the parameters are a star and the training path is a line.
 
     Args:
@@ -35,6 +35,7 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
         _marks(panel, landscape)
         panel.set_title(label)
         panel.set_xlabel("first direction")
+        panel.locator_params(nbins=5)
     panels[0].set_ylabel("second direction")
     # One for both panels, below, where it hides nothing.
     handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
@@ -62,7 +63,11 @@ def _surface(
     has_lines: bool,
 ) -> None:
     x, y = landscape.alphas, landscape.betas
-    shown, scale = marks.colors(values)
+    # A point that hits a minimum is smaller by any number of magnitudes: a scale down
+    # to it would have one colour for all the others.
+    known = values[np.isfinite(values)]
+    lowest = np.quantile(known, 0.03) if known.size else 0.0
+    shown, scale = marks.colors(np.where(values < lowest, lowest, values))
     how: Any = {"norm": scale, "cmap": "cividis", "shading": "nearest"}
     mesh = panel.pcolormesh(x, y, shown, rasterized=True, **how)
     figure.colorbar(mesh, ax=panel, shrink=0.9)
