@@ -12,8 +12,9 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
     """Draws the loss and the gradient norm over the plane, side by side.
 
     Lighter is larger, on logarithmic scales where values span decades, with one colour
-    for the lowest 3 %; the loss has contour lines too. Points prone to instability are hatched, those that are not
-    finite are crosses, the parameters are a star and the training path is a line.
+    for the lowest 3 %; the loss has contour lines too. Points prone to instability are
+    hatched, those that are not finite are crosses, the parameters are a star and the
+    training path is a line.
 
     Args:
       landscape: What `optax_guard.analysis.landscape` returned.
