@@ -188,6 +188,11 @@ def diagnose(
                                     noise is more than the line falls since the best.
     =============================== ===============================================
 
+    False alarms, measured (``tests/test_diagnosis.py``): 300 simulated runs that learn,
+    with noisy losses, falling norms with outliers of 2 to 30 times, and in four of five
+    a clip at a quantile of 0.5 to 0.99, gave no error, no warning and 8 infos, of how a
+    run ended or that norms changed; CLIPPING_WORKS is not counted.
+
     Args:
       history: A `History`, or rows such as `fit` returns.
       rejections: What `optax_guard.rejections` returned, to name the leaf.

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_guard._base import check_count
 from optax_guard._checkpoint import Checkpointer, Run, open_store
+from optax_guard._diagnosis import Diagnosis
 from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState
 from optax_guard._fit_inputs import (
     VALUE,
@@ -32,6 +34,7 @@ from optax_guard._host import (
     open_source,
 )
 from optax_guard._interval import close, first_interval, run_step
+from optax_guard._learning_rate import learning_rate_item
 from optax_guard._progress import Progress
 from optax_guard._readout import metrics
 from optax_guard._rewind import (
@@ -88,6 +91,7 @@ def fit(
     progress: bool | Progress = False,
     checkpointer: Checkpointer | None = None,
     rewind: Rewind | None = None,
+    learning_rate: optax.Schedule | None = None,
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -132,11 +136,15 @@ def fit(
         is written into the optimizer's state.
       loggers: Callables ``(step, row)``, or objects with CLU's
         ``write_scalars(step, row)``. Rows of before a resumption are not sent again.
-      progress: Whether to show a progress bar and a table; or a display of one's own.
+      progress: Whether to show a progress bar and a table, and what
+        `optax_guard.analysis.diagnose` finds when it first holds; or a display of one's
+        own.
       checkpointer: A `Checkpointer`, to save, and to resume what it finds. The state
         needs ``replace``, as Flax's has, and ``batches`` must be a function to resume.
         Configuration is not saved: optimizer, rule and functions are those given now.
       rewind: A `Rewind`, to go back to the best checkpoint if the run goes bad.
+      learning_rate: The schedule that the optimizer was given, to be recorded. Not
+        needed with ``optax.inject_hyperparams``, whose state tells the rate.
 
     Returns:
       A `FitResult`. A row of the history has, as Python numbers:
@@ -151,6 +159,7 @@ def fit(
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
         row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
         takes back those since its checkpoint;
+      * ``learning_rate`` of the last update, if the state or `learning_rate` tells it;
       * ``rewinds``, with `rewind`: how often the run had gone back before;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
@@ -196,6 +205,11 @@ def fit(
         clock = time.monotonic()
         display = stack.enter_context(open_display(progress, max(0, num_steps - step)))
         interrupt = stack.enter_context(Interrupt())
+        if progress is True and not any(isinstance(x, Diagnosis) for x in loggers):
+            diagnosis = Diagnosis()
+            for row in history:  # Of before a resumption: what they said was printed.
+                diagnosis.update(row)
+            loggers = [*loggers, diagnosis]
         record = stack.enter_context(Record(loggers, display, history))
 
         while not is_done:
@@ -222,6 +236,7 @@ def fit(
             values = named_values(found)
             row, interval = close(interval)
             flags = {}
+            rate = learning_rate_item(state, step, learning_rate)
             if stopper is not None:
                 now = time.monotonic()
                 facts = {"step": np.int32(step), "train_value": row["train_loss"]}
@@ -241,6 +256,8 @@ def fit(
                 flags |= flags_of_guard(totals)
             if rewind is not None:
                 row["rewinds"] = rewound.num_rewinds
+            if "learning_rate" not in values:
+                row |= rate
             check_apart(row, values)
             record.put(step, {**row, **values}, flags)
             evaluated_at = step

@@ -59,13 +59,14 @@ class Record:
         numbers: dict[str, float] = {"step": step}
         numbers |= {name: np.asarray(x).item() for name, x in row.items()}
         self.history.append(numbers)
+        # First, so that what a logger prints about a row stands below it.
+        self._display.row(numbers)
         for logger in self._loggers:
             # A copy: a logger may change what it gets.
             if isinstance(logger, MetricWriter):
                 logger.write_scalars(step, dict(numbers))
             else:
                 logger(step, dict(numbers))
-        self._display.row(numbers)
         return flags
 
 

@@ -20,6 +20,7 @@ from optax_guard._fit_inputs import (
 )
 from optax_guard._guarding import GuardState
 from optax_guard._interval import Interval, close, first_interval, run_step
+from optax_guard._learning_rate import learning_rate_item
 from optax_guard._readout import metrics
 from optax_guard._rewind import with_plateau
 from optax_guard._states import find_states
@@ -128,6 +129,7 @@ def judge_of(functions: Functions) -> Callable[..., tuple[Lane, dict[str, Any]]]
         values = named_values(found)
         row, interval = close(lane.interval)
         is_over = lane.is_over
+        rate = learning_rate_item(state, step)
         if functions.stopper is not None and stop is not None:
             facts = {"step": step, "train_value": row["train_loss"]}
             if "opt_state" in functions.stopper.needs:
@@ -141,6 +143,8 @@ def judge_of(functions: Functions) -> Callable[..., tuple[Lane, dict[str, Any]]]
             row["num_skipped"] = metrics(state)["num_skipped"]
             for guard in guards:
                 is_over |= guard.guard_exhausted
+        if "learning_rate" not in values:
+            row |= rate
         check_apart(row, values)
         lane = Lane(state, interval, stop, {}, lane.num_rows + 1, is_over)
         return lane, {"step": step, **row, **values}

@@ -9,6 +9,7 @@ import numpy as np
 from optax_guard import _plotting_marks as marks
 from optax_guard._findings import Finding, Severity
 from optax_guard._history import as_rows
+from optax_guard._stop_state import EarlyStoppingState
 
 # Key -> label, style.
 _NORMS = {
@@ -17,6 +18,8 @@ _NORMS = {
     "clipped_norm": ("after clipping", marks.AFTER),
     "clip_threshold": ("threshold", marks.THRESHOLD),
 }
+# Not finite where the norm is not: one cross for all of them.
+_FOLLOWING = {"grad_norm_mean", "clipped_norm", "clip_threshold"}
 _LOSSES = {
     "train_loss": ("training", marks.AFTER),
     "val_loss": ("validation", marks.LARGEST),
@@ -28,14 +31,13 @@ _SHARES = {
     "nonfinite_rate": ("not finite", marks.MEAN),
 }
 _RATES = {"learning_rate": ("learning rate", marks.LARGEST)}
-# Markers of more rows than this run into each other.
-_MOST_MARKERS = 80
 
 
 def plot_history(
     history: Iterable[Mapping[str, Any]],
     *,
     findings: Sequence[Finding] = (),
+    stop: EarlyStoppingState | None = None,
     title: str = "",
 ) -> marks.Figure:
     """Draws all that is known of a run, one above the other over the same steps.
@@ -48,6 +50,8 @@ def plot_history(
     Args:
       history: A `History`, or rows such as `fit` returns.
       findings: What `optax_guard.analysis.diagnose` returned.
+      stop: The state of early stopping, updated once a row, to mark the stop and its
+        best; without it the lowest evaluation is the best.
       title: Title of the figure.
 
     Returns:
@@ -81,16 +85,21 @@ def plot_history(
     for panel, (label, curves) in zip(axes, found.items(), strict=True):
         # Those that failed together are crosses one below the other.
         for i, (key, (name, style)) in enumerate(curves.items()):
-            if len(rows) > _MOST_MARKERS:
-                style = style | {"marker": ""}
-            marks.line(panel, rows, key, name, style, edge=1 - 0.11 * i)
+            style = marks.thinned(style, len(rows))
+            told_by = "grad_norm" if key in _FOLLOWING else None
+            edge = 1 - 0.11 * i
+            marks.line(panel, rows, key, name, style, edge=edge, told_by=told_by)
         panel.set_ylabel(label)
-        if curves.keys() & _NORMS.keys() or _spans_decades(rows, curves):
+        if curves.keys() & _NORMS.keys() or marks.spans_decades(rows, curves):
             marks.log_scale(panel)
-        if curves.keys() & _LOSSES.keys():
-            _mark_best(panel, rows)
+        if curves.keys() & _LOSSES.keys() and stop is None:
+            key = "val_loss" if "val_loss" in curves else "value"
+            marks.mark_lowest(panel, rows, key)
         if curves.keys() & _SHARES.keys():
             panel.set_ylim(-0.03, 1.03)
+    if stop is not None:
+        losses = axes[list(found).index("loss")] if "loss" in found else None
+        marks.mark_stop(axes, losses, rows, stop)
     _mark_findings(axes, findings)
     marks.finish(*axes)
     return figure
@@ -111,25 +120,6 @@ def _is_shown(rows: Sequence[Mapping[str, float]], key: str) -> bool:
     if key in ("skip_rate", "nonfinite_rate"):
         return any(values)
     return bool(values)
-
-
-def _spans_decades(rows: Sequence[Mapping[str, float]], keys: Iterable[str]) -> bool:
-    """Whether the values are positive, and on a linear scale most would be flat."""
-    values = np.concatenate([marks.column(rows, key) for key in keys])
-    values = values[np.isfinite(values)]
-    return values.size > 0 and 0 < 20 * values.min() < values.max()
-
-
-def _mark_best(panel: marks.Axes, rows: Sequence[Mapping[str, float]]) -> None:
-    key = next((k for k in ("val_loss", "value") if any(k in r for r in rows)), None)
-    if key is None:
-        return
-    values = marks.column(rows, key)
-    if np.isfinite(values).any():
-        best = int(np.nanargmin(np.where(np.isfinite(values), values, np.nan)))
-        step = rows[best]["step"]
-        label = f"best: {values[best]:.4g} at step {step}"
-        panel.plot([step], [values[best]], label=label, **marks.STAR)
 
 
 def _mark_findings(axes: np.ndarray, findings: Sequence[Finding]) -> None:

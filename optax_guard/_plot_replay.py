@@ -43,8 +43,7 @@ def plot_replay(
     above, below = figure.subplots(
         2, 1, sharex=True, height_ratios=[3, 0.5 + 0.35 * len(replayed)]
     )
-    style = marks.LARGEST if len(rows) <= 80 else marks.LARGEST | {"marker": ""}
-    marks.line(above, rows, key, key, style)
+    marks.line(above, rows, key, key, marks.thinned(marks.LARGEST, len(rows)))
     above.set_ylabel(key)
     for i, one in enumerate(replayed):
         has_stopped = one.reason != StopReason.RUNNING

@@ -4,21 +4,28 @@ Values that are not finite are drawn, as crosses at the upper edge.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable as ScalarMappable
+    from matplotlib.colors import LogNorm as LogNorm
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
+    from matplotlib.patheffects import withStroke
 except ImportError as error:
     raise ImportError(
         "`optax_guard.plotting` needs matplotlib: pip install 'optax-guard[plot]'",
         name=error.name,
     ) from error
+
+from optax_guard._stop_base import StopReason
+from optax_guard._stop_state import EarlyStoppingState
 
 Row = Mapping[str, Any]
 
@@ -67,7 +74,21 @@ STAR = CROSS | {
     "color": GREEN,
     "markeredgecolor": BLACK,
 }
+END: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 5,
+    "color": VERMILLION,
+    "markeredgecolor": "white",
+    "linestyle": "none",
+    "zorder": 4,
+}
+# Markers of more rows than this run into each other.
+MOST_MARKERS = 80
 NORM_LABEL = "gradient norm\n[loss per unit of parameter]"
+
+
+# Of white lines and words, to be read on light grounds as well.
+OUTLINE: list[Any] = [withStroke(linewidth=2.5, foreground=BLACK)]
 
 
 def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
@@ -79,6 +100,49 @@ def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
     return figure, figure.subplots(2, 1, sharex=True)
 
 
+def thinned(style: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
+    """A style without markers where they would run into each other."""
+    return {**style, "marker": ""} if num_rows > MOST_MARKERS else dict(style)
+
+
+def spans_decades(rows: Sequence[Row], keys: Iterable[str]) -> bool:
+    """Whether the values are positive, and on a linear scale most would be flat."""
+    values = np.concatenate([column(rows, key) for key in keys])
+    values = values[np.isfinite(values)]
+    return values.size > 0 and 0 < 20 * values.min() < values.max()
+
+
+def mark_lowest(panel: Axes, rows: Sequence[Row], key: str) -> None:
+    """A star at the lowest finite value, if there is one."""
+    values = column(rows, key)
+    if np.isfinite(values).any():
+        best = int(np.nanargmin(np.where(np.isfinite(values), values, np.nan)))
+        mark_best(panel, rows[best]["step"], values[best])
+
+
+def mark_best(panel: Axes, step: float, value: float) -> None:
+    """A star, named in the legend."""
+    label = f"best: {value:.4g} at step {step}"
+    panel.plot([step], [value], label=label, **STAR)
+
+
+def mark_stop(
+    panels: Iterable[Axes],
+    losses: Axes | None,
+    rows: Sequence[Row],
+    stop: EarlyStoppingState,
+) -> None:
+    """The best evaluation among the losses, and a line at the stop in all panels."""
+    best, stopped = int(stop.best_eval), int(stop.stopped_at)
+    if losses is not None and 0 <= best < len(rows):
+        mark_best(losses, rows[best]["step"], float(stop.best_value))
+    if 0 <= stopped < len(rows):
+        step = rows[stopped]["step"]
+        reason = StopReason(int(stop.stop_reason)).name
+        for axes in panels:
+            axes.axvline(step, label=f"stop: {reason} at step {step}", **STOP)
+
+
 def column(history: Sequence[Row], key: str) -> np.ndarray:
     """Values of a key, NaN where there are none."""
     return np.array([float(row.get(key, math.nan)) for row in history])
@@ -86,7 +150,7 @@ def column(history: Sequence[Row], key: str) -> np.ndarray:
 
 def value_key(history: Sequence[Row]) -> str:
     """The key of the validation loss."""
-    return "val_loss" if "val_loss" in history[0] else "value"
+    return "val_loss" if any("val_loss" in row for row in history) else "value"
 
 
 def line(
@@ -98,9 +162,15 @@ def line(
     *,
     top: float = math.inf,
     edge: float = 1.0,
+    told_by: str | None = None,
 ) -> None:
-    """A curve; crosses for what is not finite, hollow markers for what is beyond."""
-    if not any(key in row for row in history):
+    """A curve; crosses for what is not finite, hollow markers for what is beyond.
+
+    Rows without the key are passed over. There is no cross where ``told_by`` is not
+    finite either.
+    """
+    history = [row for row in history if key in row]
+    if not history:
         return
     steps, values = column(history, "step"), column(history, key)
     is_finite = np.isfinite(values)
@@ -111,7 +181,10 @@ def line(
         edges, at_edge = np.full(beyond.size, edge), axes.get_xaxis_transform()
         axes.plot(beyond, edges, transform=at_edge, clip_on=False, **hollow)
     told = set()
-    for step, value in zip(steps[~is_finite], values[~is_finite], strict=True):
+    is_marked = ~is_finite
+    if told_by is not None:
+        is_marked &= np.array([math.isfinite(row.get(told_by, 0.0)) for row in history])
+    for step, value in zip(steps[is_marked], values[is_marked], strict=True):
         # Once is enough: further words would run into each other.
         of = "" if str(value) in told else label
         told.add(str(value))
@@ -152,9 +225,30 @@ def cross(
             xytext=offset,
             textcoords="offset points",
             fontsize="small",
+            # Curves may pass below.
+            bbox={"color": "white", "alpha": 0.8, "pad": 0.5},
+            zorder=4,
             **place,
         )
     return axes.plot([step], [edge], transform=at_edge, color=color, **CROSS)
+
+
+def colors(values: np.ndarray) -> tuple[np.ma.MaskedArray, Normalize]:
+    """What to draw as colours, and the scale: logarithmic if values span decades.
+
+    Values that are not finite are masked; zeros on a logarithmic scale have the colour
+    of the smallest value.
+    """
+    shown = np.ma.masked_invalid(values)
+    known = shown.compressed()
+    if not known.size:
+        return shown, Normalize(0, 1)
+    low, high = float(known.min()), float(known.max())
+    positive = known[known > 0]
+    if low >= 0 and positive.size and 20 * float(positive.min()) < high:
+        low = float(positive.min())
+        return np.ma.maximum(shown, low), LogNorm(low, high)
+    return shown, Normalize(low, high if high > low else low + 1)
 
 
 def log_scale(axes: Axes, top: float | None = None) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,19 @@ from optax_guard._findings import Finding, Severity
 from optax_guard._history import History, Row
 from optax_guard._history_readers import find_file
 from optax_guard._history_table import table
+from optax_guard._leaf_columns import has_leaves
 from optax_guard._report_html import page
+from optax_guard._suggest import FEWEST, usable_norms
 
 # A longer table is thinned out.
 _MOST_ROWS = 40
+# Figure -> what it shows.
+_SHOWS = {
+    "history.png": "Norms, losses and shares over the steps",
+    "norms.png": "Distribution of the norms, and what each threshold clips",
+    "stopping.png": "Validation and training loss, and the gap between them",
+    "leaves.png": "Norms and updates of each leaf over the steps",
+}
 _NOTHING = "Nothing was found that needs attention."
 
 
@@ -79,19 +89,18 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
       html: Whether to write ``report.html`` too: one page, the figure in it.
 
     Returns:
-      The files: ``report.md``, and ``history.png`` if matplotlib is installed.
+      The files: ``report.md``, and if matplotlib is installed ``history.png`` with what
+      else there is to draw: ``norms.png``, ``stopping.png``, ``leaves.png``.
     """
-    image = _figure(report)
-    files = {"report.md": _as_markdown(report, image is not None).encode()}
-    if image is not None:
-        files["history.png"] = image
+    images = _images(report)
+    files = {"report.md": _as_markdown(report, list(images)).encode(), **images}
     if html:
         files["report.html"] = page(
             str(report.source),
             _note(report),
             report.findings or _NOTHING,
             _thinned(report),
-            image,
+            {_SHOWS[name]: image for name, image in images.items()},
         ).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -102,27 +111,41 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
     return [out / name for name in files]
 
 
-def _figure(report: Report) -> bytes | None:
+def _images(report: Report) -> dict[str, bytes]:
+    """The figures for which there is something, as PNG files by name."""
     try:
-        from optax_guard.plotting import plot_history
+        from optax_guard import plotting
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        return None
-    image = io.BytesIO()
-    title = report.source.name
+        return {}
+    history = report.history
     # A dollar sign would begin a formula.
-    figure = plot_history(
-        report.history, findings=report.findings, title=title.replace("$", r"\$")
-    )
+    title = report.source.name.replace("$", r"\$")
+    names = {name for row in history for name in row}
+    figures = {
+        "history.png": plotting.plot_history(
+            history, findings=report.findings, title=title
+        )
+    }
+    if len(usable_norms(history)) >= FEWEST:
+        figures["norms.png"] = plotting.plot_norm_distribution(history, title=title)
+    if "train_loss" in names and names & {"val_loss", "value"}:
+        figures["stopping.png"] = plotting.plot_early_stopping(history, title=title)
+    if has_leaves(names):
+        figures["leaves.png"] = plotting.plot_leaves(history, title=title)
+    return {name: _as_png(figure) for name, figure in figures.items()}
+
+
+def _as_png(figure: Any) -> bytes:
+    image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
 
 
-def _as_markdown(report: Report, has_figure: bool) -> str:
+def _as_markdown(report: Report, figures: Sequence[str]) -> str:
     parts = [f"# Report on `{report.source.name}`", _note(report)]
-    if has_figure:
-        parts.append("![Norms, losses and shares over the steps](history.png)")
+    parts += [f"![{_SHOWS[name]}]({name})" for name in figures]
     parts += ["## Findings", *(f"* {finding}" for finding in report.findings)]
     if not report.findings:
         parts.append(_NOTHING)

@@ -41,7 +41,7 @@ def page(
     note: str,
     findings: Sequence[Finding] | str,
     rows: Iterable[Mapping[str, Any]],
-    image: bytes | None,
+    images: Mapping[str, bytes],
 ) -> str:
     """The page.
 
@@ -50,7 +50,7 @@ def page(
       note: A line below it.
       findings: What was found, or a sentence if it was nothing.
       rows: Rows of the table.
-      image: A PNG file, or ``None``.
+      images: PNG files, by what they show.
 
     Returns:
       A document of HTML; whatever comes from outside is escaped.
@@ -65,12 +65,10 @@ def page(
         parts.append(f"<p>{escape(findings)}</p>")
     else:
         parts += map(_section, findings)
-    if image is not None:
+    parts += ["<h2>Figures</h2>"] if images else []
+    for words, image in images.items():
         data = base64.b64encode(image).decode()
-        parts.append(
-            '<h2>Course</h2>\n<img alt="Norms, losses and shares over the steps" '
-            f'src="data:image/png;base64,{data}">'
-        )
+        parts.append(f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">')
     heading, *lines = cells(rows)
     parts += ['<h2>Table</h2>\n<div class="scroll"><table>', _line("th", heading)]
     parts += [_line("td", line) for line in lines]

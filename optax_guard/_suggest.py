@@ -79,8 +79,7 @@ def suggest_max_norm(
     if not 0 < clip_rate < 1:
         raise ValueError(f"`clip_rate` must be between 0 and 1, got {clip_rate}.")
     rows = [row for row in as_rows(history) if "grad_norm" in row]
-    usable = [row for row in rows if math.isfinite(row["grad_norm"])]
-    usable = [row for row in usable if row["grad_norm"] > 0]
+    usable = usable_norms(rows)
     if len(usable) < FEWEST:
         raise ValueError(
             f"`history` must have {FEWEST} rows with a finite `grad_norm` above 0 at "
@@ -121,6 +120,11 @@ def suggest_max_norm(
         )
     quantiles = {q: float(np.quantile(norms, q)) for q in QUANTILES}
     return Suggestion(max_norm, rate, len(norms), quantiles, tuple(reasons))
+
+
+def usable_norms(rows: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The rows with a norm that is finite and above 0."""
+    return [row for row in rows if 0 < row.get("grad_norm", math.nan) < math.inf]
 
 
 def _two_digits(x: float) -> float:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from numpy.lib.array_utils import normalize_axis_tuple
 
 from optax_guard._axis_norms import norm_of_norms, ratio, stacked_norms
 from optax_guard._base import as_float, check_positive, check_state
@@ -25,12 +24,10 @@ from optax_guard._group_clipping import (
 from optax_guard._group_stats import GroupStats, init_group_stats, update_group_stats
 from optax_guard._groups import Groups, each_part, names_of_leaves
 from optax_guard._norms import AxisName
-from optax_guard._paths import for_each_leaf, path_names
+from optax_guard._paths import for_each_leaf
 from optax_guard._statistics import NormStats, init_stats
+from optax_guard._unit_axes import unit_axes
 from optax_guard.threshold import Threshold, as_threshold
-
-# The axes along which a unit lies, by the rank of a leaf: inputs come before outputs.
-_AXES_BY_RANK = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
 
 
 class ClipByUnitNormState(NamedTuple):
@@ -116,7 +113,7 @@ def clip_by_unit_norm(
 
     def split(tree: Any) -> tuple[Groups, np.ndarray]:
         """The units, and which leaves are excluded: all of such a leaf is one unit."""
-        axes = _unit_axes(tree, axis, axis_name)
+        axes = unit_axes(tree, axis, axis_name)
         excluded = np.array(for_each_leaf("exclude", exclude, tree), bool)
         for i, x in enumerate(jax.tree.leaves(tree)):
             if excluded[i]:
@@ -219,35 +216,3 @@ def _update_leaves(
         jnp.where(jnp.isfinite(margins), before * margins, jnp.inf),
         is_any,
     )
-
-
-def _unit_axes(tree: Any, axis: Any, axis_name: AxisName) -> list[tuple[int, ...]]:
-    """For each leaf the axes along which its units lie."""
-    rules = for_each_leaf("axis", axis if callable(axis) else lambda _: axis, tree)
-    axes = []
-    for i, (x, rule) in enumerate(zip(jax.tree.leaves(tree), rules, strict=True)):
-        shape = np.shape(x)
-        if rule is not None:
-            try:
-                axes.append(normalize_axis_tuple(rule, len(shape)))
-            except ValueError as error:
-                raise ValueError(
-                    f"`axis` must name axes of each leaf, got {rule} for "
-                    f"{path_names(tree)[i]!r} of shape {shape}."
-                ) from error
-        elif axis_name is not None and len(shape) > 1 >= sum(n != 1 for n in shape):
-            raise ValueError(
-                "`axis` must be given with `axis_name` for a leaf of which a device "
-                f"has one row or column, got None for {path_names(tree)[i]!r} of local "
-                f"shape {shape}. Its rank alone does not tell its units."
-            )
-        elif sum(n != 1 for n in shape) <= 1:
-            axes.append(tuple(range(len(shape))))
-        elif len(shape) in _AXES_BY_RANK:
-            axes.append(_AXES_BY_RANK[len(shape)])
-        else:
-            raise ValueError(
-                f"`axis` must be given for a leaf of more than 5 axes, got None for "
-                f"{path_names(tree)[i]!r} of shape {shape}."
-            )
-    return axes

@@ -8,6 +8,9 @@ from optax_guard._findings import Severity as Severity
 from optax_guard._history import History as History
 from optax_guard._history_readers import COLUMN_NAMES as COLUMN_NAMES
 from optax_guard._history_table import table as table
+from optax_guard._landscape import Landscape as Landscape
+from optax_guard._landscape import landscape as landscape
+from optax_guard._leaf_columns import leaf_columns as leaf_columns
 from optax_guard._replay import Replayed as Replayed
 from optax_guard._replay import replay as replay
 from optax_guard._replay import replay_table as replay_table

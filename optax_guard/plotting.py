@@ -11,20 +11,24 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from optax_guard._plot_distribution import (
+    plot_norm_distribution as plot_norm_distribution,
+)
 from optax_guard._plot_history import plot_history as plot_history
+from optax_guard._plot_landscape import plot_landscape as plot_landscape
+from optax_guard._plot_leaves import plot_leaves as plot_leaves
+from optax_guard._plot_population import plot_population as plot_population
 from optax_guard._plot_replay import plot_replay as plot_replay
+from optax_guard._plot_stopping import plot_early_stopping as plot_early_stopping
 from optax_guard._plot_sweep import plot_sweep as plot_sweep
 from optax_guard._plotting_marks import (
     AFTER,
     LARGEST,
     MEAN,
     NORM_LABEL,
-    STAR,
-    STOP,
     STYLES,
     THRESHOLD,
     VERMILLION,
-    Axes,
     Figure,
     Row,
     column,
@@ -32,11 +36,11 @@ from optax_guard._plotting_marks import (
     finish,
     line,
     log_scale,
+    mark_stop,
     panels,
     value_key,
 )
 from optax_guard._readout import Rejection
-from optax_guard._stop_base import StopReason
 from optax_guard._stop_state import EarlyStoppingState
 
 
@@ -92,7 +96,7 @@ def plot_norms(
     line(below, history, "train_loss", "training", AFTER)
     line(below, history, value_key(history), "validation", LARGEST)
     if stop is not None:
-        _mark_stop(above, below, history, stop)
+        mark_stop((above, below), below, history, stop)
     below.set_ylabel(loss_label)
     log_scale(above, top if withheld else None)
     finish(above, below)
@@ -151,18 +155,3 @@ def _top_of_norms(history: Sequence[Row], withheld: Sequence[Rejection]) -> floa
     limits = column(history, "clip_threshold")
     known = np.concatenate([taken, limits[np.isfinite(limits)]])
     return 10 * float(known.max()) if known.size else 10.0
-
-
-def _mark_stop(
-    above: Axes, below: Axes, history: Sequence[Row], stop: EarlyStoppingState
-) -> None:
-    best, stopped = int(stop.best_eval), int(stop.stopped_at)
-    if 0 <= best < len(history):
-        step, value = history[best]["step"], float(stop.best_value)
-        label = f"best: {value:.4g} at step {step}"
-        below.plot([step], [value], label=label, **STAR)
-    if 0 <= stopped < len(history):
-        step = history[stopped]["step"]
-        reason = StopReason(int(stop.stop_reason)).name
-        for axes in (above, below):
-            axes.axvline(step, label=f"stop: {reason} at step {step}", **STOP)

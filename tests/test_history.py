@@ -272,6 +272,28 @@ def test_names_are_grouped_for_clu():
         GroupedWriter(print)
 
 
+def test_clus_event_files_hold_the_grouped_names(tmp_path):
+    reason = "CLU's writer of event files needs TensorFlow and TensorBoard"
+    metric_writers = pytest.importorskip(
+        "clu.metric_writers", reason=reason, exc_type=ImportError
+    )
+    tensorflow = pytest.importorskip("tensorflow")
+    writer = metric_writers.SummaryWriter(str(tmp_path))
+    row = {"step": 10, "grad_norm": 2.5, "clip_rate": 0.25, "val_loss": 0.5}
+    GroupedWriter(writer)(10, row)
+    writer.close()
+    (path,) = tmp_path.iterdir()
+    events = map(
+        tensorflow.compat.v1.Event.FromString,
+        tensorflow.data.TFRecordDataset(str(path)).as_numpy_iterator(),
+    )
+    assert [
+        (event.step, value.tag, float(tensorflow.make_ndarray(value.tensor)))
+        for event in events
+        for value in event.summary.value
+    ] == [(10, "grad/norm", 2.5), (10, "grad/clip_rate", 0.25), (10, "val/loss", 0.5)]
+
+
 def event_scalars(path):
     """(step, name, value) of an event file: framed records, each a protobuf."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")

@@ -185,6 +185,26 @@ def test_history_shows_where_a_finding_first_held_and_what_is_not_finite():
     assert words(below) == ["NaN (validation)", "Inf (validation)"]
 
 
+def test_evaluations_need_not_be_in_every_row():
+    history = [{"step": i, "loss": 1.0} for i in range(1, 9)]
+    history[3] |= {"val_loss": 2.0}
+    history[7] |= {"val_loss": math.nan, "grad_norm": 1.0}
+    for figure in (plot_history(history), plot_norms(history)):
+        below = next(x for x in figure.axes if x.get_ylabel() == "loss")
+        drawn = {
+            line.get_label(): np.asarray(line.get_xydata()) for line in below.lines
+        }
+        assert drawn["validation"].tolist()[0] == [4, 2]
+        # One was not finite; the other six were not made.
+        assert [xy[0] for xy in crosses(below)] == [8]
+
+
+def test_norm_that_is_not_finite_is_one_cross():
+    above = plot_history(rows()).axes[0]
+    assert crosses(above) == [[30, 1]]
+    assert words(above) == ["NaN (before clipping)"]
+
+
 def test_losses_over_decades_have_a_logarithmic_scale():
     history = [{"step": i, "loss": 10.0**i} for i in range(4)]
     assert plot_history(history).axes[0].get_yscale() == "log"

@@ -15,7 +15,8 @@ from optax_guard.__main__ import main
 from optax_guard.analysis import History
 
 EVIL = "<img src=x onerror=alert(1)>$&"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def record(path, norms, losses, threshold=5.0):
@@ -146,9 +147,9 @@ def test_page_is_one_file_and_what_comes_from_outside_is_escaped(works, capsys):
     assert not re.search(r"https?://", html)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.skipif(CHROMIUM is None, reason=f"none of {BROWSERS} is in the PATH")
 def test_page_is_shown_by_a_browser(works, tmp_path):
-    pytest.importorskip("matplotlib")
+    matplotlib_image = pytest.importorskip("matplotlib.image")
     main(["report", str(works), "--html", "--out", str(tmp_path / "out")])
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
@@ -165,6 +166,30 @@ def test_page_is_shown_by_a_browser(works, tmp_path):
     ).stdout
     assert "CLIPPING_WORKS, step 4" in shown
     assert shown.count("<tr>") == 6
+    image = tmp_path / "page.png"
+    flags[-1] = f"--screenshot={image}"
+    command = [str(CHROMIUM), *flags, "--window-size=1000,2000", page]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    pixels = matplotlib_image.imread(image)[..., :3]
+    # The curves of the figure, which the page's policy must let through.
+    for color in ("#0072B2", "#E69F00"):
+        wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(pixels - wanted).max(-1) < 0.01).sum() > 500, color
+
+
+def test_every_figure_for_which_there_is_something_is_in_the_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    history = History(tmp_path / "history.jsonl")
+    for i in range(20):
+        row = {"grad_norm": 1 + i / 10, "loss": 1.0, "val_loss": 2.0}
+        history.append(i, row | {"leaf_norm/a": 1.0})
+    main(["report", str(tmp_path), "--html"])
+    names = {"history.png", "norms.png", "stopping.png", "leaves.png"}
+    out = tmp_path / "report"
+    assert {p.name for p in out.iterdir()} == names | {"report.md", "report.html"}
+    assert all((out / n).read_bytes().startswith(b"\x89PNG") for n in names)
+    assert set(re.findall(r"]\((.*)\)", (out / "report.md").read_text())) == names
+    assert Page((out / "report.html").read_text()).tags.count("img") == 4
 
 
 def test_nothing_is_written_outside_of_the_folder(works, tmp_path):

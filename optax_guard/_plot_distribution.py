@@ -1,0 +1,127 @@
+"""The figure of a threshold's choice: the norms, and how many of them each clips."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from optax_guard import _plotting_marks as marks
+from optax_guard._base import check_positive
+from optax_guard._history import as_rows
+from optax_guard._suggest import FEWEST, suggest_max_norm
+
+QUANTILES = (0.5, 0.9, 0.99)
+# Shares of the norms that are clipped by the thresholds drawn if none is given.
+_CLIP_RATES = (0.1, 0.01)
+
+
+def plot_norm_distribution(
+    history: Iterable[Mapping[str, Any]],
+    *,
+    max_norms: Sequence[float] = (),
+    title: str = "",
+) -> marks.Figure:
+    """Draws how gradient norms are distributed, and how many each threshold clips.
+
+    Above, a histogram of the norms before clipping, of the first and of the second half
+    of the run, with quantiles of all. Below, the share of norms above each norm, with
+    the candidates for a threshold and the share that each would clip. Norms are on a
+    logarithmic scale; those that are 0 or not finite are counted in words.
+
+    Args:
+      history: A `History`, or rows such as `fit` returns, with ``grad_norm``.
+      max_norms: Candidates for the threshold, in units of the gradient. If empty, what
+        `optax_guard.analysis.suggest_max_norm` suggests to clip a tenth and a hundredth
+        of the norms, from 20 norms on.
+      title: Title of the figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: If no norm is finite and above 0, or a candidate is not positive.
+    """
+    for i, candidate in enumerate(max_norms):
+        check_positive(f"max_norms[{i}]", candidate)
+    rows = [row for row in as_rows(history) if "grad_norm" in row]
+    found = np.array([row["grad_norm"] for row in rows], float)
+    norms = found[np.isfinite(found) & (found > 0)]
+    if not norms.size:
+        raise ValueError(
+            "`history` must have a row with a finite `grad_norm` above 0, got "
+            f"{len(rows)} rows with a norm."
+        )
+    if not max_norms and len(norms) >= FEWEST:
+        rates = [suggest_max_norm(rows, clip_rate=x).max_norm for x in _CLIP_RATES]
+        max_norms = list(dict.fromkeys(rates))
+    figure, (above, below) = marks.panels(rows, title)
+    low, high = min([*norms, *max_norms]), max([*norms, *max_norms])
+    if low == high:
+        low, high = low / 2, high * 2
+    edges = np.geomspace(low, high, min(60, 10 + len(norms) // 10))
+    first, last = np.array_split(norms, 2)
+    for half, name, curve in (
+        (first, "first half of the run", marks.AFTER),
+        (last, "second half", marks.LARGEST),
+    ):
+        above.stairs(
+            np.histogram(half, edges)[0],
+            edges,
+            label=f"{name}, {len(half)} norms",
+            color=curve["color"],
+            linestyle=curve["linestyle"],
+            linewidth=1.8,
+        )
+    for q, dashes in zip(QUANTILES, (":", "-.", "--"), strict=True):
+        at = float(np.quantile(norms, q))
+        above.axvline(
+            at, color=marks.BLACK, linestyle=dashes, label=f"{q:.0%} are below {at:.3g}"
+        )
+    above.yaxis.get_major_locator().set_params(integer=True)
+    above.set_ylabel("number of norms")
+    _note_what_is_missing(above, found)
+
+    ordered = np.sort(norms)
+    # As steps: at a norm itself, a clip to it does nothing.
+    shares = 1 - np.arange(1, len(norms) + 1) / len(norms)
+    below.step(
+        ordered, shares, where="post", color=marks.BLUE, label="share of norms above"
+    )
+    for candidate, curve in zip(max_norms, _candidate_styles(max_norms), strict=True):
+        share = float(np.mean(norms > candidate))
+        below.axvline(
+            candidate, **curve, label=f"threshold {candidate:.3g} clips {share:.1%}"
+        )
+    # Linear near 0, the share above the largest norm, and logarithmic above one norm.
+    below.set_yscale("symlog", linthresh=1 / len(norms), linscale=0.3)
+    below.set_ylim(0, 1.1)
+    ticks = [10.0**-k for k in range(math.ceil(math.log10(len(norms))))]
+    below.set_yticks([0, *ticks], ["0", *(f"{100 * tick:g} %" for tick in ticks)])
+    below.set_yticks([], minor=True)
+    below.set_ylabel("share of steps clipped")
+    below.set_xscale("log")
+    marks.finish(above, below)
+    below.set_xlabel(marks.NORM_LABEL.replace("\n", " "))
+    return figure
+
+
+def _candidate_styles(max_norms: Sequence[float]) -> list[dict[str, Any]]:
+    styles = [marks.STYLES[i % len(marks.STYLES)] for i in range(len(max_norms))]
+    return [{key: one[key] for key in ("color", "linestyle")} for one in styles]
+
+
+def _note_what_is_missing(panel: marks.Axes, found: np.ndarray) -> None:
+    counts = {
+        "NaN": np.isnan(found).sum(),
+        "infinite": np.isinf(found).sum(),
+        "0": (found == 0).sum(),
+    }
+    words = [f"{count} {name}" for name, count in counts.items() if count]
+    if words:
+        panel.set_title(
+            f"not shown: {', '.join(words)}",
+            loc="right",
+            fontsize="small",
+            color=marks.VERMILLION,
+        )

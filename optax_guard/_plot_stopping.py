@@ -1,0 +1,72 @@
+"""The figure of an early stop: evaluations, the best, and the generalisation gap."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from optax_guard import _plotting_marks as marks
+from optax_guard._history import as_rows
+from optax_guard._replay import evaluations_of
+from optax_guard._stop_state import EarlyStoppingState
+
+
+def plot_early_stopping(
+    history: Iterable[Mapping[str, Any]],
+    *,
+    stop: EarlyStoppingState | None = None,
+    key: str | None = None,
+    title: str = "",
+) -> marks.Figure:
+    """Draws validation against training loss, and below it the gap between them.
+
+    The gap is the validation loss minus the training loss of the same row: what grows
+    while a run overfits. It is marked, as the losses are, where the best evaluation and
+    the stop were, so that it is seen what stopping saved. Values that are not finite
+    are crosses at the upper edge.
+
+    Args:
+      history: A `History`, or rows such as `fit` returns.
+      stop: The state of early stopping, updated once an evaluation; without it the
+        lowest evaluation is the best.
+      key: Column of the evaluation; ``val_loss`` or ``value``, whichever there is, if
+        ``None``.
+      title: Title of the figure.
+
+    Returns:
+      The figure; of one panel if no training loss is known.
+
+    Raises:
+      ValueError: If no row has the evaluation.
+    """
+    rows, key = evaluations_of(as_rows(history), key)
+    has_train = any("train_loss" in row for row in rows)
+    figure = marks.Figure(
+        figsize=(8, 6.5 if has_train else 4), dpi=120, layout="constrained"
+    )
+    figure.suptitle(title)
+    axes = figure.subplots(1 + has_train, 1, sharex=True, squeeze=False)[:, 0]
+    curves = [(key, "validation", marks.LARGEST)]
+    if has_train:
+        curves.append(("train_loss", "training", marks.AFTER))
+    for i, (name, label, style) in enumerate(curves):
+        style = marks.thinned(style, len(rows))
+        marks.line(axes[0], rows, name, label, style, edge=1 - 0.11 * i)
+    if marks.spans_decades(rows, [name for name, *_ in curves]):
+        marks.log_scale(axes[0])
+    axes[0].set_ylabel("loss")
+    if has_train:
+        gaps = [
+            row | {"gap": row[key] - row["train_loss"]}
+            for row in rows
+            if "train_loss" in row
+        ]
+        style = marks.thinned(marks.STYLES[1], len(rows))
+        label = "validation minus training"
+        marks.line(axes[1], gaps, "gap", label, style)
+        axes[1].axhline(0, color="0.5", linewidth=1, zorder=1)
+        axes[1].set_ylabel("generalisation gap")
+    if stop is None:
+        marks.mark_lowest(axes[0], rows, key)
+    else:
+        marks.mark_stop(axes, axes[0], rows, stop)
+    marks.finish(*axes)
+    return figure

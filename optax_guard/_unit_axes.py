@@ -1,0 +1,47 @@
+"""Where the units of each leaf lie: what one output of a layer depends on."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
+
+from optax_guard._norms import AxisName
+from optax_guard._paths import for_each_leaf, path_names
+
+# The axes along which a unit lies, by the rank of a leaf: inputs come before outputs.
+AXES_BY_RANK = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
+
+
+def unit_axes(
+    tree: Any, axis: Any, axis_name: AxisName = None
+) -> list[tuple[int, ...]]:
+    """For each leaf the axes along which its units lie."""
+    rules = for_each_leaf("axis", axis if callable(axis) else lambda _: axis, tree)
+    axes = []
+    for i, (x, rule) in enumerate(zip(jax.tree.leaves(tree), rules, strict=True)):
+        shape = np.shape(x)
+        if rule is not None:
+            try:
+                axes.append(normalize_axis_tuple(rule, len(shape)))
+            except ValueError as error:
+                raise ValueError(
+                    f"`axis` must name axes of each leaf, got {rule} for "
+                    f"{path_names(tree)[i]!r} of shape {shape}."
+                ) from error
+        elif axis_name is not None and len(shape) > 1 >= sum(n != 1 for n in shape):
+            raise ValueError(
+                "`axis` must be given with `axis_name` for a leaf of which a device "
+                f"has one row or column, got None for {path_names(tree)[i]!r} of local "
+                f"shape {shape}. Its rank alone does not tell its units."
+            )
+        elif sum(n != 1 for n in shape) <= 1:
+            axes.append(tuple(range(len(shape))))
+        elif len(shape) in AXES_BY_RANK:
+            axes.append(AXES_BY_RANK[len(shape)])
+        else:
+            raise ValueError(
+                f"`axis` must be given for a leaf of more than 5 axes, got None for "
+                f"{path_names(tree)[i]!r} of shape {shape}."
+            )
+    return axes
