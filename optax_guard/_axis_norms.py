@@ -3,37 +3,51 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_guard._mesh_axes import Names, by_axes, own, place, whole_shape
 from optax_guard._norms import _SCALES as SCALES
-from optax_guard._norms import AxisName, accumulator_dtype, not_folded
+from optax_guard._norms import accumulator_dtype, not_folded
 
 Axes = tuple[tuple[int, ...], ...]
 
 
-def stacked_norms(
-    leaves: Sequence[jax.Array], axes: Axes, axis_name: AxisName = None
-) -> jax.Array:
+class Split(NamedTuple):
+    """How a leaf is split over devices, in manual SPMD.
+
+    Attributes:
+      axes: The mesh axes over which its sums are added up.
+      dims: For each of its axes that is not reduced the mesh axes over which that is
+        split; () for one that is reduced.
+    """
+
+    axes: Names
+    dims: tuple[Names, ...]
+
+
+Splits = tuple[Split, ...]
+
+
+def stacked_norms(leaves: Sequence[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
     """Euclidean norms along ``axes[i]`` of each leaf ``i``, one after another.
 
     Args:
       leaves: Floating arrays.
       axes: For each leaf the axes to reduce.
-      axis_name: Mesh axes over which those axes are split, under ``shard_map`` or
-        ``pmap``.
+      splits: For each leaf how it is split over devices.
 
     Returns:
       A vector of float32, or of float64 if a leaf is; infinite or NaN where entries
-      are. Its derivatives are unit vectors, and zero at zero.
+      are. All devices have the norms of all parts. Its derivatives are unit vectors,
+      and zero at zero.
     """
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
-    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    return _norms(list(leaves), axes, axis_name)
+    return _norms(list(leaves), axes, splits)
 
 
 def norm_of_norms(norms: jax.Array, axis: int | None = None) -> jax.Array:
@@ -73,38 +87,66 @@ def _divide_jvp(primals: Any, tangents: Any) -> Any:
 # Jitted for callers outside of `jit`: there, every call would compile its branches.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _norms(leaves: list[jax.Array], axes: Axes, axis_name: AxisName) -> jax.Array:
+def _norms(leaves: list[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
     up, down = SCALES[accumulator_dtype(leaves)]
-    small, big = lax.platform_dependent(
+    sums = lax.platform_dependent(
         *leaves,
         cpu=functools.partial(_squares_cpu, axes),
         default=functools.partial(_squares, axes),
     )
-    if axis_name is not None:
-        small, big = lax.psum((small, big), axis_name)
+    small, big = _over_devices(sums, leaves, axes, splits)
     scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
     return jnp.where(jnp.isfinite(small), *scaled_back)
 
 
 @_norms.defjvp
-def _norms_jvp(axes: Axes, axis_name: AxisName, primals: Any, tangents: Any) -> Any:
+def _norms_jvp(axes: Axes, splits: Splits, primals: Any, tangents: Any) -> Any:
     (leaves,), (dots,) = primals, tangents
-    norms = _norms(leaves, axes, axis_name)
+    norms = _norms(leaves, axes, splits)
 
-    def along(x: jax.Array, dot: jax.Array, length: jax.Array, over: Any) -> jax.Array:
+    def along(
+        x: jax.Array, dot: jax.Array, lengths: jax.Array, over: Any, split: Split
+    ) -> jax.Array:
         if jnp.iscomplexobj(x):
-            real = along(x.real, dot.real, length, over)
-            return real + along(x.imag, dot.imag, length, over)
+            real = along(x.real, dot.real, lengths, over, split)
+            return real + along(x.imag, dot.imag, lengths, over, split)
+        length = own(lengths, split.dims)
         usable = jnp.isfinite(length) & (length > 0)
         entries = x.astype(length.dtype)
         unit = jnp.where(usable, ratio(entries, jnp.where(usable, length, 1.0)), 0.0)
         return jnp.sum(unit * dot.astype(length.dtype), axis=over, keepdims=True)
 
-    lengths = _split(norms, leaves, axes)
-    slopes = _stack(list(map(along, leaves, dots, lengths, axes)))
-    if axis_name is not None:
-        slopes = lax.psum(slopes, axis_name)
-    return norms, slopes
+    shapes = [
+        whole_shape(shape, split.dims)
+        for shape, split in zip(_shapes(leaves, axes), splits, strict=True)
+    ]
+    lengths = _split(norms, shapes)
+    slopes = _stack(list(map(along, leaves, dots, lengths, axes, splits)))
+    return norms, _over_devices((slopes,), leaves, axes, splits)[0]
+
+
+def _over_devices(
+    vectors: Sequence[jax.Array], leaves: list[jax.Array], axes: Axes, splits: Splits
+) -> Sequence[jax.Array]:
+    """Sums over all devices, of vectors that have the parts of each leaf in turn."""
+    sets = by_axes([split.axes for split in splits])
+    if not any(dim for split in splits for dim in split.dims) and len(sets) == 1:
+        ((names, _),) = sets
+        return lax.psum(tuple(vectors), names) if names else vectors
+    shapes = _shapes(leaves, axes)
+    parts = [
+        [place(x, s.dims) for x, s in zip(_split(vector, shapes), splits, strict=True)]
+        for vector in vectors
+    ]
+    for names, members in sets:
+        if names:
+            own_parts = [_stack([each[i] for i in members]) for each in parts]
+            summed = lax.psum(tuple(own_parts), names)
+            for each, vector in zip(parts, summed, strict=True):
+                whole = [each[i].shape for i in members]
+                for i, x in zip(members, _split(vector, whole), strict=True):
+                    each[i] = x
+    return [_stack(each) for each in parts]
 
 
 def _squares(axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,12 +190,19 @@ def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([x.reshape(-1) for x in arrays])
 
 
-def _split(vector: jax.Array, leaves: list[jax.Array], axes: Axes) -> list[jax.Array]:
-    """What `_stack` joined, each part with the rank of its leaf."""
+def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """What `_stack` joined."""
     parts, start = [], 0
-    for x, over in zip(leaves, axes, strict=True):
-        shape = [1 if i in over else n for i, n in enumerate(x.shape)]
+    for shape in shapes:
         end = start + math.prod(shape)
         parts.append(vector[start:end].reshape(shape))
         start = end
     return parts
+
+
+def _shapes(leaves: Sequence[jax.Array], axes: Axes) -> list[tuple[int, ...]]:
+    """Shapes of the sums of a device, with the rank of their leaf."""
+    return [
+        tuple(1 if i in over else n for i, n in enumerate(x.shape))
+        for x, over in zip(leaves, axes, strict=True)
+    ]

@@ -20,15 +20,11 @@ from optax_guard._base import (
     check_choice,
     check_positive,
     check_state,
+    is_inexact,
     transformation,
 )
-from optax_guard._norms import (
-    AxisName,
-    TreeNorm,
-    accumulator_dtype,
-    is_inexact,
-    tree_norm,
-)
+from optax_guard._mesh_axes import AxisName
+from optax_guard._norms import TreeNorm, accumulator_dtype, tree_norm
 from optax_guard._statistics import NormStats, init_stats, update_stats
 from optax_guard.threshold import Threshold, as_threshold
 

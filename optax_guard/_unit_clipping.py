@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from optax_guard._axis_norms import norm_of_norms, ratio, stacked_norms
+from optax_guard._axis_norms import norm_of_norms, ratio
 from optax_guard._base import as_float, check_positive, check_state
 from optax_guard._clipping import Measurement, clip, factors_for, select
 from optax_guard._group_clipping import (
@@ -24,7 +24,7 @@ from optax_guard._group_clipping import (
 )
 from optax_guard._group_stats import GroupStats, init_group_stats, update_group_stats
 from optax_guard._groups import Groups, each_part, names_of_leaves
-from optax_guard._norms import AxisName
+from optax_guard._mesh_axes import AxisName, layouts, mesh_axes
 from optax_guard._paths import for_each_leaf, path_names
 from optax_guard._statistics import NormStats, init_stats
 from optax_guard.threshold import Threshold, as_threshold
@@ -93,9 +93,9 @@ def clip_by_unit_norm(
 
     Raises:
       ValueError: If ``max_ratio`` or ``eps`` is a Python number and not positive;
-        if a leaf has more axes than the rule by rank knows, or with ``axis_name`` a
-        device's part of it has at most one axis longer than 1; if ``params`` is
-        missing.
+        if a leaf has more axes than the rule by rank knows, or a device's
+        part of one that is split in a way not given by a ``PartitionSpec`` has at most
+        one axis longer than 1; if ``params`` is missing.
       TypeError: If ``max_ratio`` is none of the above.
 
     Examples:
@@ -121,7 +121,7 @@ def clip_by_unit_norm(
         for i, x in enumerate(jax.tree.leaves(tree)):
             if excluded[i]:
                 axes[i] = tuple(range(np.ndim(x)))
-        return each_part(tree, axes), excluded
+        return each_part(tree, axes, layouts(tree, axis_name)), excluded
 
     def init(params: optax.Params) -> ClipByUnitNormState:
         groups, _ = split(params)
@@ -149,14 +149,15 @@ def clip_by_unit_norm(
         check_same_groups("clip_by_unit_norm", names, state.group_stats)
         groups, excluded = split(updates)
         is_excluded = excluded[groups.leaf_of_part]
-        norms = stacked_norms(groups.floating(updates), groups.axes, axis_name)
+        over = mesh_axes(updates, axis_name)
+        norms = groups.norms(groups.floating(updates), over)
         total = total_norm(norms, groups.leaf_of_part)
         # What is excluded needs no read of its parameters.
         weights = [
             jnp.zeros((0,) * w.ndim, w.dtype) if excluded[i] else w
             for i, w in zip(groups.indices, groups.floating(params), strict=True)
         ]
-        sizes = stacked_norms(weights, groups.axes, axis_name)
+        sizes = groups.norms(weights, mesh_axes(params, axis_name))
         sizes = jnp.maximum(sizes.astype(norms.dtype), as_float(eps, norms.dtype))
         # A finite norm keeps a finite ratio, which is how it is known to be one.
         ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)
@@ -225,8 +226,10 @@ def _unit_axes(tree: Any, axis: Any, axis_name: AxisName) -> list[tuple[int, ...
     """For each leaf the axes along which its units lie."""
     rules = for_each_leaf("axis", axis if callable(axis) else lambda _: axis, tree)
     axes = []
-    for i, (x, rule) in enumerate(zip(jax.tree.leaves(tree), rules, strict=True)):
-        shape = np.shape(x)
+    for i, (layout, rule) in enumerate(
+        zip(layouts(tree, axis_name), rules, strict=True)
+    ):
+        shape = layout.shape
         if rule is not None:
             try:
                 axes.append(normalize_axis_tuple(rule, len(shape)))
@@ -235,7 +238,7 @@ def _unit_axes(tree: Any, axis: Any, axis_name: AxisName) -> list[tuple[int, ...
                     f"`axis` must name axes of each leaf, got {rule} for "
                     f"{path_names(tree)[i]!r} of shape {shape}."
                 ) from error
-        elif axis_name is not None and len(shape) > 1 >= sum(n != 1 for n in shape):
+        elif not layout.is_whole and len(shape) > 1 >= sum(n != 1 for n in shape):
             raise ValueError(
                 "`axis` must be given with `axis_name` for a leaf of which a device "
                 f"has one row or column, got None for {path_names(tree)[i]!r} of local "
