@@ -2,12 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from optax_guard._mesh_axes import Names, by_axes, own, place, whole_shape
 from optax_guard._norms import _SCALES as SCALES
@@ -88,13 +89,18 @@ def _divide_jvp(primals: Any, tangents: Any) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _norms(leaves: list[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
-    up, down = SCALES[accumulator_dtype(leaves)]
-    sums = lax.platform_dependent(
-        *leaves,
-        cpu=functools.partial(_squares_cpu, axes),
-        default=functools.partial(_squares, axes),
-    )
-    small, big = _over_devices(sums, leaves, axes, splits)
+    dtype = accumulator_dtype(leaves)
+    up, down = SCALES[dtype]
+
+    def squares(members: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        own_axes = tuple(axes[i] for i in members)
+        return lax.platform_dependent(
+            *[leaves[i] for i in members],
+            cpu=functools.partial(_squares_cpu, dtype, own_axes),
+            default=functools.partial(_squares, dtype, own_axes),
+        )
+
+    small, big = _of_all_devices(squares, _shapes(leaves, axes), splits)
     scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
     return jnp.where(jnp.isfinite(small), *scaled_back)
 
@@ -104,61 +110,75 @@ def _norms_jvp(axes: Axes, splits: Splits, primals: Any, tangents: Any) -> Any:
     (leaves,), (dots,) = primals, tangents
     norms = _norms(leaves, axes, splits)
 
-    def along(
-        x: jax.Array, dot: jax.Array, lengths: jax.Array, over: Any, split: Split
-    ) -> jax.Array:
+    shapes = _shapes(leaves, axes)
+    whole = [
+        whole_shape(shape, split.dims)
+        for shape, split in zip(shapes, splits, strict=True)
+    ]
+    lengths = _split(norms, whole)
+
+    def along(x: jax.Array, dot: jax.Array, length: jax.Array, over: Any) -> jax.Array:
         if jnp.iscomplexobj(x):
-            real = along(x.real, dot.real, lengths, over, split)
-            return real + along(x.imag, dot.imag, lengths, over, split)
-        length = own(lengths, split.dims)
+            real = along(x.real, dot.real, length, over)
+            return real + along(x.imag, dot.imag, length, over)
         usable = jnp.isfinite(length) & (length > 0)
         entries = x.astype(length.dtype)
         unit = jnp.where(usable, ratio(entries, jnp.where(usable, length, 1.0)), 0.0)
         return jnp.sum(unit * dot.astype(length.dtype), axis=over, keepdims=True)
 
-    shapes = [
-        whole_shape(shape, split.dims)
-        for shape, split in zip(_shapes(leaves, axes), splits, strict=True)
-    ]
-    lengths = _split(norms, shapes)
-    slopes = _stack(list(map(along, leaves, dots, lengths, axes, splits)))
-    return norms, _over_devices((slopes,), leaves, axes, splits)[0]
+    def slopes(members: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        each = [
+            along(leaves[i], dots[i], own(lengths[i], splits[i].dims), axes[i])
+            for i in members
+        ]
+        return (_stack(each),)
+
+    return norms, _of_all_devices(slopes, shapes, splits)[0]
 
 
-def _over_devices(
-    vectors: Sequence[jax.Array], leaves: list[jax.Array], axes: Axes, splits: Splits
-) -> Sequence[jax.Array]:
-    """Sums over all devices, of vectors that have the parts of each leaf in turn."""
+def _of_all_devices(
+    local: Callable[[tuple[int, ...]], tuple[jax.Array, ...]],
+    shapes: Sequence[tuple[int, ...]],
+    splits: Splits,
+) -> tuple[jax.Array, ...]:
+    """Sums over all devices, of vectors with the parts of each leaf in turn.
+
+    Args:
+      local: From the indices of some leaves to a device's own sums.
+      shapes: For each leaf the shape of these.
+      splits: For each leaf how it is split.
+    """
     sets = by_axes([split.axes for split in splits])
-    if not any(dim for split in splits for dim in split.dims) and len(sets) == 1:
-        ((names, _),) = sets
-        return lax.psum(tuple(vectors), names) if names else vectors
-    shapes = _shapes(leaves, axes)
-    parts = [
-        [place(x, s.dims) for x, s in zip(_split(vector, shapes), splits, strict=True)]
-        for vector in vectors
-    ]
+    parts: list[Any] = [None] * len(splits)
     for names, members in sets:
+        vectors, dims = local(members), [splits[i].dims for i in members]
+        if any(map(any, dims)):
+            own_shapes = [shapes[i] for i in members]
+            vectors = tuple(
+                _stack(list(map(place, _split(vector, own_shapes), dims)))
+                for vector in vectors
+            )
         if names:
-            own_parts = [_stack([each[i] for i in members]) for each in parts]
-            summed = lax.psum(tuple(own_parts), names)
-            for each, vector in zip(parts, summed, strict=True):
-                whole = [each[i].shape for i in members]
-                for i, x in zip(members, _split(vector, whole), strict=True):
-                    each[i] = x
-    return [_stack(each) for each in parts]
+            vectors = lax.psum(vectors, names)
+        if len(sets) == 1:
+            return vectors
+        whole = [whole_shape(shapes[i], splits[i].dims) for i in members]
+        each = zip(*(_split(vector, whole) for vector in vectors), strict=True)
+        for i, of_leaf in zip(members, each, strict=True):
+            parts[i] = of_leaf
+    return tuple(_stack(vector) for vector in zip(*parts, strict=True))
 
 
-def _squares(axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _squares(dtype: Any, axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of squares of entries scaled up, and of entries scaled down."""
-    dtype = accumulator_dtype(leaves)
     up, down = not_folded(dtype, *SCALES[dtype])
     return _sums(axes, up, *leaves), _sums(axes, down, *leaves)
 
 
-def _squares_cpu(axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _squares_cpu(
+    dtype: Any, axes: Axes, *leaves: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The same numbers; of entries scaled down only where the others overflow."""
-    dtype = accumulator_dtype(leaves)
     up, down = SCALES[dtype]
     up, down, change = not_folded(dtype, up, down, down / up)
     # Zeros, as of idle units and experts, need no second look then: scaled up, every
@@ -187,7 +207,13 @@ def _sums(axes: Axes, scale: jax.Array, *leaves: jax.Array) -> jax.Array:
 
 
 def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([x.reshape(-1) for x in arrays])
+    return jnp.concatenate([_whole(x).reshape(-1) for x in arrays])
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The array on all devices, where its type says that it is spread over them."""
+    # With different shardings in their types, arrays cannot be joined.
+    return jax.sharding.reshard(x, P()) if any(jax.typeof(x).sharding.spec) else x
 
 
 def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:

@@ -16,7 +16,7 @@ _MAX_RUNS = 128
 # Long enough to hold the same leaf of several layers, which one reduction adds up.
 _RUN_LENGTH = 32
 
-# For each leaf the index of the first leaf of its run, in ascending order.
+# For each floating leaf the index of the first one of its run, in ascending order.
 Runs = tuple[int, ...]
 
 
@@ -45,10 +45,12 @@ class Part(NamedTuple):
         return [values[i] for i in self.members]
 
 
-def parts_of(axes: Sequence[Names]) -> tuple[Part, ...]:
-    """The leaves, by the mesh axes over which they are split."""
-    size = part_size(len(axes))
-    runs = [i // size * size for i in range(len(axes))]
+def parts_of(
+    axes: Sequence[Names], indices: Sequence[int], num_leaves: int
+) -> tuple[Part, ...]:
+    """The floating leaves of a tree, by the mesh axes over which they are split."""
+    size, first = part_size(num_leaves), {}
+    runs = [first.setdefault(i // size, i) for i in indices]
     return tuple(
         Part(names, members, tuple(runs[i] for i in members))
         for names, members in by_axes(axes)

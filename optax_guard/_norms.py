@@ -47,7 +47,7 @@ class TreeNorm(NamedTuple):
       value: float[], the norm; float32, or float64 if a leaf is.
       bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
         norm is not finite, because an entry is not or because it overflows; -1 if there
-        is none. In a tree of more than 128 floating leaves, index of the first leaf in
+        is none. In a tree of more than 128 leaves, index of the first floating leaf in
         the run of neighbours that holds it: 32 of them, or 1/128 of a larger tree.
     """
 
@@ -78,7 +78,7 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
     paths = path_names(tree)
     if not leaves:
         return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
-    parts = parts_of(mesh_axes(tree, axis_name))
+    parts = parts_of(mesh_axes(tree, axis_name), indices, len(all_leaves))
     if ord is None or ord == 2:
         value, bad = _euclidean(leaves, parts, _roles([paths[i] for i in indices]))
     elif ord == 1:
@@ -87,16 +87,15 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
         value, bad = _max_norm(leaves, parts)
     else:
         value, bad = _power_norm(leaves, parts, ord)
-    if len(leaves) < len(all_leaves):
-        bad = jnp.where(bad < 0, -1, jnp.array(indices, jnp.int32)[bad])
     return TreeNorm(value, bad)
 
 
 def leaves_of_part(tree: Any, first: int) -> list[int]:
     """Indices of the leaves that a ``bad_leaf`` of ``first`` stands for."""
-    indices = [i for i, leaf in enumerate(jax.tree.leaves(tree)) if is_inexact(leaf)]
-    start = indices.index(first)
-    return indices[start : start + part_size(len(indices))]
+    leaves = jax.tree.leaves(tree)
+    size = part_size(len(leaves))
+    end = first // size * size + size
+    return [i for i, x in enumerate(leaves[:end]) if i >= first and is_inexact(x)]
 
 
 # Jitted for callers outside of `jit`: there, every call would compile its branches.

@@ -256,6 +256,9 @@ def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
     That loop adds one by one, so it runs over rows: rounding grows with their length.
     """
+    if any(jax.typeof(terms[0]).sharding.spec):
+        # With a sharding in its type an array cannot be made flat without moving it.
+        return tuple(map(jnp.sum, terms))
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
 
     def add(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
