@@ -89,8 +89,8 @@ def clip_by_leaf_norm(
         where it is not stacked.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
-      axis_name: Mesh axis or axes over which each leaf is split, other than along its
-        ``layer_axis``, under ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``. Layers that lie on different devices
+        need a ``PartitionSpec``; names are taken to split each layer.
 
     Returns:
       A transformation whose state is a ``ClipByLeafNormState``. ``leaf_norms(state)``
@@ -147,8 +147,7 @@ def clip_by_group_norm(
         label; or a tree of labels like the parameters, or like the top of their tree.
       record_quantiles: Whether to keep a sketch of the norms of each group, 5.6 kB
         each, for ``norm_quantile(state, q, by_group=True)``.
-      axis_name: Mesh axis or axes over which the updates are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``.
 
     Returns:
       A transformation whose state is a ``ClipByGroupNormState``.

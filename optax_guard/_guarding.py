@@ -138,13 +138,15 @@ def guard(
     Returns:
       A transformation whose state is a ``GuardState``. ``value=`` and all other extra
       arguments of ``update`` go on to ``inner``. Under ``jax.shard_map`` and
-      ``jax.pmap`` the clip needs ``axis_name`` for gradients that are split over
-      devices, and ``value`` must be the same on all, by ``jax.lax.pmean``; with vma
-      checks it is an error if not.
+      ``jax.pmap``, gradients that are split over devices need a clip with
+      ``axis_name`` (to only measure, ``record_norm(axis_name=...)``), and ``value``
+      must be the same on all, by ``jax.lax.pmean``: all devices then come to one
+      verdict.
 
     Raises:
-      TypeError: If ``inner``, ``clip`` or ``skip`` is none of the above.
-      ValueError: If a Python number is out of range.
+      TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.
+      ValueError: If a Python number is out of range; in ``update``, if ``value`` is
+        known to differ between devices that take a step together.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -155,6 +157,10 @@ def guard(
       >>> params, state = og.apply_gradients(tx, params, state, grads)
       >>> params, state.num_skipped.item()
       (Array([1., 1.], dtype=float32), 1)
+      >>> tx = og.guard(optax.sgd(1.0), clip=1.0, mask={"lora": True, "base": False})
+      >>> grads = {"lora": jnp.array([3.0, 4.0]), "base": jnp.array([100.0])}
+      >>> tx.update(grads, tx.init(grads))[1].clip_state.stats.grad_norm.item()
+      5.0
     """
     if not isinstance(inner, optax.GradientTransformation):
         advice = (

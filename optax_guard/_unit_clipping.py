@@ -84,8 +84,8 @@ def clip_by_unit_norm(
         parameters, or like the top of their tree.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
-      axis_name: Mesh axis or axes over which the axes of units are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``. Units that lie on different devices
+        need a ``PartitionSpec``; names are taken to split each unit.
 
     Returns:
       A transformation whose state is a ``ClipByUnitNormState``. Its ``update`` needs

@@ -63,8 +63,7 @@ def clip_by_value(
         ``min_value`` is given; may be traced.
       min_value: Lower bound :math:`l`, less than ``max_value``; ``-max_value`` if
         ``None``.
-      axis_name: Mesh axis or axes over which the updates are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``.
 
     Returns:
       A transformation whose state is a ``ClipByValueState``.
