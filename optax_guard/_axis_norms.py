@@ -2,38 +2,53 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from optax_guard._mesh_axes import Names, by_axes, own, place, whole_shape
 from optax_guard._norms import _SCALES as SCALES
-from optax_guard._norms import AxisName, accumulator_dtype, not_folded
+from optax_guard._norms import accumulator_dtype, not_folded
 
 Axes = tuple[tuple[int, ...], ...]
 
 
-def stacked_norms(
-    leaves: Sequence[jax.Array], axes: Axes, axis_name: AxisName = None
-) -> jax.Array:
+class Split(NamedTuple):
+    """How a leaf is split over devices, in manual SPMD.
+
+    Attributes:
+      axes: The mesh axes over which its sums are added up.
+      dims: For each of its axes that is not reduced the mesh axes over which that is
+        split; () for one that is reduced.
+    """
+
+    axes: Names
+    dims: tuple[Names, ...]
+
+
+Splits = tuple[Split, ...]
+
+
+def stacked_norms(leaves: Sequence[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
     """Euclidean norms along ``axes[i]`` of each leaf ``i``, one after another.
 
     Args:
       leaves: Floating arrays.
       axes: For each leaf the axes to reduce.
-      axis_name: Mesh axes over which those axes are split, under ``shard_map`` or
-        ``pmap``.
+      splits: For each leaf how it is split over devices.
 
     Returns:
       A vector of float32, or of float64 if a leaf is; infinite or NaN where entries
-      are. Its derivatives are unit vectors, and zero at zero.
+      are. All devices have the norms of all parts. Its derivatives are unit vectors,
+      and zero at zero.
     """
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
-    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    return _norms(list(leaves), axes, axis_name)
+    return _norms(list(leaves), axes, splits)
 
 
 def norm_of_norms(norms: jax.Array, axis: int | None = None) -> jax.Array:
@@ -73,23 +88,34 @@ def _divide_jvp(primals: Any, tangents: Any) -> Any:
 # Jitted for callers outside of `jit`: there, every call would compile its branches.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _norms(leaves: list[jax.Array], axes: Axes, axis_name: AxisName) -> jax.Array:
-    up, down = SCALES[accumulator_dtype(leaves)]
-    small, big = lax.platform_dependent(
-        *leaves,
-        cpu=functools.partial(_squares_cpu, axes),
-        default=functools.partial(_squares, axes),
-    )
-    if axis_name is not None:
-        small, big = lax.psum((small, big), axis_name)
+def _norms(leaves: list[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
+    dtype = accumulator_dtype(leaves)
+    up, down = SCALES[dtype]
+
+    def squares(members: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        own_axes = tuple(axes[i] for i in members)
+        return lax.platform_dependent(
+            *[leaves[i] for i in members],
+            cpu=functools.partial(_squares_cpu, dtype, own_axes),
+            default=functools.partial(_squares, dtype, own_axes),
+        )
+
+    small, big = _of_all_devices(squares, _shapes(leaves, axes), splits)
     scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
     return jnp.where(jnp.isfinite(small), *scaled_back)
 
 
 @_norms.defjvp
-def _norms_jvp(axes: Axes, axis_name: AxisName, primals: Any, tangents: Any) -> Any:
+def _norms_jvp(axes: Axes, splits: Splits, primals: Any, tangents: Any) -> Any:
     (leaves,), (dots,) = primals, tangents
-    norms = _norms(leaves, axes, axis_name)
+    norms = _norms(leaves, axes, splits)
+
+    shapes = _shapes(leaves, axes)
+    whole = [
+        whole_shape(shape, split.dims)
+        for shape, split in zip(shapes, splits, strict=True)
+    ]
+    lengths = _split(norms, whole)
 
     def along(x: jax.Array, dot: jax.Array, length: jax.Array, over: Any) -> jax.Array:
         if jnp.iscomplexobj(x):
@@ -100,23 +126,59 @@ def _norms_jvp(axes: Axes, axis_name: AxisName, primals: Any, tangents: Any) -> 
         unit = jnp.where(usable, ratio(entries, jnp.where(usable, length, 1.0)), 0.0)
         return jnp.sum(unit * dot.astype(length.dtype), axis=over, keepdims=True)
 
-    lengths = _split(norms, leaves, axes)
-    slopes = _stack(list(map(along, leaves, dots, lengths, axes)))
-    if axis_name is not None:
-        slopes = lax.psum(slopes, axis_name)
-    return norms, slopes
+    def slopes(members: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        each = [
+            along(leaves[i], dots[i], own(lengths[i], splits[i].dims), axes[i])
+            for i in members
+        ]
+        return (_stack(each),)
+
+    return norms, _of_all_devices(slopes, shapes, splits)[0]
 
 
-def _squares(axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _of_all_devices(
+    local: Callable[[tuple[int, ...]], tuple[jax.Array, ...]],
+    shapes: Sequence[tuple[int, ...]],
+    splits: Splits,
+) -> tuple[jax.Array, ...]:
+    """Sums over all devices, of vectors with the parts of each leaf in turn.
+
+    Args:
+      local: From the indices of some leaves to a device's own sums.
+      shapes: For each leaf the shape of these.
+      splits: For each leaf how it is split.
+    """
+    sets = by_axes([split.axes for split in splits])
+    parts: list[Any] = [None] * len(splits)
+    for names, members in sets:
+        vectors, dims = local(members), [splits[i].dims for i in members]
+        if any(map(any, dims)):
+            own_shapes = [shapes[i] for i in members]
+            vectors = tuple(
+                _stack(list(map(place, _split(vector, own_shapes), dims)))
+                for vector in vectors
+            )
+        if names:
+            vectors = lax.psum(vectors, names)
+        if len(sets) == 1:
+            return vectors
+        whole = [whole_shape(shapes[i], splits[i].dims) for i in members]
+        each = zip(*(_split(vector, whole) for vector in vectors), strict=True)
+        for i, of_leaf in zip(members, each, strict=True):
+            parts[i] = of_leaf
+    return tuple(_stack(vector) for vector in zip(*parts, strict=True))
+
+
+def _squares(dtype: Any, axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of squares of entries scaled up, and of entries scaled down."""
-    dtype = accumulator_dtype(leaves)
     up, down = not_folded(dtype, *SCALES[dtype])
     return _sums(axes, up, *leaves), _sums(axes, down, *leaves)
 
 
-def _squares_cpu(axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _squares_cpu(
+    dtype: Any, axes: Axes, *leaves: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The same numbers; of entries scaled down only where the others overflow."""
-    dtype = accumulator_dtype(leaves)
     up, down = SCALES[dtype]
     up, down, change = not_folded(dtype, up, down, down / up)
     # Zeros, as of idle units and experts, need no second look then: scaled up, every
@@ -145,15 +207,28 @@ def _sums(axes: Axes, scale: jax.Array, *leaves: jax.Array) -> jax.Array:
 
 
 def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([x.reshape(-1) for x in arrays])
+    return jnp.concatenate([_whole(x).reshape(-1) for x in arrays])
 
 
-def _split(vector: jax.Array, leaves: list[jax.Array], axes: Axes) -> list[jax.Array]:
-    """What `_stack` joined, each part with the rank of its leaf."""
+def _whole(x: jax.Array) -> jax.Array:
+    """The array on all devices, where its type says that it is spread over them."""
+    # With different shardings in their types, arrays cannot be joined.
+    return jax.sharding.reshard(x, P()) if any(jax.typeof(x).sharding.spec) else x
+
+
+def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """What `_stack` joined."""
     parts, start = [], 0
-    for x, over in zip(leaves, axes, strict=True):
-        shape = [1 if i in over else n for i, n in enumerate(x.shape)]
+    for shape in shapes:
         end = start + math.prod(shape)
         parts.append(vector[start:end].reshape(shape))
         start = end
     return parts
+
+
+def _shapes(leaves: Sequence[jax.Array], axes: Axes) -> list[tuple[int, ...]]:
+    """Shapes of the sums of a device, with the rank of their leaf."""
+    return [
+        tuple(1 if i in over else n for i, n in enumerate(x.shape))
+        for x, over in zip(leaves, axes, strict=True)
+    ]

@@ -55,6 +55,16 @@ def _is_array(leaf: Any) -> bool:
     return is_array and getattr(leaf, "dtype", None) != jax.dtypes.float0
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether ``leaf`` is real or complex floating: what has a gradient."""
+    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, a tracer, a ``float0`` array or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
 def is_number(value: Any) -> bool:
     """Whether ``value`` is one: Python's, NumPy's, JAX's or traced; not a bool."""
     return isinstance(value, (*_CONCRETE, jax.Array)) and not isinstance(value, bool)

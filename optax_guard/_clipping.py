@@ -21,16 +21,12 @@ from optax_guard._base import (
     check_choice,
     check_positive,
     check_state,
-    transformation,
-)
-from optax_guard._norms import (
-    AxisName,
-    TreeNorm,
-    accumulator_dtype,
     dtype_of,
     is_inexact,
-    tree_norm,
+    transformation,
 )
+from optax_guard._mesh_axes import AxisName
+from optax_guard._norms import TreeNorm, accumulator_dtype, tree_norm
 from optax_guard._statistics import NormStats, init_stats, update_stats
 from optax_guard.threshold import Threshold, as_threshold
 
@@ -96,8 +92,17 @@ def clip_by_global_norm(
         number of finite updates before this one (in a guard: of updates taken).
       ord: Which norm: ``None`` for the Euclidean; 1, 2, ``inf`` or any positive
         number. Other than 1, 2 and ``inf`` cost a second read of the updates.
-      axis_name: Mesh axis or axes over which the updates are split, under
-        ``jax.shard_map`` or ``jax.pmap``. Not for arrays sharded under ``jax.jit``.
+      axis_name: How the updates are split over devices in manual SPMD, that is under
+        ``jax.shard_map`` or ``jax.pmap``; not for arrays sharded under ``jax.jit``. A
+        mesh axis or several, for all leaves. Or, for leaves that differ (experts,
+        tensor parallelism), the tree of ``PartitionSpec`` that is in ``in_specs`` of
+        ``shard_map``, or a function from the path of a leaf to its spec, its axes or
+        ``None``: each leaf is added up over its own axes and counts once on all
+        others, with an all-reduce for each distinct set of axes. With names for all,
+        a leaf counts once that does not vary over an axis by its type, which
+        ``shard_map`` tells unless ``check_vma=False``. Where it tells, an axis that is
+        left out is an error, not a norm of the device's own part. ``()`` says that
+        each device is to go its own way.
       nonfinite: ``"propagate"`` or ``"zero"``: what becomes of updates with a NaN or
         infinite entry. Note that momentum and weight decay move parameters on zeros
         too.
@@ -108,8 +113,9 @@ def clip_by_global_norm(
 
     Raises:
       ValueError: If ``max_norm`` or ``ord`` is a Python number and not positive, or
-        ``nonfinite`` is unknown.
-      TypeError: If ``max_norm`` is none of the above.
+        ``nonfinite`` is unknown; in ``update``, if ``axis_name`` leaves out an axis
+        over which a leaf varies.
+      TypeError: If ``max_norm`` or ``axis_name`` is none of the above.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -180,8 +186,7 @@ def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationEx
     of a chain, such as the optimizer's output.
 
     Args:
-      axis_name: Mesh axis or axes over which the updates are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``.
 
     Returns:
       A transformation whose state is a ``RecordNormState``.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._axis_norms import norm_of_norms, ratio, stacked_norms
+from optax_guard._axis_norms import norm_of_norms, ratio
 from optax_guard._base import check_state
 from optax_guard._clipping import (
     Factors,
@@ -27,7 +27,8 @@ from optax_guard._groups import (
     each_part,
     names_of_parts,
 )
-from optax_guard._norms import AxisName, TreeNorm
+from optax_guard._mesh_axes import AxisName, layouts, mesh_axes, own
+from optax_guard._norms import TreeNorm
 from optax_guard._statistics import NormStats, init_stats, update_stats
 from optax_guard._threshold_base import Limits
 from optax_guard.threshold import Threshold, as_threshold
@@ -88,8 +89,8 @@ def clip_by_leaf_norm(
         where it is not stacked.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
-      axis_name: Mesh axis or axes over which each leaf is split, other than along its
-        ``layer_axis``, under ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``. Layers that lie on different devices
+        need a ``PartitionSpec``; names are taken to split each layer.
 
     Returns:
       A transformation whose state is a ``ClipByLeafNormState``. ``leaf_norms(state)``
@@ -114,7 +115,8 @@ def clip_by_leaf_norm(
 
     def split(tree: Any) -> tuple[Groups, Any]:
         axes = axes_without(tree, layer_axis)
-        return each_part(tree, axes), names_of_parts(tree, axes)
+        whole = layouts(tree, axis_name)
+        return each_part(tree, axes, whole), names_of_parts(tree, axes, whole)
 
     return _clip_groups(
         "clip_by_leaf_norm",
@@ -145,8 +147,7 @@ def clip_by_group_norm(
         label; or a tree of labels like the parameters, or like the top of their tree.
       record_quantiles: Whether to keep a sketch of the norms of each group, 5.6 kB
         each, for ``norm_quantile(state, q, by_group=True)``.
-      axis_name: Mesh axis or axes over which the updates are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``.
 
     Returns:
       A transformation whose state is a ``ClipByGroupNormState``.
@@ -244,7 +245,8 @@ def _clip_groups(
         check_state(factory, state, make_state)
         groups, names = split(updates)
         check_same_groups(factory, names, state.group_stats)
-        parts = stacked_norms(groups.floating(updates), groups.axes, axis_name)
+        over = mesh_axes(updates, axis_name)
+        parts = groups.norms(groups.floating(updates), over)
         norms = _group_norms(parts, groups.group_of_part, state.group_stats)
         total = total_norm(parts, groups.leaf_of_part)
         trigger, target = threshold.limits(norms, total.value, state.threshold)
@@ -332,9 +334,10 @@ def rescale_groups(
 ) -> optax.Updates:
     """Multiplies every part of the updates by the factors of its group."""
     leaves, structure = jax.tree.flatten(updates)
-    for i, members in zip(groups.indices, groups.members, strict=True):
-        own = Factors(*(pick(vector, members) for vector in factors))
-        leaves[i] = rescaled(jnp.asarray(leaves[i]), own)
+    each = zip(groups.indices, groups.members, groups.dims, strict=True)
+    for i, members, dims in each:
+        of_leaf = Factors(*(own(pick(vector, members), dims) for vector in factors))
+        leaves[i] = rescaled(jnp.asarray(leaves[i]), of_leaf)
     return structure.unflatten(leaves)
 
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._norms import is_inexact
+from optax_guard._axis_norms import Split, stacked_norms
+from optax_guard._base import is_inexact
+from optax_guard._mesh_axes import Layout, Names
 from optax_guard._paths import for_each_leaf, path_names
 
 
@@ -20,16 +22,24 @@ class Groups(NamedTuple):
       axes: For each of them the axes that the norms of its parts reduce.
       members: For each of them the groups of its parts, in the shape of their norms:
         one group, or consecutive ones.
+      dims: For each of them, for each of its axes, the mesh axes over which its parts
+        lie on different devices.
     """
 
     indices: list[int]
     axes: tuple[tuple[int, ...], ...]
     members: list[np.ndarray]
+    dims: list[tuple[Names, ...]]
 
     def floating(self, tree: Any) -> list[jax.Array]:
         """The floating leaves of ``tree``."""
         leaves = jax.tree.leaves(tree)
         return [jnp.asarray(leaves[i]) for i in self.indices]
+
+    def norms(self, leaves: list[jax.Array], over: list[Names]) -> jax.Array:
+        """The norms of all parts of floating leaves, split over some mesh axes."""
+        splits = tuple(map(Split, over, self.dims))
+        return stacked_norms(leaves, self.axes, splits)
 
     @property
     def group_of_part(self) -> np.ndarray:
@@ -42,17 +52,22 @@ class Groups(NamedTuple):
         return np.repeat(self.indices, [m.size for m in self.members]).astype(int)
 
 
-def each_part(tree: Any, axes: Sequence[tuple[int, ...]]) -> Groups:
+def each_part(
+    tree: Any, axes: Sequence[tuple[int, ...]], layouts: Sequence[Layout]
+) -> Groups:
     """A group for each part that is left when ``axes`` of each leaf are reduced."""
     leaves = jax.tree.leaves(tree)
     indices = [i for i, x in enumerate(leaves) if is_inexact(x)]
-    members, start = [], 0
+    members, dims, start = [], [], 0
     for i in indices:
-        shape = [1 if a in axes[i] else n for a, n in enumerate(np.shape(leaves[i]))]
+        shape = [1 if a in axes[i] else n for a, n in enumerate(layouts[i].shape)]
         size = math.prod(shape)
         members.append(np.arange(start, start + size).reshape(shape))
+        dims.append(
+            tuple(() if a in axes[i] else d for a, d in enumerate(layouts[i].dims))
+        )
         start += size
-    return Groups(indices, tuple(axes[i] for i in indices), members)
+    return Groups(indices, tuple(axes[i] for i in indices), members, dims)
 
 
 def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
@@ -72,14 +87,16 @@ def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
     return axes
 
 
-def names_of_parts(tree: Any, axes: Sequence[tuple[int, ...]]) -> Any:
+def names_of_parts(
+    tree: Any, axes: Sequence[tuple[int, ...]], layouts: Sequence[Layout]
+) -> Any:
     """A tree like ``tree`` with a ``None`` for each part."""
 
-    def name(x: Any, reduced: tuple[int, ...]) -> Any:
-        kept = [n for a, n in enumerate(np.shape(x)) if a not in reduced]
+    def name(layout: Layout, reduced: tuple[int, ...]) -> Any:
+        kept = [n for a, n in enumerate(layout.shape) if a not in reduced]
         return (None,) * math.prod(kept) if kept else None
 
-    return _named(tree, list(map(name, jax.tree.leaves(tree), axes)))
+    return _named(tree, list(map(name, layouts, axes)))
 
 
 def names_of_leaves(tree: Any) -> Any:
@@ -122,4 +139,5 @@ def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
         indices,
         tuple(tuple(range(rank)) for rank in ranks),
         [np.full((1,) * rank, n) for rank, n in zip(ranks, numbers, strict=True)],
+        [((),) * rank for rank in ranks],
     )

@@ -24,6 +24,8 @@ from optax_guard._clipping import (
     record_norm,
     select,
 )
+from optax_guard._masking import counting_only
+from optax_guard._mesh_axes import varying_axes
 from optax_guard._states import find_states
 from optax_guard._statistics import as_float32, increment
 from optax_guard.skip import Signals, SkipReason, SkipRule
@@ -91,6 +93,7 @@ def guard(
     | None = None,
     *,
     skip: SkipRule | Sequence[SkipRule] = (),
+    mask: Any = True,
     max_consecutive_skips: ArrayLike = 10,
     use_cond: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,6 +117,12 @@ def guard(
       clip: A threshold for the global norm (number, schedule or one of
         ``optax_guard.threshold``), a clip of this library, or ``None`` to only measure.
       skip: One or several rules of ``optax_guard.skip``.
+      mask: Which leaves count: a tree of bools like the parameters, or like the top of
+        their tree, or a function from the tree to that, as for ``optax.masked``. The
+        others are not in the norm, are not clipped, and may be NaN without the step
+        being withheld; on a good step they go to ``inner`` as they are. For frozen
+        parameters, whose gradients would make the norm too large, and for what is
+        overwritten rather than added to.
       max_consecutive_skips: Bad steps in a row that count as too many; a whole number
         of at least 1, may be traced.
       use_cond: Whether a bad step leaves ``inner`` out on TPU and GPU, too, as it does
@@ -128,11 +137,16 @@ def guard(
 
     Returns:
       A transformation whose state is a ``GuardState``. ``value=`` and all other extra
-      arguments of ``update`` go on to ``inner``.
+      arguments of ``update`` go on to ``inner``. Under ``jax.shard_map`` and
+      ``jax.pmap``, gradients that are split over devices need a clip with
+      ``axis_name`` (to only measure, ``record_norm(axis_name=...)``), and ``value``
+      must be the same on all, by ``jax.lax.pmean``: all devices then come to one
+      verdict.
 
     Raises:
-      TypeError: If ``inner``, ``clip`` or ``skip`` is none of the above.
-      ValueError: If a Python number is out of range.
+      TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.
+      ValueError: If a Python number is out of range; in ``update``, if ``value`` is
+        known to differ between devices that take a step together.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -143,6 +157,10 @@ def guard(
       >>> params, state = og.apply_gradients(tx, params, state, grads)
       >>> params, state.num_skipped.item()
       (Array([1., 1.], dtype=float32), 1)
+      >>> tx = og.guard(optax.sgd(1.0), clip=1.0, mask={"lora": True, "base": False})
+      >>> grads = {"lora": jnp.array([3.0, 4.0]), "base": jnp.array([100.0])}
+      >>> tx.update(grads, tx.init(grads))[1].clip_state.stats.grad_norm.item()
+      5.0
     """
     if not isinstance(inner, optax.GradientTransformation):
         advice = (
@@ -156,6 +174,8 @@ def guard(
         )
     inner = optax.with_extra_args_support(inner)
     clip_init, measure, rescale = _clip_parts(clip)
+    if mask is not True:
+        clip_init, measure, rescale = counting_only(mask, clip_init, measure, rescale)
     # Without a clip, `inner` may read the updates in the same pass as the guard, which
     # it could not if it had to wait for the verdict.
     hides_bad = clip is not None
@@ -191,6 +211,7 @@ def guard(
         check_state("guard", state, GuardState)
         value = _loss(extra_args.get("value"))
         measured, clip_state = measure(updates, state.clip_state, params, **extra_args)
+        _check_shared(value, measured.norm.value)
         reason, rule_states = _verdict(
             rules,
             measured,
@@ -430,6 +451,18 @@ def _loss(value: Any) -> jax.Array | None:
         return None
     check_number("value", value)
     return jnp.asarray(value)
+
+
+def _check_shared(value: jax.Array | None, norm: jax.Array) -> None:
+    """Raises if some devices could withhold a step for their loss that others take."""
+    differs = set() if value is None else varying_axes(value) - varying_axes(norm)
+    if differs:
+        names = tuple(sorted(map(str, differs)))
+        raise ValueError(
+            "`value` must be the same on all devices that take a step together, but "
+            f"varies over the mesh axes {names}: some might skip a step that others "
+            f"take. Pass `jax.lax.pmean(value, {names})`."
+        )
 
 
 def _log(

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_guard._base import dtype_of, is_inexact
 from optax_guard._leaf_runs import (
+    Part,
+    Runs,
     add_pairwise,
+    add_up,
     combine,
+    earliest,
     first_bad,
     first_true,
-    mark_of,
     part_size,
+    parts_of,
     split,
 )
+from optax_guard._mesh_axes import AxisName, Names, mesh_axes
 from optax_guard._paths import path_names
 
 # Sums of squares are kept twice, of entries scaled up and of entries scaled down, so
@@ -33,8 +39,6 @@ _SCALES = {
 # Below this, squares in the plain sum may have been flushed to zero.
 _SMALLEST_PLAIN_SUM = 2.0**-60
 
-AxisName = Hashable | Sequence[Hashable] | None
-
 
 class TreeNorm(NamedTuple):
     """A norm of a tree, and where it stopped being finite.
@@ -43,22 +47,12 @@ class TreeNorm(NamedTuple):
       value: float[], the norm; float32, or float64 if a leaf is.
       bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
         norm is not finite, because an entry is not or because it overflows; -1 if there
-        is none. In a tree of more than 128 floating leaves, index of the first leaf in
+        is none. In a tree of more than 128 leaves, index of the first floating leaf in
         the run of neighbours that holds it: 32 of them, or 1/128 of a larger tree.
     """
 
     value: jax.Array
     bad_leaf: jax.Array
-
-
-def is_inexact(leaf: Any) -> bool:
-    """Whether ``leaf`` is real or complex floating: what has a gradient."""
-    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
-
-
-def dtype_of(leaf: Any) -> Any:
-    """The dtype of an array, a tracer, a ``float0`` array or a Python number."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def accumulator_dtype(leaves: Sequence[Any]) -> Any:
@@ -78,62 +72,68 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
     Returns:
       The norm, 0 for a tree without floating entries.
     """
-    if isinstance(axis_name, list):
-        axis_name = tuple(axis_name)
     all_leaves = jax.tree.leaves(tree)
     indices = [i for i, leaf in enumerate(all_leaves) if is_inexact(leaf)]
     leaves = [jnp.asarray(all_leaves[i]) for i in indices]
     paths = path_names(tree)
     if not leaves:
         return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
+    parts = parts_of(mesh_axes(tree, axis_name), indices, len(all_leaves))
     if ord is None or ord == 2:
-        value, bad = _euclidean(leaves, axis_name, _roles([paths[i] for i in indices]))
+        value, bad = _euclidean(leaves, parts, _roles([paths[i] for i in indices]))
     elif ord == 1:
-        value, bad = _sum_norm(leaves, axis_name)
+        value, bad = _sum_norm(leaves, parts)
     elif ord == np.inf:
-        value, bad = _max_norm(leaves, axis_name)
+        value, bad = _max_norm(leaves, parts)
     else:
-        value, bad = _power_norm(leaves, ord, axis_name)
-    if len(leaves) < len(all_leaves):
-        bad = jnp.where(bad < 0, -1, jnp.array(indices, jnp.int32)[bad])
+        value, bad = _power_norm(leaves, parts, ord)
     return TreeNorm(value, bad)
 
 
 def leaves_of_part(tree: Any, first: int) -> list[int]:
     """Indices of the leaves that a ``bad_leaf`` of ``first`` stands for."""
-    indices = [i for i, leaf in enumerate(jax.tree.leaves(tree)) if is_inexact(leaf)]
-    start = indices.index(first)
-    return indices[start : start + part_size(len(indices))]
+    leaves = jax.tree.leaves(tree)
+    size = part_size(len(leaves))
+    end = first // size * size + size
+    return [i for i, x in enumerate(leaves[:end]) if i >= first and is_inexact(x)]
 
 
 # Jitted for callers outside of `jit`: there, every call would compile its branches.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _euclidean(
-    leaves: list[jax.Array], axis_name: AxisName, roles: tuple[str, ...]
+    leaves: list[jax.Array], parts: tuple[Part, ...], roles: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    up, down = _SCALES[accumulator_dtype(leaves)]
-    # Two reductions over one operand are one fusion on TPU and GPU, but cost many times
-    # one on CPU, where a rare second look is cheap instead.
-    small, big, bad = lax.platform_dependent(
-        *leaves, cpu=_squares_cpu, default=functools.partial(_squares, roles)
-    )
-    if axis_name is not None:
+    dtype = accumulator_dtype(leaves)
+    up, down = _SCALES[dtype]
+    sums, bad = [], []
+    for part in parts:
+        # Two reductions over one operand are one fusion on TPU and GPU, but cost many
+        # times one on CPU, where a rare second look is cheap instead.
+        *own, own_bad = lax.platform_dependent(
+            *part.of(leaves),
+            cpu=functools.partial(_squares_cpu, dtype, part.runs),
+            default=functools.partial(
+                _squares, dtype, part.runs, tuple(part.of(roles))
+            ),
+        )
         # The mark of a bad leaf travels in the same all-reduce.
-        small, big, mark = lax.psum((small, big, mark_of(bad, leaves)), axis_name)
-        bad = first_true(mark > 0)
+        of_all, own_bad = add_up(part, tuple(own), own_bad)
+        sums.append(of_all)
+        bad.append(own_bad)
+    small, big = map(add_pairwise, zip(*sums, strict=True))
     scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
-    return jnp.where(jnp.isfinite(small), *scaled_back), bad
+    return jnp.where(jnp.isfinite(small), *scaled_back), earliest(bad)
 
 
 @_euclidean.defjvp
 def _euclidean_jvp(
-    axis_name: AxisName, roles: tuple[str, ...], primals: Any, tangents: Any
+    parts: tuple[Part, ...], roles: tuple[str, ...], primals: Any, tangents: Any
 ) -> Any:
     # The derivative of the sums is 0 * inf where one of them overflows or vanishes;
     # that of the norm is the unit vector, and by convention zero at zero.
     (leaves,), (dots,) = primals, tangents
-    value, bad = _euclidean(leaves, axis_name, roles)
+    value, bad = _euclidean(leaves, parts, roles)
     usable = jnp.isfinite(value) & (value > 0)
     # XLA may divide by multiplying with the inverse, which vanishes for a huge norm.
     scale = jnp.where(value > 1, 2.0**-64, 1.0).astype(value.dtype)
@@ -145,25 +145,32 @@ def _euclidean_jvp(
         unit = jnp.where(usable, x.astype(value.dtype) * scale / length, 0.0)
         return jnp.sum(unit * dot.astype(value.dtype))
 
-    slope = add_pairwise([along(x, dot) for x, dot in zip(leaves, dots, strict=True)])
-    if axis_name is not None:
-        slope = lax.psum(slope, axis_name)
+    slopes = [along(x, dot) for x, dot in zip(leaves, dots, strict=True)]
+    slope = add_pairwise(
+        [_psum(add_pairwise(part.of(slopes)), part.axes) for part in parts]
+    )
     return (value, bad), (slope, np.zeros((), jax.dtypes.float0))
 
 
+def _psum(x: jax.Array, axes: Names) -> jax.Array:
+    return lax.psum(x, axes) if axes else x
+
+
 def _squares(
-    roles: tuple[str, ...], *leaves: jax.Array
+    dtype: Any, runs: Runs, roles: tuple[str, ...], *leaves: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
-    dtype = accumulator_dtype(leaves)
     up, down = not_folded(dtype, *_SCALES[dtype])
-    runs = [_alike(run) for run in split(list(zip(roles, leaves, strict=True)))]
+    members = split(list(zip(roles, leaves, strict=True)), runs)
+    groups = [_alike(run) for run in members]
 
     def sums(scale: jax.Array) -> list[jax.Array]:
-        return [add_pairwise([_sum_squares(x, dtype, scale) for x in r]) for r in runs]
+        return [
+            add_pairwise([_sum_squares(x, dtype, scale) for x in g]) for g in groups
+        ]
 
-    parts = sums(down)
-    return add_pairwise(sums(up)), add_pairwise(parts), first_bad(parts, len(leaves))
+    totals = sums(down)
+    return add_pairwise(sums(up)), add_pairwise(totals), first_bad(totals, runs)
 
 
 def _roles(paths: list[str]) -> tuple[str, ...]:
@@ -186,9 +193,10 @@ def _alike(run: list[tuple[str, jax.Array]]) -> list[list[jax.Array]]:
     return [g[i : i + 4] for g in groups.values() for i in range(0, len(g), 4)]
 
 
-def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _squares_cpu(
+    dtype: Any, runs: Runs, *leaves: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same numbers from a plain sum, and from a second look where that fails."""
-    dtype = accumulator_dtype(leaves)
     up, down = not_folded(dtype, *_SCALES[dtype])
     # Here one vector compiles faster than many scalars.
     total = _sum_vector(jnp.stack([_sum_squares([x], dtype, 1.0) for x in leaves]))
@@ -204,12 +212,10 @@ def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         sums = jnp.stack([_sum_squares([x], dtype, scale) for x in leaves])
         total = _sum_vector(sums)
-        size = part_size(len(leaves))
-        bad = first_true(~jnp.isfinite(sums))
         return (
             jnp.where(too_small, total, jnp.inf),
             jnp.where(too_small, 0.0, total),
-            jnp.where(bad < 0, -1, bad // size * size),
+            first_true(~jnp.isfinite(sums), runs),
         )
 
     second_look = too_small | ~jnp.isfinite(total)
@@ -217,20 +223,23 @@ def _squares_cpu(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _sum_norm(
-    leaves: list[jax.Array], axis_name: AxisName
+    leaves: list[jax.Array], parts: tuple[Part, ...]
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
-    sums = [jnp.sum(jnp.abs(x).astype(dtype)) for x in leaves]
-    parts = [add_pairwise(run) for run in split(sums)]
-    value, bad = add_pairwise(parts), first_bad(parts, len(leaves))
-    if axis_name is not None:
-        value, mark = lax.psum((value, mark_of(bad, leaves)), axis_name)
-        bad = first_true(mark > 0)
-    return value, bad
+    sums, bad = [], []
+    for part in parts:
+        each = [jnp.sum(jnp.abs(x).astype(dtype)) for x in part.of(leaves)]
+        runs = [add_pairwise(run) for run in split(each, part.runs)]
+        (total,), own_bad = add_up(
+            part, (add_pairwise(runs),), first_bad(runs, part.runs)
+        )
+        sums.append(total)
+        bad.append(own_bad)
+    return add_pairwise(sums), earliest(bad)
 
 
 def _max_norm(
-    leaves: list[jax.Array], axis_name: AxisName
+    leaves: list[jax.Array], parts: tuple[Part, ...]
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
 
@@ -238,28 +247,27 @@ def _max_norm(
         # The largest of several devices' values may leave out a NaN, but no infinity.
         return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x).astype(dtype))
 
-    largest = [jnp.max(size(x), initial=0.0) for x in leaves]
-    parts = [combine(jnp.maximum, run) for run in split(largest)]
-    value, bad = combine(jnp.maximum, parts), first_bad(parts, len(leaves))
-    if axis_name is not None:
-        bad = first_true(lax.psum(mark_of(bad, leaves), axis_name) > 0)
-        value = lax.pmax(value, axis_name)
-    return value, bad
+    largest, bad = [], []
+    for part in parts:
+        each = [jnp.max(size(x), initial=0.0) for x in part.of(leaves)]
+        runs = [combine(jnp.maximum, run) for run in split(each, part.runs)]
+        of_all = combine(jnp.maximum, runs)
+        largest.append(lax.pmax(of_all, part.axes) if part.axes else of_all)
+        bad.append(add_up(part, (), first_bad(runs, part.runs))[1])
+    return combine(jnp.maximum, largest), earliest(bad)
 
 
 def _power_norm(
-    leaves: list[jax.Array], ord: Any, axis_name: AxisName
+    leaves: list[jax.Array], parts: tuple[Part, ...], ord: Any
 ) -> tuple[jax.Array, jax.Array]:
     # Any other power needs the largest entry first: a second read, for few users.
     dtype = accumulator_dtype(leaves)
-    largest, bad = _max_norm(leaves, axis_name)
+    largest, bad = _max_norm(leaves, parts)
     usable = jnp.isfinite(largest) & (largest > 0)
     # The norm does not depend on its unit, so neither does the derivative.
     unit = lax.stop_gradient(jnp.where(usable, largest, 1.0))
     sums = [jnp.sum((jnp.abs(x).astype(dtype) / unit) ** ord) for x in leaves]
-    total = add_pairwise(sums)
-    if axis_name is not None:
-        total = lax.psum(total, axis_name)
+    total = add_pairwise([_psum(add_pairwise(p.of(sums)), p.axes) for p in parts])
     root = jnp.where(usable, total, 1.0) ** (1 / ord)
     return jnp.where(usable, unit * root, largest), bad
 

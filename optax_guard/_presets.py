@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 from optax_guard._base import check_choice, check_count
 from optax_guard._clipping import clip_by_global_norm
 from optax_guard._group_clipping import clip_by_leaf_norm
-from optax_guard._norms import AxisName
+from optax_guard._mesh_axes import AxisName
 from optax_guard._threshold_base import check_above, check_range
 from optax_guard._threshold_mean import relative_to_mean
 from optax_guard._threshold_quantile import quantile

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import jax
-import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from optax_guard._norms import AxisName
+from optax_guard._mesh_axes import AxisName, layouts
 from optax_guard._paths import for_each_leaf, path_names
 
 # The axes along which a unit lies, by the rank of a leaf: inputs come before outputs.
@@ -19,8 +17,10 @@ def unit_axes(
     """For each leaf the axes along which its units lie."""
     rules = for_each_leaf("axis", axis if callable(axis) else lambda _: axis, tree)
     axes = []
-    for i, (x, rule) in enumerate(zip(jax.tree.leaves(tree), rules, strict=True)):
-        shape = np.shape(x)
+    for i, (layout, rule) in enumerate(
+        zip(layouts(tree, axis_name), rules, strict=True)
+    ):
+        shape = layout.shape
         if rule is not None:
             try:
                 axes.append(normalize_axis_tuple(rule, len(shape)))
@@ -29,7 +29,7 @@ def unit_axes(
                     f"`axis` must name axes of each leaf, got {rule} for "
                     f"{path_names(tree)[i]!r} of shape {shape}."
                 ) from error
-        elif axis_name is not None and len(shape) > 1 >= sum(n != 1 for n in shape):
+        elif not layout.is_whole and len(shape) > 1 >= sum(n != 1 for n in shape):
             raise ValueError(
                 "`axis` must be given with `axis_name` for a leaf of which a device "
                 f"has one row or column, got None for {path_names(tree)[i]!r} of local "

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._axis_norms import norm_of_norms, ratio, stacked_norms
+from optax_guard._axis_norms import norm_of_norms, ratio
 from optax_guard._base import as_float, check_positive, check_state
 from optax_guard._clipping import Measurement, clip, factors_for, select
 from optax_guard._group_clipping import (
@@ -23,7 +23,7 @@ from optax_guard._group_clipping import (
 )
 from optax_guard._group_stats import GroupStats, init_group_stats, update_group_stats
 from optax_guard._groups import Groups, each_part, names_of_leaves
-from optax_guard._norms import AxisName
+from optax_guard._mesh_axes import AxisName, layouts, mesh_axes
 from optax_guard._paths import for_each_leaf
 from optax_guard._statistics import NormStats, init_stats
 from optax_guard._unit_axes import unit_axes
@@ -81,8 +81,8 @@ def clip_by_unit_norm(
         parameters, or like the top of their tree.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
-      axis_name: Mesh axis or axes over which the axes of units are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``. Units that lie on different devices
+        need a ``PartitionSpec``; names are taken to split each unit.
 
     Returns:
       A transformation whose state is a ``ClipByUnitNormState``. Its ``update`` needs
@@ -90,9 +90,9 @@ def clip_by_unit_norm(
 
     Raises:
       ValueError: If ``max_ratio`` or ``eps`` is a Python number and not positive;
-        if a leaf has more axes than the rule by rank knows, or with ``axis_name`` a
-        device's part of it has at most one axis longer than 1; if ``params`` is
-        missing.
+        if a leaf has more axes than the rule by rank knows, or a device's
+        part of one that is split in a way not given by a ``PartitionSpec`` has at most
+        one axis longer than 1; if ``params`` is missing.
       TypeError: If ``max_ratio`` is none of the above.
 
     Examples:
@@ -118,7 +118,7 @@ def clip_by_unit_norm(
         for i, x in enumerate(jax.tree.leaves(tree)):
             if excluded[i]:
                 axes[i] = tuple(range(np.ndim(x)))
-        return each_part(tree, axes), excluded
+        return each_part(tree, axes, layouts(tree, axis_name)), excluded
 
     def init(params: optax.Params) -> ClipByUnitNormState:
         groups, _ = split(params)
@@ -146,14 +146,15 @@ def clip_by_unit_norm(
         check_same_groups("clip_by_unit_norm", names, state.group_stats)
         groups, excluded = split(updates)
         is_excluded = excluded[groups.leaf_of_part]
-        norms = stacked_norms(groups.floating(updates), groups.axes, axis_name)
+        over = mesh_axes(updates, axis_name)
+        norms = groups.norms(groups.floating(updates), over)
         total = total_norm(norms, groups.leaf_of_part)
         # What is excluded needs no read of its parameters.
         weights = [
             jnp.zeros((0,) * w.ndim, w.dtype) if excluded[i] else w
             for i, w in zip(groups.indices, groups.floating(params), strict=True)
         ]
-        sizes = stacked_norms(weights, groups.axes, axis_name)
+        sizes = groups.norms(weights, mesh_axes(params, axis_name))
         sizes = jnp.maximum(sizes.astype(norms.dtype), as_float(eps, norms.dtype))
         # A finite norm keeps a finite ratio, which is how it is known to be one.
         ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)

@@ -11,16 +11,17 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optax_guard._base import as_float, check_number, check_positive, check_state
-from optax_guard._clipping import Measurement, clip, map_inexact
-from optax_guard._norms import (
-    AxisName,
-    accumulator_dtype,
-    add_pairwise,
+from optax_guard._base import (
+    as_float,
+    check_number,
+    check_positive,
+    check_state,
     is_inexact,
-    not_folded,
-    tree_norm,
 )
+from optax_guard._clipping import Measurement, clip, map_inexact
+from optax_guard._leaf_runs import add_pairwise
+from optax_guard._mesh_axes import AxisName, by_axes, mesh_axes
+from optax_guard._norms import accumulator_dtype, not_folded, tree_norm
 from optax_guard._statistics import NormStats, init_stats, update_stats
 
 
@@ -62,8 +63,7 @@ def clip_by_value(
         ``min_value`` is given; may be traced.
       min_value: Lower bound :math:`l`, less than ``max_value``; ``-max_value`` if
         ``None``.
-      axis_name: Mesh axis or axes over which the updates are split, under
-        ``jax.shard_map`` or ``jax.pmap``.
+      axis_name: As for ``clip_by_global_norm``.
 
     Returns:
       A transformation whose state is a ``ClipByValueState``.
@@ -173,10 +173,14 @@ def _effect_of_clipping(
     if not leaves:
         return _Effect(norm, jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
     limits = lax.stop_gradient([bounds(x.dtype) for x in leaves])
-    totals = _sum_terms(leaves, limits)
-    share = jnp.array(sum(x.size for x in leaves), norm.dtype)
-    if axis_name is not None:
-        totals, share = lax.psum((totals, share), axis_name)
+    dtype = accumulator_dtype(leaves)
+    parts, size = [], 0
+    for names, members in by_axes(mesh_axes(updates, axis_name)):
+        own = [leaves[i] for i in members]
+        sums = _sum_terms(own, [limits[i] for i in members], dtype)
+        parts.append(lax.psum(sums, names) if names else sums)
+        size += sum(x.size for x in own) * lax.axis_size(names)
+    totals = map(add_pairwise, zip(*parts, strict=True))
     small, big, product, big_product, num_clipped = totals
     after = jnp.where(
         jnp.isfinite(small), jnp.sqrt(small) * (1 / _UP), jnp.sqrt(big) * (1 / _DOWN)
@@ -198,16 +202,17 @@ def _effect_of_clipping(
     cosine = jnp.where(is_clipped, cosine, 1.0)
     return _Effect(
         norm=jnp.where(is_clipped, after, norm),
-        entries_clipped=(num_clipped / jnp.maximum(share, 1)).astype(jnp.float32),
+        entries_clipped=(num_clipped / float(max(size, 1))).astype(jnp.float32),
         cosine=jnp.where(jnp.isfinite(norm), cosine, jnp.nan).astype(jnp.float32),
     )
 
 
 # Jitted for callers outside of `jit`: there, every call would compile it anew.
-@functools.partial(jax.jit, inline=True)
-def _sum_terms(leaves: list[jax.Array], limits: Any) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _sum_terms(
+    leaves: list[jax.Array], limits: Any, dtype: Any
+) -> tuple[jax.Array, ...]:
     """Totals over all entries of what `_terms` gives for each."""
-    dtype = accumulator_dtype(leaves)
     scales = not_folded(dtype, _UP, _DOWN, _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
 
     def total(reduce: Callable[..., Any], *leaves: jax.Array) -> tuple[jax.Array, ...]:
@@ -250,6 +255,9 @@ def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
     That loop adds one by one, so it runs over rows: rounding grows with their length.
     """
+    if any(jax.typeof(terms[0]).sharding.spec):
+        # With a sharding in its type an array cannot be made flat without moving it.
+        return tuple(map(jnp.sum, terms))
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
 
     def add(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:

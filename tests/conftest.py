@@ -32,6 +32,8 @@ for name, value in {
 import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402
 
+from tests.strategies import in_force  # noqa: E402
+
 # Modules of which all tests share what takes long to make.
 TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}
 
@@ -62,9 +64,7 @@ def mesh() -> jax.sharding.Mesh:
 def explicit_mesh():
     """Eight devices along the axis `data`, with shardings in the types; in force."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    use_mesh = getattr(jax, "set_mesh", None)  # JAX >= 0.8
-    use_mesh = use_mesh or vars(jax.sharding)["use_mesh"]
-    with use_mesh(mesh):
+    with in_force(mesh):
         yield mesh
 
 

@@ -116,3 +116,9 @@ def types_of(tree: Any) -> Any:
 
 def _aval(x: Any) -> Any:
     return x if hasattr(x, "weak_type") else jax.typeof(jnp.zeros(x.shape, x.dtype))
+
+
+def in_force(mesh: jax.sharding.Mesh) -> Any:
+    """A context in which arrays are made on this mesh."""
+    set_mesh = getattr(jax, "set_mesh", None)  # JAX >= 0.8
+    return (set_mesh or vars(jax.sharding)["use_mesh"])(mesh)

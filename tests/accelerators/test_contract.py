@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from typing import Any, get_args
 
 import jax
@@ -379,6 +380,38 @@ class TestManyLeaves:
 
         measured = compile_step(norm, Case(platform), grads, donate=())[0]
         assert (measured.other_collectives == 0) == are_named
+
+
+class TestManualSPMD:
+    """Under `shard_map`, where collectives are the library's own."""
+
+    def test_each_set_of_axes_is_one_all_reduce(self, platform):
+        grid = Mesh(mesh(platform).devices.reshape(2, 4), ("data", "model"))
+        P = PartitionSpec
+        specs = {
+            "column": P(None, "model"),
+            "expert": P("data"),
+            "norm": P(),
+            "row": P("model"),
+            "sharded": P("data", "model"),
+        }
+        grads = {
+            name: jax.ShapeDtypeStruct(
+                (1024, 1024), "float32", sharding=NamedSharding(grid, spec)
+            )
+            for name, spec in specs.items()
+        }
+        tx = og.guard(optax.adamw(1e-3), og.clip_by_global_norm(1.0, axis_name=specs))
+
+        def step(params, grads):
+            return og.apply_gradients(tx, params, tx.init(params), grads)[0]
+
+        mapped = jax.shard_map(
+            step, mesh=grid, in_specs=(specs, specs), out_specs=specs
+        )
+        compiled = jax.jit(mapped).lower(grads, grads).compile().as_text() or ""
+        # Over model, over data and over both; what all have is not sent.
+        assert len(re.findall(r" all-reduce(?:-start)?\(", compiled)) == 3
 
 
 @pytest.mark.xdist_group("train step")  # They share no cost with the tests above.
