@@ -86,6 +86,11 @@ test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert
 	PYTHONPATH=$(ACCELERATORS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup \
 	  tests/accelerators $(ARGS)
 
+# In one process: the jobs that it starts have enough of their own.
+.PHONY: test-multihost
+test-multihost: .venv/installed  ## run `fit` on several processes of this machine
+	$(PY) -m pytest -n 0 -m multihost tests/multihost $(ARGS)
+
 .PHONY: notebooks
 notebooks: .venv/installed-notebooks  ## execute every notebook
 	$(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb

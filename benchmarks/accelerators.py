@@ -23,7 +23,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 # Before jax is imported: compile only, and keep the TPU runtime from looking for a TPU.
 os.environ |= {
@@ -130,15 +130,21 @@ def has_compiler(platform: Platform) -> bool:
 
 
 @functools.cache
-def mesh(platform: Platform) -> Mesh:
-    """Returns a mesh of eight devices that need not exist."""
+def mesh(
+    platform: Platform,
+    shape: tuple[int, ...] = (DEVICES,),
+    axes: tuple[str, ...] = ("d",),
+) -> Mesh:
+    """Returns a mesh of 8 devices, or of 16 on v5e, that need not exist."""
+    count = math.prod(shape)
     if platform == "v5e":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+        name = {8: "v5e:2x4", 16: "v5e:4x4"}[count]
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     else:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology="1x1x8"
+            platform="cuda", target_config=H100, topology=f"1x1x{count}"
         )
-    return Mesh(np.array(topology.devices).reshape(DEVICES), ("d",))
+    return Mesh(np.array(topology.devices).reshape(shape), axes)
 
 
 def parameter_shapes(leaves: int = 20) -> dict[str, tuple[int, ...]]:
@@ -204,9 +210,21 @@ class Case(NamedTuple):
         )
 
 
+class Placed(Protocol):
+    """What `compile_step` must know of a case."""
+
+    @property
+    def platform(self) -> Platform: ...
+
+    @property
+    def array_bytes(self) -> float: ...
+
+    def place(self, tree: Any) -> Any: ...
+
+
 def compile_step(
     step: Step,
-    case: Case,
+    case: Placed,
     *args: Any,
     donate: tuple[int, ...] = (0, 1),
     outputs: Any = None,
@@ -241,7 +259,7 @@ def compile_step(
     return _read(compiled, case, seconds), compiled.as_text() or ""
 
 
-def _read(compiled: Any, case: Case, seconds: float) -> Cost:
+def _read(compiled: Any, case: Placed, seconds: float) -> Cost:
     text = compiled.as_text()
     memory = compiled.memory_analysis()
 
@@ -261,7 +279,7 @@ def _read(compiled: Any, case: Case, seconds: float) -> Cost:
     )
 
 
-def _bytes_accessed(compiled: Any, case: Case) -> float:
+def _bytes_accessed(compiled: Any, case: Placed) -> float:
     if case.platform == "v5e":
         return compiled.cost_analysis()["bytes accessed"]
     # Private, but the only way to the cost of a program compiled for a GPU.

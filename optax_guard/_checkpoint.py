@@ -22,7 +22,7 @@ from optax_guard._orbax import (
     read_metadata,
     restore,
     restore_as_numpy,
-    without_keys,
+    savable,
 )
 
 
@@ -46,7 +46,8 @@ class Checkpointer:
     At each evaluation, after the machine was told of it, a checkpoint is saved. Kept
     are that of the best evaluation and the latest, from which `fit` goes on when it
     finds one, whatever state it is given. What was done since, until a crash or a
-    Ctrl-C, is done again.
+    Ctrl-C, is done again. Several processes save together into one directory, which
+    all must see.
 
     A checkpoint is one of Orbax's, written in the background and renamed when it is
     complete, so a process that is killed leaves no half of one. One that is damaged is
@@ -160,8 +161,8 @@ class Store:
             "history": list(run.history),
         }
         items = {
-            VARIABLES: self._args.PyTreeSave(without_keys(variables)),
-            TRAINING: self._args.PyTreeSave(without_keys(training)),
+            VARIABLES: self._args.PyTreeSave(savable(variables)),
+            TRAINING: self._args.PyTreeSave(savable(training)),
             METADATA: self._args.JsonSave(metadata),
         }
         self._policy.best_step = run.best_step

@@ -182,7 +182,7 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, FitResult] | None:
                     loggers=[write],
                     progress=table,
                 )
-            if results[name].interrupted:
+            if results[name].interrupted or results[name].preempted:
                 return None
 
     guarded = results["guarded"]

@@ -17,6 +17,7 @@ from optax_guard._diagnosis import Diagnosis
 from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState
 from optax_guard._fit_inputs import (
     VALUE,
+    beside,
     check_apart,
     check_arguments,
     named_values,
@@ -68,6 +69,8 @@ class FitResult(NamedTuple):
       best_batch_stats: `batch_stats` of the best evaluation, as `best_params`; ``None``
         if the state has none.
       interrupted: Whether the run was ended by Ctrl-C.
+      preempted: Whether the run was ended by SIGTERM, to this process or to another of
+        the run. With a checkpointer the same call then goes on where it was ended.
     """
 
     state: Any
@@ -76,6 +79,7 @@ class FitResult(NamedTuple):
     history: list[dict[str, float]]
     best_batch_stats: Any = None
     interrupted: bool = False
+    preempted: bool = False
 
 
 def fit(
@@ -113,8 +117,20 @@ def fit(
     returns the same result at once.
 
     The first Ctrl-C ends the run after the step at hand, and `fit` returns what there
-    is; the second raises ``KeyboardInterrupt``. Whatever is raised, loggers have got
-    every row first.
+    is; the second raises ``KeyboardInterrupt``. SIGTERM, by which schedulers announce
+    that they take the machine away, ends the run at the next evaluation: with a
+    checkpointer once that is saved, without one an interval later, as an early stop
+    comes. Handlers of one's own for these signals are left in force. Whatever is
+    raised, loggers have got every row first.
+
+    On several processes, all call `fit` with the same arguments, and it returns the
+    same on all. ``batches`` must return global arrays, of which each process need hold
+    only its own part, and ``evaluate`` the value of all data, not that of its part.
+    Loggers and display are called on process 0 only. At each evaluation the processes
+    agree on the clock and on SIGTERM, in one collective of two numbers a device, so
+    that all end at the same one, whichever was told to; a rule that needs the time then
+    waits for the device. Ctrl-C raises, and what becomes of the others if a process
+    dies is up to `jax.distributed.initialize`, by its ``heartbeat_timeout_seconds``.
 
     Args:
       state: A `TrainState` of Flax or of this library, or any tree of arrays with
@@ -193,18 +209,20 @@ def fit(
         check_rewind(rewind, state, batches, stopper, checkpointer)
 
     with contextlib.ExitStack() as stack:
+        # First, so that it is in force until the last checkpoint is written.
+        interrupt = stack.enter_context(Interrupt())
         store = stack.enter_context(
             open_store(checkpointer, keeps_first=rewind is not None)
         )
         run = begin(state, stopper, batches, num_steps, store)
         step, state, stop, history, _, rewound = run
         is_done = step >= num_steps or (stop is not None and bool(stop.should_stop))
+        preempted = False
         is_guarded = bool(find_states(state, GuardState))
         interval: Any = None
         evaluated_at = step
         clock = time.monotonic()
         display = stack.enter_context(open_display(progress, max(0, num_steps - step)))
-        interrupt = stack.enter_context(Interrupt())
         if progress is True and not any(isinstance(x, Diagnosis) for x in loggers):
             diagnosis = Diagnosis()
             for row in history:  # Of before a resumption: what they said was printed.
@@ -222,6 +240,7 @@ def fit(
                     break
                 if interval is None:
                     interval = first_interval(train_step, state, batch)
+                    state, stop, interval = beside((state, stop, interval), batch)
                 state, interval = run_step(train_step, state, interval, batch)
                 step += 1
                 display.advance(1)
@@ -229,26 +248,30 @@ def fit(
             # The device is at work on these steps. Only now is read what the
             # evaluation before them found, unless it had to be saved.
             flags = record.read()
-            if interrupt.requested or is_over(flags, state) or step == evaluated_at:
+            is_done = is_over(flags, state)
+            preempted = not is_done and bool(flags.get("preempted", False))
+            if is_done or preempted or interrupt.requested or step == evaluated_at:
                 break
 
             found = {} if evaluate is None else evaluate(state)
             values = named_values(found)
             row, interval = close(interval)
-            flags = {}
             rate = learning_rate_item(state, step, learning_rate)
+            now = time.monotonic()
+            seconds, told = agree(row["train_loss"], now - clock, interrupt.preempted)
+            clock = now
+            flags = {"preempted": told}
             if stopper is not None:
-                now = time.monotonic()
                 facts = {"step": np.int32(step), "train_value": row["train_loss"]}
                 if "seconds" in stopper.needs:
-                    facts["seconds"] = np.float32(agree(now - clock))
+                    facts["seconds"] = np.float32(seconds)
                 if "opt_state" in stopper.needs:
                     facts["opt_state"] = state.opt_state
-                clock = now
                 judged = values if isinstance(found, Mapping) else values[VALUE]
                 # With a store, the best is on disk.
                 params = tracked(state) if store is None else None
-                stop, flags = _judge(stopper, stop, judged, params, facts)
+                stop, judged_flags = _judge(stopper, stop, judged, params, facts)
+                flags |= judged_flags
                 state = with_plateau(state, stop, rewound)
             if is_guarded:
                 totals = metrics(state)
@@ -273,6 +296,8 @@ def fit(
                         continue
                 is_done = is_over(flags, state)
                 store.save(run)
+                preempted = not is_done and step < num_steps and flags["preempted"]
+                is_done |= preempted
             if step == num_steps:
                 is_over(record.read(), state)
                 break
@@ -285,6 +310,7 @@ def fit(
             history=record.history,
             best_batch_stats=best.get("batch_stats"),
             interrupted=interrupt.requested,
+            preempted=bool(preempted),
         )
 
 

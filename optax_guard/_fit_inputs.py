@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard._checkpoint import Checkpointer
 from optax_guard._early_stopping import EarlyStopping
@@ -62,6 +63,32 @@ def own(state: Any) -> Any:
     return jax.tree.map(
         lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), state
     )
+
+
+def beside(tree: Any, batch: Any) -> Any:
+    """A tree whose arrays that are nowhere yet are on all devices of its mesh.
+
+    Or on those of the batch's. There a step leaves them, and given as they were, the
+    step would be compiled once for them and once for what it returns.
+    """
+    arrays = [x for x in jax.tree.leaves((tree, batch)) if isinstance(x, jax.Array)]
+    meshes = [
+        x.sharding.mesh
+        for x in arrays
+        if x.committed and isinstance(x.sharding, NamedSharding)
+    ]
+    if not meshes:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    loose = [
+        i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and not x.committed
+    ]
+    # By `jit`, which, unlike `device_put`, does not let processes compare them.
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    placed = jax.jit(lambda x: x, out_shardings=everywhere)([leaves[i] for i in loose])
+    for i, x in zip(loose, placed, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
 
 
 def batch_stats(state: Any) -> Any:

@@ -1,13 +1,16 @@
-"""What `fit` meets on the host: data, loggers, displays, clocks, Ctrl-C."""
+"""What `fit` meets on the host: data, loggers, displays, clocks, signals."""
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optax_guard._progress import Progress
 
@@ -28,13 +31,16 @@ Logger = Callable[[int, dict[str, float]], Any] | MetricWriter
 
 
 class Record:
-    """Rows on their way to the loggers, one evaluation behind."""
+    """Rows on their way to the loggers, one evaluation behind.
+
+    Of several processes all keep the history, and the first one writes.
+    """
 
     def __init__(
         self, loggers: Sequence[Logger], display: Any, history: list[dict[str, float]]
     ):
         self.history = history
-        self._loggers = loggers
+        self._loggers = loggers if jax.process_index() == 0 else ()
         self._display = display
         self._pending: tuple[int, Any, Any] | None = None
 
@@ -71,35 +77,52 @@ class Record:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request, and the second into the usual exception.
+    """Turns Ctrl-C and SIGTERM into requests, for the loop to end where it can.
 
     An exception may come between the dispatch of a step and the assignment of its
-    result, when the old state is donated and the new one is lost.
+    result, when the old state is donated and the new one is lost. The second Ctrl-C is
+    the usual exception, for people who will not wait. Further SIGTERM change nothing:
+    schedulers send it twice, and SIGKILL after it.
+
+    Attributes:
+      requested: Whether to end after the step at hand, because of Ctrl-C.
+      preempted: Whether to end at the next evaluation, because of SIGTERM.
     """
 
     def __init__(self):
         self.requested = False
-        self._before: Any = None
+        self.preempted = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        # Only where Ctrl-C means Python's exception: another handler knows better. Of
-        # several processes, one alone must not leave the loop.
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            and jax.process_count() == 1
-        ):
-            self._before = signal.signal(signal.SIGINT, self._request)
+        # Of several processes, one alone must not leave the loop.
+        if jax.process_count() == 1:
+            self._take(signal.SIGINT, signal.default_int_handler, self._request)
+        # That of `jax.distributed`, which is not Python's, looks like the default.
+        self._take(signal.SIGTERM, signal.SIG_DFL, self._preempt)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, default: Any, handler: Callable[..., None]) -> None:
+        # Only where a signal means what Python makes of it: another handler knows
+        # better. And only the main thread may.
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(number) is default
+        ):
+            self._before[number] = signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
         if self.requested:
             signal.default_int_handler(number, frame)
         self.requested = True
+
+    def _preempt(self, number: int, frame: Any) -> None:
+        del number, frame
+        self.preempted = True
 
 
 class NoDisplay:
@@ -116,6 +139,8 @@ def open_display(
     progress: Any, total: int
 ) -> contextlib.AbstractContextManager[Progress | NoDisplay]:
     """The display that was asked for. One of the user's own is left open."""
+    if jax.process_index() != 0:
+        return contextlib.nullcontext(NoDisplay())
     if progress is True:
         return Progress(total)
     return contextlib.nullcontext(progress or NoDisplay())
@@ -134,10 +159,37 @@ def open_source(batches: Any) -> Callable[[int], Any]:
     return lambda step: next(iterator, END)
 
 
-def agree(seconds: float) -> float:
-    """Seconds by the clock of the first process, for all of them."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def agree(result: jax.Array, seconds: float, preempted: bool) -> tuple[Any, Any]:
+    """What the clock and SIGTERM say, the same for all processes of a run.
 
-        seconds = float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
-    return seconds
+    With several it is one tiny collective, for which nobody waits before it is read.
+
+    Args:
+      result: Any result of the run, which tells which devices, and so processes, it
+        runs on.
+      seconds: By the clock of this process.
+      preempted: Whether this process has got SIGTERM.
+
+    Returns:
+      Seconds by the clock of the first process, float32[], and whether any process was
+      preempted, bool[].
+    """
+    if result.is_fully_addressable:
+        return np.float32(seconds), np.bool_(preempted)
+    devices = sorted(result.sharding.device_set, key=lambda d: (d.process_index, d.id))
+    mesh = Mesh(np.array(devices), ("device",))
+    own = np.array([[seconds, preempted]], np.float32)
+    facts = jax.make_array_from_callback(
+        (len(devices), 2),
+        NamedSharding(mesh, PartitionSpec("device")),
+        lambda index: own,
+    )
+    return _first_and_any(facts, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_and_any(
+    facts: jax.Array, everywhere: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    facts = jax.lax.with_sharding_constraint(facts, everywhere)
+    return facts[0, 0], jnp.any(facts[:, 1] > 0)

@@ -120,11 +120,20 @@ def restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def without_keys(tree: Any) -> Any:
-    """Typed keys of `jax.random` as the integers that they are made of."""
-    return jax.tree.map(
-        lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
-    )
+def savable(tree: Any) -> Any:
+    """Leaves as Orbax takes them.
+
+    Typed keys of `jax.random` become the integers that they are made of. Of several
+    processes, arrays that each has for itself become NumPy's, which the first saves.
+    """
+
+    def as_saved(leaf: Any) -> Any:
+        if _is_key(leaf):
+            leaf = jax.random.key_data(leaf)
+        is_own = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+        return np.asarray(leaf) if is_own and jax.process_count() > 1 else leaf
+
+    return jax.tree.map(as_saved, tree)
 
 
 def like(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -517,6 +517,24 @@ def test_flaxs_own_state_is_traced_once_too():
     assert num_traces == 1
 
 
+def test_step_on_a_mesh_is_compiled_once(mesh, caplog):
+    data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    def small_step(state, x):
+        return train_step(state, jnp.sum(x))
+
+    with jax.log_compiles():
+        fit(
+            made(optax.sgd(RATE)),
+            small_step,
+            lambda step: jax.device_put(np.zeros(8, np.float32), data),
+            num_steps=4,
+            eval_every=2,
+        )
+    compiled = [r for r in caplog.messages if r.startswith("Finished XLA compilation")]
+    assert sum("jit(run_step)" in message for message in compiled) == 1
+
+
 def test_shardings_are_kept(mesh):
     data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     params = {"w": jax.device_put(jnp.ones(8), data)}
@@ -655,6 +673,57 @@ def test_second_interrupt_raises():
         )
     assert rows == [2, 4]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigterm_ends_the_run_when_an_early_stop_would():
+    def batches(step):
+        if step == 3:
+            # Schedulers and `timeout` send it twice.
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return targets(step)
+
+    rows = []
+    result = fit(
+        made(),
+        train_step,
+        batches,
+        num_steps=9,
+        eval_every=2,
+        loggers=[lambda step, row: rows.append(step)],
+    )
+    assert result.preempted
+    assert not result.interrupted
+    assert rows == [row["step"] for row in result.history] == [2, 4]
+    assert result.state.step == 6
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_at_the_end_of_a_run_ends_nothing():
+    def batches(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return targets(step)
+
+    result = fit(made(), train_step, batches, num_steps=4, eval_every=2)
+    assert not result.preempted
+    assert result.state.step == 4
+
+
+def test_handler_of_ones_own_is_left_in_force():
+    received = []
+
+    def batches(step):
+        signal.raise_signal(signal.SIGTERM)
+        return targets(step)
+
+    before = signal.signal(signal.SIGTERM, lambda *args: received.append(args[0]))
+    try:
+        result = fit(made(), train_step, batches, num_steps=4, eval_every=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM] * 4
+    assert not result.preempted
 
 
 def test_fit_runs_outside_of_the_main_thread():

@@ -374,6 +374,20 @@ def test_resumed_step_is_not_traced_again(tmp_path):
     assert num_traces == 1
 
 
+def test_sigterm_saves_at_the_next_evaluation_and_the_run_goes_on(whole, tmp_path):
+    cut = train(
+        tmp_path, cut_at(5, functools.partial(signal.raise_signal, signal.SIGTERM))
+    )
+    assert cut.preempted
+    assert cut.state.step == 6
+    assert [row["step"] for row in cut.history] == [2, 4, 6]
+    # No reason is latched: it was no decision about the run.
+    assert explained(cut).startswith("running")
+    resumed = train(tmp_path)
+    assert not resumed.preempted
+    assert_same_run(resumed, whole[1])
+
+
 def test_process_that_is_killed_is_resumed(tmp_path):
     """No handler runs, and a checkpoint is being written."""
     directory = tmp_path / "killed"
