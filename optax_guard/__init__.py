@@ -5,6 +5,8 @@ from optax_guard import stop as stop
 from optax_guard import threshold as threshold
 from optax_guard._accumulation import AccumulateState as AccumulateState
 from optax_guard._accumulation import accumulate as accumulate
+from optax_guard._adoption import adopt as adopt
+from optax_guard._adoption import release as release
 from optax_guard._clipping import ClipByNormState as ClipByNormState
 from optax_guard._clipping import RecordNormState as RecordNormState
 from optax_guard._clipping import clip_by_global_norm as clip_by_global_norm

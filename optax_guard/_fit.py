@@ -31,7 +31,7 @@ from optax_guard._host import (
     open_display,
     open_source,
 )
-from optax_guard._interval import close, first_interval, run_step
+from optax_guard._interval import close, first_interval, run_step, totals
 from optax_guard._progress import Progress
 from optax_guard._readout import metrics
 from optax_guard._rewind import (
@@ -150,7 +150,8 @@ def fit(
         ``grad_norm_mean``, the mean norm over the same steps;
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
         row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
-        takes back those since its checkpoint;
+        takes back those since its checkpoint; with `accumulate` also ``num_dropped``,
+        the micro-batches left out, and the rates are shares of accumulated steps;
       * ``rewinds``, with `rewind`: how often the run had gone back before;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
@@ -236,9 +237,9 @@ def fit(
                 stop, flags = _judge(stopper, stop, judged, params, facts)
                 state = with_plateau(state, stop, rewound)
             if is_guarded:
-                totals = metrics(state)
-                row["num_skipped"] = totals["num_skipped"]
-                flags |= flags_of_guard(totals)
+                counted = metrics(state)
+                row |= totals(counted)
+                flags |= flags_of_guard(counted)
             if rewind is not None:
                 row["rewinds"] = rewound.num_rewinds
             check_apart(row, values)

@@ -23,7 +23,8 @@ from optax_guard._clipping import (
     record_norm,
     select,
 )
-from optax_guard._statistics import as_float32, increment
+from optax_guard._norms import dtype_of, is_inexact
+from optax_guard._statistics import NormStats, as_float32, increment
 from optax_guard.skip import Signals, SkipReason, SkipRule
 from optax_guard.threshold import Threshold, as_threshold
 
@@ -63,6 +64,12 @@ class GuardState(NamedTuple):
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
       guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
         were all withheld; False after ``init`` and again after a step that is taken.
+      num_vanished: int32[], steps taken whose clipping has made the gradients' norm
+        smaller than a quarter of the parameters' machine epsilon times what it was
+        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes: the
+        coarsest): where the optimizer scales its updates with the gradients, as SGD
+        does, a parameter of that dtype then keeps its bits, unless its update would
+        have been larger than itself without the clip; 0 after ``init``.
       rejections: The last 16 withheld steps, a ``RejectionLog``.
       clip_state: State of the clip, with the norm's statistics.
       rule_states: States of the skip rules, a tuple.
@@ -73,6 +80,7 @@ class GuardState(NamedTuple):
     skip_streak: jax.Array
     skip_reason: jax.Array
     guard_exhausted: jax.Array
+    num_vanished: jax.Array
     rejections: RejectionLog
     clip_state: Any
     rule_states: tuple[Any, ...]
@@ -166,6 +174,7 @@ def guard(
             skip_streak=jnp.zeros((), jnp.int32),
             skip_reason=jnp.zeros((), jnp.int32),
             guard_exhausted=jnp.zeros((), jnp.bool_),
+            num_vanished=jnp.zeros((), jnp.int32),
             rejections=RejectionLog(
                 rejected_update=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
                 rejected_norm=jnp.zeros(NUM_REJECTIONS, jnp.float32),
@@ -213,6 +222,13 @@ def guard(
             skip_streak=streak,
             skip_reason=reason,
             guard_exhausted=streak >= max_consecutive_skips,
+            num_vanished=increment(
+                state.num_vanished,
+                ~is_skipped
+                & _is_lost_in_rounding(
+                    clip_state.stats, updates if params is None else params
+                ),
+            ),
             rejections=_log(state, updates, measured, value, reason),
             clip_state=clip_state,
             rule_states=rule_states,
@@ -381,6 +397,16 @@ def _verdict(
         learned = rule.learn(signals, is_skipped, restarted)
         new_states.append(select(is_finite, learned, state))
     return reason, tuple(new_states)
+
+
+def _is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
+    """Whether clipping has scaled by less than a quarter of the coarsest epsilon."""
+    dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+    # A change of half the distance to the next number, or less, is rounded away; that
+    # distance is at least half of epsilon times the number.
+    coarsest = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    is_small = stats.clipped_norm <= stats.grad_norm * (coarsest / 4)
+    return is_small & (stats.grad_norm > 0)
 
 
 def _loss(value: Any) -> jax.Array | None:

@@ -70,9 +70,10 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
       ``units_clipped``. From a guard: ``num_skipped``,
       ``skip_rate``, ``skip_streak``, ``skip_reason`` (a ``SkipReason``),
-      ``guard_exhausted``. From ``accumulate``: ``num_dropped`` micro-batches, and
-      their share ``drop_rate``. Where there are several, the first in ``find_states``'
-      order has these names, the next ``grad_norm_1`` and so on.
+      ``guard_exhausted``, ``num_vanished`` (see ``GuardState``). From ``accumulate``:
+      ``num_dropped`` micro-batches, and their share ``drop_rate``. Where there are
+      several, the first in ``find_states``' order has these names, the next
+      ``grad_norm_1`` and so on.
 
     Raises:
       ValueError: If nothing of this library is in ``state``.
@@ -237,6 +238,7 @@ def _as_scalars(watching: Any, guards: Any, accumulating: Any) -> dict[str, jax.
             skip_streak=state.skip_streak,
             skip_reason=state.skip_reason,
             guard_exhausted=state.guard_exhausted,
+            num_vanished=state.num_vanished,
         )
     for i, state in enumerate(accumulating):
         add(

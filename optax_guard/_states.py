@@ -50,9 +50,14 @@ def _find(tree: Any, cls: Any, *, within_found: bool) -> list[Any]:
             if child is not node:
                 visit(child)
 
-    # A tuple is an optimizer state itself, whatever its fields are called.
-    visit(tree if isinstance(tree, tuple) else getattr(tree, "opt_state", tree))
+    visit(opt_state_of(tree))
     return found
+
+
+def opt_state_of(tree: Any) -> Any:
+    """The optimizer state of a ``TrainState`` or an ``nnx.Optimizer``, or itself."""
+    # A tuple is an optimizer state itself, whatever its fields are called.
+    return tree if isinstance(tree, tuple) else getattr(tree, "opt_state", tree)
 
 
 def find_state(tree: Any, cls: type[State]) -> State:

@@ -209,6 +209,7 @@ def over(forms: dict[str, Form]) -> pytest.MarkDecorator:
 
 # What is public and no transformation: the tests that hold its laws are elsewhere.
 ELSEWHERE = {
+    "test_adoption": {"adopt", "release"},
     "test_readout": {
         "find_state",
         "find_states",
@@ -461,6 +462,7 @@ RECORDS = {
     "skip_streak",
     "skip_reason",
     "guard_exhausted",
+    "num_vanished",
     *og.RejectionLog._fields,
     "group_seen",
     "group_kept",
