@@ -61,6 +61,15 @@ demo: .venv/installed  ## train on real text with and without the guard (ARGS=--
 test: .venv/installed  ## run the tests and the examples in docstrings
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
+# Tests of numbers, with XLA's generator of code for the CPU as users have it. All other
+# tests are quicker with its older one.
+NUMERIC := $(patsubst %,tests/test_%.py,norms clipping guarding mixed_precision)
+
+.PHONY: test-codegen
+test-codegen: .venv/installed  ## run the tests of numbers as XLA compiles for users
+	OPTAX_GUARD_TEST_CODEGEN=default $(PY) -m pytest -n $(WORKERS) --dist loadgroup \
+	  $(NUMERIC) $(ARGS)
+
 # For developers --------------------------------------------------------------
 
 .PHONY: lint

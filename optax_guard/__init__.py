@@ -3,6 +3,10 @@
 from optax_guard import skip as skip
 from optax_guard import stop as stop
 from optax_guard import threshold as threshold
+from optax_guard._accumulation import AccumulateState as AccumulateState
+from optax_guard._accumulation import accumulate as accumulate
+from optax_guard._adoption import adopt as adopt
+from optax_guard._adoption import release as release
 from optax_guard._clipping import ClipByNormState as ClipByNormState
 from optax_guard._clipping import RecordNormState as RecordNormState
 from optax_guard._clipping import clip_by_global_norm as clip_by_global_norm
@@ -21,7 +25,6 @@ from optax_guard._guarding import GuardState as GuardState
 from optax_guard._guarding import RejectionLog as RejectionLog
 from optax_guard._guarding import apply_gradients as apply_gradients
 from optax_guard._guarding import guard as guard
-from optax_guard._guarding import keep_if_skipped as keep_if_skipped
 from optax_guard._norm_readout import leaf_norms as leaf_norms
 from optax_guard._norm_readout import norm_quantile as norm_quantile
 from optax_guard._presets import adagc as adagc
@@ -42,4 +45,5 @@ from optax_guard._unit_clipping import ClipByUnitNormState as ClipByUnitNormStat
 from optax_guard._unit_clipping import clip_by_unit_norm as clip_by_unit_norm
 from optax_guard._value_clipping import ClipByValueState as ClipByValueState
 from optax_guard._value_clipping import clip_by_value as clip_by_value
+from optax_guard._verdicts import keep_if_skipped as keep_if_skipped
 from optax_guard.skip import SkipReason as SkipReason

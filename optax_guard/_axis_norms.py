@@ -33,13 +33,15 @@ class Split(NamedTuple):
 Splits = tuple[Split, ...]
 
 
-def stacked_norms(leaves: Sequence[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
+def stacked_norms(
+    leaves: Sequence[jax.Array], axes: Axes, splits: Splits | None = None
+) -> jax.Array:
     """Euclidean norms along ``axes[i]`` of each leaf ``i``, one after another.
 
     Args:
       leaves: Floating arrays.
       axes: For each leaf the axes to reduce.
-      splits: For each leaf how it is split over devices.
+      splits: For each leaf how it is split over devices; ``None`` if none is.
 
     Returns:
       A vector of float32, or of float64 if a leaf is; infinite or NaN where entries
@@ -48,6 +50,8 @@ def stacked_norms(leaves: Sequence[jax.Array], axes: Axes, splits: Splits) -> ja
     """
     if not leaves:
         return jnp.zeros((0,), jnp.float32)
+    if splits is None:
+        splits = tuple(Split((), ((),) * x.ndim) for x in leaves)
     return _norms(list(leaves), axes, splits)
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._axis_norms import ratio, stacked_norms
+from optax_guard._base import dtype_of, is_inexact
 from optax_guard._groups import each_part
-from optax_guard._norms import dtype_of, is_inexact
+from optax_guard._mesh_axes import layouts
 from optax_guard._paths import for_each_leaf
 from optax_guard._unit_axes import unit_axes
 
@@ -39,7 +40,7 @@ def random_direction(
     leaves, structure = jax.tree.flatten(params)
     axes = unit_axes(params, axis)
     fixed = _excluded(params, exclude)
-    groups = each_part(params, axes)
+    groups = each_part(params, axes, layouts(params, None))
     drawn = list(map(jnp.zeros_like, leaves))
     for i, x in zip(groups.indices, groups.floating(params), strict=True):
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -34,7 +34,7 @@ from optax_guard._host import (
     open_display,
     open_source,
 )
-from optax_guard._interval import close, first_interval, run_step
+from optax_guard._interval import close, first_interval, run_step, totals
 from optax_guard._learning_rate import learning_rate_item
 from optax_guard._progress import Progress
 from optax_guard._readout import metrics
@@ -174,7 +174,8 @@ def fit(
         ``grad_norm_mean``, the mean norm over the same steps;
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
         row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
-        takes back those since its checkpoint;
+        takes back those since its checkpoint; with `accumulate` also ``num_dropped``,
+        the micro-batches left out, and the rates are shares of accumulated steps;
       * ``learning_rate`` of the last update, if the state or `learning_rate` tells it;
       * ``rewinds``, with `rewind`: how often the run had gone back before;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
@@ -274,9 +275,9 @@ def fit(
                 flags |= judged_flags
                 state = with_plateau(state, stop, rewound)
             if is_guarded:
-                totals = metrics(state)
-                row["num_skipped"] = totals["num_skipped"]
-                flags |= flags_of_guard(totals)
+                counted = metrics(state)
+                row |= totals(counted)
+                flags |= flags_of_guard(counted)
             if rewind is not None:
                 row["rewinds"] = rewound.num_rewinds
             if "learning_rate" not in values:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
 from optax_guard._base import (
@@ -14,20 +13,21 @@ from optax_guard._base import (
     check_count,
     check_number,
     check_state,
+    dtype_of,
+    is_inexact,
     part_of,
     transformation,
 )
+from optax_guard._branching import cast_like, take_or_keep
 from optax_guard._clipping import (
     Measurement,
     clip_by_global_norm,
-    map_inexact,
     record_norm,
     select,
 )
 from optax_guard._masking import counting_only
 from optax_guard._mesh_axes import varying_axes
-from optax_guard._states import find_states
-from optax_guard._statistics import as_float32, increment
+from optax_guard._statistics import NormStats, as_float32, increment
 from optax_guard.skip import Signals, SkipReason, SkipRule
 from optax_guard.threshold import Threshold, as_threshold
 
@@ -67,6 +67,12 @@ class GuardState(NamedTuple):
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
       guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
         were all withheld; False after ``init`` and again after a step that is taken.
+      num_vanished: int32[], steps taken whose clipping has made the gradients' norm
+        smaller than a quarter of the parameters' machine epsilon times what it was
+        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes: the
+        coarsest): where the optimizer scales its updates with the gradients, as SGD
+        does, a parameter of that dtype then keeps its bits, unless its update would
+        have been larger than itself without the clip; 0 after ``init``.
       rejections: The last 16 withheld steps, a ``RejectionLog``.
       clip_state: State of the clip, with the norm's statistics.
       rule_states: States of the skip rules, a tuple.
@@ -77,6 +83,7 @@ class GuardState(NamedTuple):
     skip_streak: jax.Array
     skip_reason: jax.Array
     guard_exhausted: jax.Array
+    num_vanished: jax.Array
     rejections: RejectionLog
     clip_state: Any
     rule_states: tuple[Any, ...]
@@ -182,12 +189,13 @@ def guard(
     rules = _as_rules(skip)
     check_count("max_consecutive_skips", max_consecutive_skips)
 
-    def init(params: optax.Params) -> GuardState:
+    def adopt(params: optax.Params, inner_state: Any) -> GuardState:
         return GuardState(
             num_skipped=jnp.zeros((), jnp.int32),
             skip_streak=jnp.zeros((), jnp.int32),
             skip_reason=jnp.zeros((), jnp.int32),
             guard_exhausted=jnp.zeros((), jnp.bool_),
+            num_vanished=jnp.zeros((), jnp.int32),
             rejections=RejectionLog(
                 rejected_update=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
                 rejected_norm=jnp.zeros(NUM_REJECTIONS, jnp.float32),
@@ -198,8 +206,11 @@ def guard(
             ),
             clip_state=clip_init(params),
             rule_states=tuple(rule.start() for rule in rules),
-            wrapped_state=inner.init(params),
+            wrapped_state=inner_state,
         )
+
+    def init(params: optax.Params) -> GuardState:
+        return adopt(params, inner.init(params))
 
     def judge(
         updates: optax.Updates,
@@ -233,6 +244,13 @@ def guard(
             skip_streak=streak,
             skip_reason=reason,
             guard_exhausted=streak >= max_consecutive_skips,
+            num_vanished=increment(
+                state.num_vanished,
+                ~is_skipped
+                & _is_lost_in_rounding(
+                    clip_state.stats, updates if params is None else params
+                ),
+            ),
             rejections=_log(state, updates, measured, value, reason),
             clip_state=clip_state,
             rule_states=rule_states,
@@ -254,10 +272,11 @@ def guard(
 
         def keep(like: Any, updates: optax.Updates, inner_state: Any) -> Any:
             del updates
-            return jax.tree.map(_zeros, like[0]), _cast(inner_state, like[1])
+            zeros = jax.tree.map(jnp.zeros_like, like[0])
+            return zeros, cast_like(inner_state, like[1])
 
-        new_updates, new_inner_state = _take_or_keep(
-            state.skip_reason,
+        new_updates, new_inner_state = take_or_keep(
+            state.skip_reason == SkipReason.NONE,
             take,
             keep,
             updates,
@@ -282,10 +301,10 @@ def guard(
 
         def keep(like: Any, grads: Any, params: Any, inner_state: Any) -> Any:
             del grads
-            return _cast((params, inner_state), like)
+            return cast_like((params, inner_state), like)
 
-        new_params, new_inner_state = _take_or_keep(
-            state.skip_reason,
+        new_params, new_inner_state = take_or_keep(
+            state.skip_reason == SkipReason.NONE,
             take,
             keep,
             grads,
@@ -296,7 +315,9 @@ def guard(
         )
         return new_params, state._replace(wrapped_state=new_inner_state)
 
-    return transformation(init, update, apply_gradients=apply_gradients)
+    return transformation(
+        init, update, apply_gradients=apply_gradients, judge=judge, adopt=adopt
+    )
 
 
 def apply_gradients(
@@ -339,51 +360,6 @@ def apply_gradients(
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state
-
-
-def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
-    """What else a step has changed, undone if the guard withheld the step.
-
-    For batch statistics, moving averages of parameters, a loss scale: whatever the
-    forward pass of a bad batch has spoilt outside of ``params`` and ``opt_state``.
-
-    Args:
-      opt_state: Optimizer state after the step, with a guard in it.
-      new: A tree of arrays, after the step.
-      old: The same tree before the step.
-
-    Returns:
-      ``old``, bit for bit, if the last step was withheld, else ``new``. With several
-      guards (as under ``optax.partition``), ``old`` if any of them withheld its step.
-
-    Raises:
-      ValueError: If there is no guard in ``opt_state``.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, optax_guard as og
-      >>> tx = og.guard(optax.sgd(0.1))
-      >>> updates, opt_state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))
-      >>> og.keep_if_skipped(opt_state, new=jnp.array([jnp.nan]), old=jnp.array([2.0]))
-      Array([2.], dtype=float32)
-    """
-    guards = find_states(opt_state, GuardState)
-    if not guards:
-        raise ValueError(
-            "`opt_state` must hold a `GuardState`, found none. Wrap the optimizer in "
-            "`guard`, and pass the state after its update."
-        )
-    reason = guards[0].skip_reason
-    for other in guards[1:]:
-        reason = jnp.maximum(reason, other.skip_reason)
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(
-            "`new` and `old` must have the same structure, got "
-            f"{jax.tree.structure(new)} and {jax.tree.structure(old)}."
-        )
-    new, old = jax.tree.map(jnp.asarray, (new, old))
-    return _take_or_keep(
-        reason, lambda new, old: new, lambda like, new, old: _cast(old, like), new, old
-    )
 
 
 def _clip_parts(clip: Any) -> tuple[Callable[..., Any], ...]:
@@ -445,6 +421,16 @@ def _verdict(
     return reason, tuple(new_states)
 
 
+def _is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
+    """Whether clipping has scaled by less than a quarter of the coarsest epsilon."""
+    dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+    # A change of half the distance to the next number, or less, is rounded away; that
+    # distance is at least half of epsilon times the number.
+    coarsest = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    is_small = stats.clipped_norm <= stats.grad_norm * (coarsest / 4)
+    return is_small & (stats.grad_norm > 0)
+
+
 def _loss(value: Any) -> jax.Array | None:
     """The loss given as ``value=``, checked."""
     if value is None:
@@ -485,58 +471,3 @@ def _log(
         == state.num_skipped % NUM_REJECTIONS
     )
     return select(slot & (reason != SkipReason.NONE), entry, state.rejections)
-
-
-def _take_or_keep(
-    reason: jax.Array,
-    take: Callable[..., Any],
-    keep: Callable[..., Any],
-    *operands: Any,
-    hides_bad: bool = False,
-    use_cond: bool = False,
-) -> Any:
-    """``take(*operands)`` where there is no reason against it, else ``keep``.
-
-    On CPU a masked result is a second copy of everything, and a branch is free; on TPU
-    and GPU the mask fuses into the optimizer and a branch is what costs. There,
-    ``hides_bad`` makes the first operand zeros where ``take`` does not count. With
-    ``use_cond`` it is a branch everywhere.
-    """
-    is_taken = reason == SkipReason.NONE
-    # Under jit it is traced once for its shapes and for both platforms.
-    take = jax.jit(take, inline=True)
-    like = jax.eval_shape(take, *operands)
-
-    def branch(*operands: Any) -> Any:
-        return lax.switch(
-            is_taken.astype(jnp.int32), [lambda *x: keep(like, *x), take], *operands
-        )
-
-    def mask(updates: Any, *others: Any) -> Any:
-        seen = updates
-        if hides_bad:
-            # What is masked out must not have been NaN: its derivative is 0 * NaN.
-            seen = map_inexact(
-                lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), seen
-            )
-        return select(is_taken, take(seen, *others), keep(like, updates, *others))
-
-    if use_cond:
-        return branch(*operands)
-    return lax.platform_dependent(*operands, cpu=branch, default=mask)
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros_like(like)
-
-
-def _cast(tree: Any, like: Any) -> Any:
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        raise ValueError(
-            "`inner` must not change the structure of its state in `update`, but "
-            f"turned {jax.tree.structure(tree)} into {jax.tree.structure(like)}: a "
-            "step that is withheld could not give the old state back."
-        )
-    return jax.tree.map(
-        lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), tree, like
-    )

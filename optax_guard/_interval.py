@@ -12,6 +12,9 @@ from optax_guard._readout import metrics
 from optax_guard._states import find_states
 from optax_guard._statistics import NormStats
 
+# Withheld steps; and micro-batches that an accumulation has left out.
+_TOTALS = ("num_skipped", "num_dropped")
+
 
 class NormSums(NamedTuple):
     """Counts of updates, and sums over those with a finite norm.
@@ -84,6 +87,11 @@ def first_interval(
         if name not in known
     }
     return _empty(dtypes, bool(stats), bool(find_states(state, GuardState)))
+
+
+def totals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `metrics`, the counts that a row of the history holds as they are."""
+    return {name: found[name] for name in _TOTALS if name in found}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._base import check_count, check_positive
+from optax_guard._base import check_count, check_positive, is_inexact
 from optax_guard._directions import (
     moved,
     principal_directions,
@@ -18,7 +18,7 @@ from optax_guard._directions import (
 )
 from optax_guard._host import open_display
 from optax_guard._lane import as_argument
-from optax_guard._norms import is_inexact, tree_norm
+from optax_guard._norms import tree_norm
 from optax_guard._progress import Progress
 
 # A norm is unstable that is so many times what is typical, as for the diagnosis.

@@ -19,7 +19,7 @@ from optax_guard._fit_inputs import (
     tracked,
 )
 from optax_guard._guarding import GuardState
-from optax_guard._interval import Interval, close, first_interval, run_step
+from optax_guard._interval import Interval, close, first_interval, run_step, totals
 from optax_guard._learning_rate import learning_rate_item
 from optax_guard._readout import metrics
 from optax_guard._rewind import with_plateau
@@ -140,7 +140,7 @@ def judge_of(functions: Functions) -> Callable[..., tuple[Lane, dict[str, Any]]]
             is_over |= stop.should_stop
         guards = find_states(state, GuardState)
         if guards:
-            row["num_skipped"] = metrics(state)["num_skipped"]
+            row |= totals(metrics(state))
             for guard in guards:
                 is_over |= guard.guard_exhausted
         if "learning_rate" not in values:

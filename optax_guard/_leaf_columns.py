@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._axis_norms import ratio, stacked_norms
+from optax_guard._base import is_inexact
 from optax_guard._norm_readout import leaf_norms
-from optax_guard._norms import is_inexact
 from optax_guard._paths import path_names
 
 LEAF_NORM, UPDATE_RATIO = "leaf_norm/", "update_ratio/"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._paths import path_names
+from optax_guard._paths import described
 
 # The items of a checkpoint: two trees of arrays, the first of which loads alone, and
 # a dict of JSON.
@@ -178,7 +178,8 @@ def _saved_tree(manager: Any, step: int, item: str) -> Any:
 
 
 def _check_same_tree(saved: Any, target: Any, where: str) -> None:
-    was, now = _described(saved), _described(target)
+    # Orbax knows the names along a path, but not whether they are keys or attributes.
+    was, now = described(saved), described(target)
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             raise ValueError(
@@ -187,14 +188,6 @@ def _check_same_tree(saved: Any, target: Any, where: str) -> None:
                 f"{was.get(name, 'not there')} ({where}). Resume with the model, the "
                 "optimizer and the rule of that run, or give a directory of its own."
             )
-
-
-def _described(tree: Any) -> dict[str, str]:
-    # Orbax knows the names along a path, but not whether they are keys or attributes.
-    return {
-        name: f"{leaf.dtype}{list(leaf.shape)}"
-        for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True)
-    }
 
 
 @contextlib.contextmanager

@@ -4,12 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 def path_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """Names of the leaves, as ``encoder/layers/0/kernel``."""
     paths = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def described(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf, by its name."""
+    leaves = jax.tree.leaves(tree)
+    return {
+        name: f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+        for name, leaf in zip(path_names(tree), leaves, strict=True)
+    }
 
 
 def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:

@@ -13,6 +13,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "clipped_norm": ("after clip", "{:.4g}".format),
     "clip_rate": ("clipped", "{:.1%}".format),
     "num_skipped": ("skipped", "{:g}".format),
+    "num_dropped": ("dropped", "{:g}".format),
     "train_loss": ("train loss", "{:.4g}".format),
     "val_loss": ("val loss", "{:.4g}".format),
 }

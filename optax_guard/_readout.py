@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._accumulation import AccumulateState
 from optax_guard._clipping import ClipByNormState, RecordNormState
 from optax_guard._group_clipping import ClipByGroupNormState, ClipByLeafNormState
 from optax_guard._guarding import NUM_REJECTIONS, GuardState
@@ -69,8 +70,10 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
       ``units_clipped``. From a guard: ``num_skipped``,
       ``skip_rate``, ``skip_streak``, ``skip_reason`` (a ``SkipReason``),
-      ``guard_exhausted``. Where there are several, the first in ``find_states``' order
-      has these names, the next ``grad_norm_1`` and so on.
+      ``guard_exhausted``, ``num_vanished`` (see ``GuardState``). From ``accumulate``:
+      ``num_dropped`` micro-batches, and their share ``drop_rate``. Where there are
+      several, the first in ``find_states``' order has these names, the next
+      ``grad_norm_1`` and so on.
 
     Raises:
       ValueError: If nothing of this library is in ``state``.
@@ -90,7 +93,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
             "`state` holds no state of this library. Wrap the optimizer in `guard`, or "
             "chain `clip_by_global_norm` or `record_norm` before it."
         )
-    return _as_scalars(watching, guards)
+    return _as_scalars(watching, guards, find_states(state, AccumulateState))
 
 
 def rejections(state: Any, params: Any = None) -> list[Rejection]:
@@ -197,7 +200,7 @@ def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
 
 
 @jax.jit
-def _as_scalars(watching: Any, guards: Any) -> dict[str, jax.Array]:
+def _as_scalars(watching: Any, guards: Any, accumulating: Any) -> dict[str, jax.Array]:
     named: dict[str, jax.Array] = {}
 
     def add(i: int, **values: jax.Array) -> None:
@@ -235,6 +238,13 @@ def _as_scalars(watching: Any, guards: Any) -> dict[str, jax.Array]:
             skip_streak=state.skip_streak,
             skip_reason=state.skip_reason,
             guard_exhausted=state.guard_exhausted,
+            num_vanished=state.num_vanished,
+        )
+    for i, state in enumerate(accumulating):
+        add(
+            i,
+            num_dropped=state.num_dropped,
+            drop_rate=_share(state.num_dropped, state.num_micro_batches),
         )
     return named
 

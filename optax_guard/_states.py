@@ -27,19 +27,37 @@ def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[S
       >>> [type(s).__name__ for s in og.find_states(state, og.RecordNormState)]
       ['RecordNormState']
     """
-    found: list[State] = []
+    return _find(tree, cls, within_found=True)
+
+
+def outermost_states(
+    tree: Any, cls: type[State] | tuple[type[State], ...]
+) -> list[State]:
+    """Those of ``find_states`` that are in no other of them."""
+    return _find(tree, cls, within_found=False)
+
+
+def _find(tree: Any, cls: Any, *, within_found: bool) -> list[Any]:
+    found: list[Any] = []
 
     def visit(node: Any) -> None:
         if isinstance(node, cls):
             found.append(jax.tree.map(_unwrap, node, is_leaf=_is_variable))
+            if not within_found:
+                return
         children = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
         for child in children:
             if child is not node:
                 visit(child)
 
-    # A tuple is an optimizer state itself, whatever its fields are called.
-    visit(tree if isinstance(tree, tuple) else getattr(tree, "opt_state", tree))
+    visit(opt_state_of(tree))
     return found
+
+
+def opt_state_of(tree: Any) -> Any:
+    """The optimizer state of a ``TrainState`` or an ``nnx.Optimizer``, or itself."""
+    # A tuple is an optimizer state itself, whatever its fields are called.
+    return tree if isinstance(tree, tuple) else getattr(tree, "opt_state", tree)
 
 
 def find_state(tree: Any, cls: type[State]) -> State:

@@ -12,14 +12,17 @@ from optax_guard._checkpoint import Checkpointer as Checkpointer
 from optax_guard._checkpoint import load_best as load_best
 from optax_guard._fit import FitResult as FitResult
 from optax_guard._fit import fit as fit
-from optax_guard._guarding import GuardState, apply_gradients, keep_if_skipped
+from optax_guard._guarding import GuardState, apply_gradients
 from optax_guard._rewind import Rewind as Rewind
 from optax_guard._states import find_states
+from optax_guard._verdicts import keep_if_skipped, last_reasons
+from optax_guard.skip import is_nonfinite
 
 try:
     from flax import struct
     from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
+    from flax.training.dynamic_scale import DynamicScale
 except ImportError as error:
     raise ImportError(
         "`optax_guard.flax` needs Flax: pip install 'optax-guard[flax]'",
@@ -149,6 +152,48 @@ class TrainState(train_state.TrainState):
 
         state = state.replace(step=jnp.zeros((), jnp.int32))
         return jax.tree.map(own, state)
+
+
+def update_dynamic_scale(dynamic_scale: DynamicScale, opt_state: Any) -> DynamicScale:
+    """The loss scale after a step, by the guard's verdict on that step.
+
+    For float16: unscale, judge once, clip after. `DynamicScale.value_and_grad` unscales
+    and judges; leave its ``dynamic_scale`` and ``is_finite`` unused and XLA drops that
+    reading of all gradients, so that the guard's remains the only one. The scale backs
+    off where gradients or loss were not finite; a finite step that a rule withheld
+    counts as finite. Put it into the state by ``replace``: given to `apply_gradients`
+    as a field it would be undone on a rejected step.
+
+    Args:
+      dynamic_scale: The scale that the gradients were computed with.
+      opt_state: Optimizer state after the step, with a guard in it. With
+        `optax_guard.accumulate`, the verdict is that on the micro-batch.
+
+    Returns:
+      What `DynamicScale` itself makes of that verdict.
+
+    Raises:
+      ValueError: If there is no guard in ``opt_state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> from flax.training.dynamic_scale import DynamicScale
+      >>> from optax_guard.flax import update_dynamic_scale
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> updates, opt_state = tx.update(jnp.array([jnp.inf]), tx.init(jnp.zeros(1)))
+      >>> update_dynamic_scale(DynamicScale(scale=1024.0), opt_state).scale.item()
+      512.0
+    """
+    reasons = last_reasons(opt_state)
+    if not reasons:
+        raise ValueError(
+            "`opt_state` must hold a `GuardState`, found none. Without a guard take "
+            "the scale that `DynamicScale.value_and_grad` returns."
+        )
+    is_bad = jnp.any(jnp.stack([is_nonfinite(reason) for reason in reasons]))
+    # Flax's own rule, asked about one number in place of all gradients.
+    stand_in = dynamic_scale.value_and_grad(lambda x: x * jnp.where(is_bad, jnp.nan, 0))
+    return stand_in(jnp.zeros(())).dynamic_scale
 
 
 def _has_overwritten(tree: Any) -> bool:

@@ -26,6 +26,11 @@ class SkipReason(enum.IntEnum):
     SPIKE = 4
 
 
+def is_nonfinite(reason: jax.Array) -> jax.Array:
+    """Whether a step was withheld for a NaN or an infinity, not by a rule."""
+    return (reason == SkipReason.NONFINITE) | (reason == SkipReason.NONFINITE_VALUE)
+
+
 class Signals(NamedTuple):
     """What a skip rule sees of a step. Both are finite when a rule is asked.
 

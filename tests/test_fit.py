@@ -167,6 +167,22 @@ def test_gradient_accumulation_counts_updates_not_steps():
     assert row["clip_rate"] == np.mean(np.array(norms) > CLIP)
 
 
+def test_dropped_micro_batches_are_counted_beside_withheld_steps():
+    tx = og.accumulate(GUARDED, 2)
+    data = with_nan(1, 4, 5)
+    result = fit(made(tx), train_step, data, num_steps=8, eval_every=4)
+    rows = result.history
+    assert [row["num_dropped"] for row in rows] == [1, 3]
+    assert [row["num_skipped"] for row in rows] == [0, 1]
+    # A share of accumulated steps, of which there are two in each row.
+    assert [row["skip_rate"] for row in rows] == [0.0, 0.5]
+    w = START.copy()
+    for good in ([0], [2, 3], [6, 7]):
+        grad = w - np.mean([np.float64(targets(step)) for step in good], axis=0)
+        w = w - RATE * min(1.0, CLIP / np.sqrt(np.sum(grad**2))) * grad
+    np.testing.assert_allclose(result.state.params["w"], w, rtol=1e-5)
+
+
 def explained(result):
     assert result.stop is not None
     return og.explain(result.stop)

@@ -179,6 +179,12 @@ FORMS = product() | {
         "guard", lambda c: og.guard(LAST, clip=og.clip_by_value(c)), 0.5, cut
     ),
     "guard with rules": Form("guard", with_rules, 1.0, scaled(2)),
+    "accumulate": Form(
+        "accumulate",
+        lambda c: og.accumulate(og.guard(LAST, clip=c), 1),
+        1.0,
+        scaled(2),
+    ),
     "plateau": Form("scale_by_plateau", og.stop.scale_by_plateau, watches=False),
 }
 
@@ -203,6 +209,7 @@ def over(forms: dict[str, Form]) -> pytest.MarkDecorator:
 
 # What is public and no transformation: the tests that hold its laws are elsewhere.
 ELSEWHERE = {
+    "test_adoption": {"adopt", "release"},
     "test_readout": {
         "find_state",
         "find_states",
@@ -455,7 +462,14 @@ RECORDS = {
     "skip_streak",
     "skip_reason",
     "guard_exhausted",
+    "num_vanished",
     *og.RejectionLog._fields,
+    "group_seen",
+    "group_kept",
+    "num_groups",
+    "num_micro_batches",
+    "num_dropped",
+    "drop_reason",
 }
 
 
@@ -489,7 +503,7 @@ def test_non_finite_updates_teach_nothing(name, entry):
 @by_name
 def test_only_guards_withhold_non_finite_updates(name):
     updates, state = step_of(name).after([SMALL, poisoned(SMALL, math.nan)])
-    is_guard = FORMS[name].factory == "guard"
+    is_guard = FORMS[name].factory in ("guard", "accumulate")
     zeros = jax.tree.map(jnp.zeros_like, SMALL)
     if is_guard or name == "norm zero":
         assert same_bits(updates, zeros)

@@ -1,0 +1,381 @@
+"""Accumulation: the mean of the good micro-batches makes one guarded step."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import optax_guard as og
+from tests.strategies import f32, same_bits, types_of
+
+RATE, DECAY, CLIP = 0.5, 0.9, 2.0
+NAN, INF = math.nan, math.inf
+LOOSE: Any = og
+
+
+def inner(max_norm: float = CLIP) -> Any:
+    rules = og.skip.norm_above(50.0)
+    return og.guard(optax.sgd(RATE, momentum=DECAY), clip=max_norm, skip=rules)
+
+
+def start() -> dict[str, Any]:
+    return {"b": jnp.float32(0.5), "w": jnp.arange(-3.0, 5.0)}
+
+
+def as_tree(x: Any) -> dict[str, Any]:
+    return {"b": jnp.asarray(f32(x[0])), "w": jnp.asarray(f32(x[1:]))}
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(float)
+
+
+TRACES: list[str] = []
+
+
+@functools.cache
+def stepper(mode: str) -> Any:
+    """One step `(params, state, grads, value, k)`, one program for every `k`."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads, value, k):
+        TRACES.append(mode)
+        tx: Any = og.accumulate(inner(), k)
+        if mode == "apply":
+            return og.apply_gradients(tx, params, state, grads, value=value)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(mode: str, batches: Any, values: Any, k: int) -> tuple[list[Any], Any]:
+    """Parameters after each micro-batch, and the last state."""
+    params, state, after = start(), og.accumulate(inner(), k).init(start()), []
+    types = types_of(state)
+    for grads, value in zip(batches, values, strict=True):
+        params, state = stepper(mode)(params, state, as_tree(grads), f32(value), k)
+        after.append(jax.tree.map(np.array, params))
+    assert types_of(state) == types
+    return after, state
+
+
+def oracle(batches: Any, values: Any, k: int) -> tuple[list[np.ndarray], int]:
+    """The same in float64, and how many micro-batches were dropped."""
+    w, trace, group, after, dropped = flat(start()), 0.0, [], [], 0
+    for i, (grads, value) in enumerate(zip(batches, values, strict=True)):
+        if np.isfinite(grads).all() and np.isfinite(value):
+            group.append(np.float64(f32(grads)))
+        else:
+            dropped += 1
+        if (i + 1) % k == 0 and group:
+            mean = np.mean(group, axis=0)
+            norm = np.linalg.norm(mean)
+            if norm <= 50:
+                trace = mean * min(1.0, CLIP / norm) + DECAY * trace
+                w = w - RATE * trace
+        if (i + 1) % k == 0:
+            group = []
+        after.append(w)
+    return after, dropped
+
+
+def some(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(num, 9)), rng.normal(size=num)
+
+
+def spoilt(bad: dict[int, float], num: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Micro-batches of which some have a bad entry, or, at a negative place, loss."""
+    batches, values = some(num)
+    for place, entry in bad.items():
+        if place < 0:
+            values[-place] = entry
+        else:
+            batches[place, place % 9] = entry
+    return batches, values
+
+
+CASES = {
+    "clean": {},
+    "first": {0: NAN, 4: INF},
+    "middle": {1: INF, 6: -INF, 9: NAN},
+    "last of a group": {3: NAN, 7: INF, 11: NAN},
+    "losses": {-1: NAN, -2: INF, -7: -INF},
+    "all but one": {4: NAN, 5: NAN, -6: NAN},
+    "a whole group": {4: NAN, 5: INF, 6: NAN, -7: NAN},
+    "finite, but too large for the rule": {5: 1e3},
+}
+
+
+@pytest.mark.parametrize("mode", ["update", "apply"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_steps_are_those_of_the_mean_over_the_good_ones(case, k, mode):
+    batches, values = spoilt(CASES[case])
+    after, state = run(mode, batches, values, k)
+    expected, dropped = oracle(batches, values, k)
+    for found, right in zip(after, expected, strict=True):
+        np.testing.assert_allclose(flat(found), right, rtol=2e-6, atol=2e-6)
+    assert og.metrics(state)["num_dropped"] == dropped
+    assert og.metrics(state)["drop_rate"] == pytest.approx(dropped / 12)
+
+
+def test_on_clean_data_it_is_what_multi_steps_gives():
+    multi: Any = optax.MultiSteps(
+        optax.chain(optax.clip_by_global_norm(CLIP), optax.sgd(RATE, momentum=DECAY)),
+        4,
+    )
+    update = jax.jit(multi.update)
+    batches, values = some(12)
+    after, _ = run("apply", batches, values, 4)
+    params, state = start(), multi.init(start())
+    for grads, found in zip(batches, after, strict=True):
+        updates, state = update(as_tree(grads), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(flat(found), flat(params), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["update", "apply"])
+def test_a_group_without_a_good_micro_batch_is_a_withheld_step(mode):
+    batches, values = some(8)
+    _, before = run(mode, batches[:4], values[:4], 4)
+    batches[4:, 0], batches[4:, 2] = NAN, INF
+    batches[7, 0] = 1.0
+    after, state = run(mode, batches, values, 4)
+    assert same_bits(after[3], after[7])
+    old, new = before.guard_state, state.guard_state
+    assert same_bits(old.wrapped_state, new.wrapped_state)
+    assert (new.num_skipped, new.skip_streak, state.num_dropped) == (1, 1, 4)
+    # On record is the last of them: the second leaf was at fault there.
+    [rejection] = og.rejections(state, start())
+    assert rejection.reason == og.SkipReason.NONFINITE
+    assert rejection.leaf == "w"
+    assert rejection.value == pytest.approx(values[7])
+    assert og.metrics(state)["num_updates"] == 2
+    assert og.metrics(state)["norm_max"] == og.metrics(before)["norm_max"]
+
+
+def test_groups_of_bad_micro_batches_exhaust_the_guard():
+    tx: Any = og.accumulate(og.guard(optax.sgd(0.1), max_consecutive_skips=2), 3)
+    params, flags = start(), []
+
+    @jax.jit
+    def step(params, state, value):
+        grads = jax.tree.map(jnp.ones_like, params)
+        return og.apply_gradients(tx, params, state, grads, value=value)
+
+    state = tx.init(params)
+    for value in [1.0] * 3 + [NAN] * 6 + [NAN, 1.0, NAN]:
+        params, state = step(params, state, f32(value))
+        flags.append(bool(og.metrics(state)["guard_exhausted"]))
+    assert flags == [False] * 8 + [True] * 3 + [False]
+
+
+def _keep(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    del state, params
+    return updates, (updates, jnp.asarray(extra_args["value"]))
+
+
+# It keeps what it was given.
+RECORDER = optax.GradientTransformationExtraArgs(
+    lambda params: (jax.tree.map(jnp.zeros_like, params), jnp.zeros(())), _keep
+)
+
+
+def test_inner_gets_the_mean_loss_of_the_good_ones():
+    tx: Any = og.accumulate(RECORDER, 4)
+    state = tx.init(jnp.zeros(1))
+    update = jax.jit(tx.update)
+    for loss in [1.0, NAN, 3.0, 5.0]:
+        _, state = update(jnp.ones(1), state, value=f32(loss))
+    assert state.guard_state.wrapped_state[1] == 3.0
+    # The next group starts anew.
+    for loss in [NAN, 7.0, 8.0, NAN]:
+        _, state = update(jnp.ones(1), state, value=f32(loss))
+    assert state.guard_state.wrapped_state[1] == 7.5
+
+
+def test_a_schedule_of_k_is_called_with_the_groups_closed():
+    tx: Any = og.accumulate(optax.sgd(1.0), lambda groups: 1 + groups)
+    batches = np.arange(1, 7, dtype=np.float32)
+
+    @jax.jit
+    def all_of_them(params):
+        def body(carry, grad):
+            params, state = og.apply_gradients(tx, carry[0], carry[1], grad)
+            return (params, state), params
+
+        return jax.lax.scan(body, (params, tx.init(params)), batches)[1]
+
+    params = np.array(all_of_them(jnp.zeros(())))
+    np.testing.assert_allclose(params, [-1, -1, -3.5, -3.5, -3.5, -8.5], rtol=1e-6)
+
+
+def test_bfloat16_gradients_are_added_in_float32():
+    # In half precision the small ones would be lost beside the first.
+    tx: Any = og.accumulate(RECORDER, 64)
+    small = 2.0**-10
+    batches = jnp.full((64, 1), small, jnp.bfloat16).at[0].set(1.0)
+
+    def body(state, grad):
+        return tx.update(grad, state, jnp.zeros(1), value=0.0)[1], None
+
+    state: Any = jax.lax.scan(body, tx.init(jnp.zeros(1)), batches)[0]
+    mean = (1 + 63 * small) / 64
+    assert state.grad_mean.dtype == jnp.float32
+    # Parameters in float32 get the mean as it is.
+    np.testing.assert_allclose(state.guard_state.wrapped_state[0], mean, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_doubles_are_added_as_doubles():
+    tx: Any = og.accumulate(optax.sgd(1.0), 3)
+    params = jnp.zeros(2, jnp.float64)
+    batches = np.random.default_rng(0).normal(size=(3, 2))
+
+    def body(carry, grads):
+        return og.apply_gradients(tx, carry[0], carry[1], grads), None
+
+    carry: Any = params, tx.init(params)
+    params: Any = jax.lax.scan(body, carry, batches)[0][0]
+    np.testing.assert_allclose(params, -batches.mean(axis=0), rtol=1e-14)
+
+
+def all_steps(params, batches, values):
+    """Groups of four, scanned."""
+    tx: Any = og.accumulate(inner(), 4)
+
+    def body(carry, batch):
+        (params, state), (grads, value) = carry, batch
+        return og.apply_gradients(tx, params, state, grads, value=value), None
+
+    return jax.lax.scan(body, (params, tx.init(params)), (batches, values))[0]
+
+
+def test_members_of_a_population_drop_their_own():
+    clean, bad = some(8, seed=1), spoilt({1: INF, 6: -INF}, 8)
+    batches, values = (np.stack(pair) for pair in zip(clean, bad, strict=True))
+    grads = {"b": f32(batches[..., 0]), "w": f32(batches[..., 1:])}
+    many = jax.jit(jax.vmap(all_steps, in_axes=(None, 0, 0)))
+    params, state = many(start(), grads, f32(values))
+    for i in range(2):
+        expected, _ = oracle(batches[i], values[i], 4)
+        found = flat(jax.tree.map(lambda x, i=i: x[i], params))
+        np.testing.assert_allclose(found, expected[-1], rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(state.num_dropped, [0, 2])
+
+
+def test_sharded_over_devices_it_is_what_one_device_gives(mesh):
+    def split(*axes):
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    batches, values = spoilt(CASES["a whole group"])
+    place = {"b": split(), "w": split("data")}
+    grads = {"b": f32(batches[:, 0]), "w": f32(batches[:, 1:])}
+    grads = jax.device_put(grads, {"b": split(), "w": split(None, "data")})
+    params, state = jax.jit(all_steps)(
+        jax.device_put(start(), place), grads, f32(values)
+    )
+    expected, dropped = oracle(batches, values, 4)
+    np.testing.assert_allclose(flat(params), expected[-1], rtol=2e-6, atol=2e-6)
+    assert og.metrics(state)["num_dropped"] == dropped
+    assert state.grad_mean["w"].sharding.is_equivalent_to(place["w"], 1)
+
+
+def test_only_the_accumulator_is_as_large_as_the_parameters():
+    tx: Any = og.accumulate(og.guard(optax.adamw(0.1), clip=1.0), 4)
+    size, num_leaves = 1 << 18, 8
+    params = {str(i): jax.ShapeDtypeStruct((size,), jnp.float32) for i in range(8)}
+
+    def step(params, state, grads):
+        return og.apply_gradients(tx, params, state, grads, value=1.0)
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+        params, jax.eval_shape(tx.init, params), params
+    )
+    memory: Any = lowered.compile().memory_analysis()
+    # Parameters, two moments and the accumulator, all in place; one leaf for the norm.
+    assert memory.alias_size_in_bytes == pytest.approx(
+        4 * 4 * num_leaves * size, rel=0.01
+    )
+    assert memory.temp_size_in_bytes <= 4 * size * 1.05
+
+
+def test_step_is_traced_once():
+    run("apply", *spoilt(CASES["middle"]), 4)
+    run("apply", *spoilt(CASES["losses"]), 3)
+    assert TRACES.count("apply") == 1
+
+
+def test_integer_leaves_and_holes_are_left_alone():
+    tx: Any = og.accumulate(og.guard(optax.identity(), clip=1.0), 2)
+    tree = {"n": jnp.int32(3), "w": jnp.array([3.0, 4.0]), "none": None}
+    _, state = tx.update(tree, tx.init(tree))
+    updates: Any = tx.update(tree, state)[0]
+    assert updates["n"] == 3
+    np.testing.assert_allclose(updates["w"], [0.6, 0.8], rtol=1e-6)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match="`inner` must be an optax transformation"):
+        LOOSE.accumulate(3, 2)
+    with pytest.raises(ValueError, match="`every_k` must be a whole number"):
+        og.accumulate(optax.sgd(0.1), 0)
+    with pytest.raises(TypeError, match="`state` of `accumulate` must be a"):
+        og.accumulate(optax.sgd(0.1), 2).update(jnp.ones(1), LOOSE, None)
+
+
+# What else a micro-batch has changed
+
+
+def kept(tx: Any, batches: Any) -> list[bool]:
+    """Whether what each call of `update` has changed beside is kept."""
+
+    @jax.jit
+    def step(state, grads):
+        _, state = tx.update(grads, state, jnp.zeros(1), value=0.0)
+        return state, og.keep_if_skipped(state, jnp.array(True), jnp.array(False))
+
+    state, found = tx.init(jnp.zeros(1)), []
+    for grads in batches:
+        state, is_kept = step(state, f32([grads]))
+        found.append(bool(is_kept))
+    return found
+
+
+def test_keep_if_skipped_undoes_dropped_micro_batches_and_withheld_groups():
+    tx: Any = og.accumulate(og.guard(optax.sgd(1.0), skip=og.skip.norm_above(10.0)), 2)
+    batches = [1, NAN, 1, 1, 99, 99, 1, 1, INF, 1, NAN, NAN, 1, 1]
+    expected = [1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1]
+    assert kept(tx, batches) == [bool(x) for x in expected]
+
+
+def test_a_verdict_inside_multi_steps_counts_only_for_the_call_that_made_it():
+    guard = og.guard(optax.sgd(1.0), skip=og.skip.norm_above(10.0))
+    tx: Any = optax.MultiSteps(guard, 2).gradient_transformation()
+    expected = [True, False, True, True, True, False, True, True]
+    assert kept(tx, [99, 99, 1, 1, 99, 99, 1, 1]) == expected
+
+
+def test_inside_multi_steps_that_skip_nan_the_guard_sees_clean_means():
+    guard = og.guard(optax.sgd(RATE, momentum=DECAY), clip=CLIP)
+    tx: Any = optax.MultiSteps(guard, 2, should_skip_update_fn=optax.skip_not_finite)
+    batches, values = spoilt({1: NAN, 6: INF}, 10)
+    update = jax.jit(tx.update)
+    params, state = start(), tx.init(start())
+    for grads in batches:
+        updates, state = update(as_tree(grads), state, params)
+        params = optax.apply_updates(params, updates)
+    # There a group is as many good micro-batches.
+    good = np.isfinite(batches).all(axis=1)
+    expected, _ = oracle(batches[good], values[good], 2)
+    np.testing.assert_allclose(flat(params), expected[-1], rtol=2e-6, atol=2e-6)
+    m = og.metrics(state)
+    assert (m["num_updates"], m["num_skipped"]) == (4, 0)
