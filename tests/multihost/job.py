@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -21,7 +22,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import optax_guard as og
-from optax_guard.flax import Checkpointer, FitResult, TrainState, fit, load_best
+from optax_guard.flax import (
+    Checkpointer,
+    FitResult,
+    Rewind,
+    TrainState,
+    fit,
+    load_best,
+)
 
 NUM_STEPS, EVAL_EVERY = 14, 2
 EXAMPLES, FEATURES, CLASSES = 16, 8, 4
@@ -221,6 +229,16 @@ def timed(job: Job, folder: pathlib.Path) -> dict[str, Any]:
         return job.found(job.fit(None, stopper=stopper))
 
 
+def rewound(job: Job, folder: pathlib.Path) -> dict[str, Any]:
+    # Before the first evaluation any value is too high, so it goes back to step 0.
+    stopper = og.early_stopping(og.stop.divergence(0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rewind = Rewind(times=1, lr_factor=1.0)
+        result = job.fit(folder / "rewound", stopper=stopper, rewind=rewind)
+    return job.found(result)
+
+
 def killed(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     last = jax.process_count() - 1
     return job.found(job.fit(folder / "killed", send(signal.SIGKILL, last)))
@@ -232,7 +250,16 @@ def restarted(job: Job, folder: pathlib.Path) -> dict[str, Any]:
 
 RUNS = {
     run.__name__: run
-    for run in (whole, preempted, resumed, preempted_unsaved, timed, killed, restarted)
+    for run in (
+        whole,
+        preempted,
+        resumed,
+        preempted_unsaved,
+        timed,
+        rewound,
+        killed,
+        restarted,
+    )
 }
 
 

@@ -28,7 +28,7 @@ SECONDS_TO_END = HEARTBEAT_SECONDS + 60
 ROOT = pathlib.Path(__file__).parents[2]
 # By the number of processes.
 RUNS = {
-    2: ("whole", "preempted", "resumed", "preempted_unsaved", "timed", "killed"),
+    2: ("whole", "preempted_unsaved", "timed", "rewound", "killed"),
     4: ("whole", "preempted", "resumed"),
 }
 SAME = ("history", "step", "explained", "preempted", "best_params", "params")
@@ -175,8 +175,8 @@ def test_only_the_first_process_writes(job):
         assert other["displayed"] == [0, 0]
 
 
-def test_sigterm_to_one_process_ends_all_at_the_same_evaluation(job):
-    for found in job.found("preempted"):
+def test_sigterm_to_one_process_ends_all_at_the_same_evaluation(jobs):
+    for found in jobs[4].found("preempted"):
         assert found["preempted"]
         assert not found["interrupted"]
         assert found["explained"].startswith("running")
@@ -184,8 +184,8 @@ def test_sigterm_to_one_process_ends_all_at_the_same_evaluation(job):
         assert found["step"] == 6
 
 
-def test_run_ended_by_sigterm_goes_on_bit_for_bit(job):
-    resumed, whole = job.found("resumed")[0], job.found("whole")[0]
+def test_run_ended_by_sigterm_goes_on_bit_for_bit(jobs):
+    resumed, whole = (jobs[4].found(run)[0] for run in ("resumed", "whole"))
     assert not resumed["preempted"]
     assert the_same(resumed) == the_same(whole)
 
@@ -201,6 +201,12 @@ def test_time_is_that_of_the_first_process(jobs):
     for found in jobs[2].found("timed"):
         assert found["train_seconds"] == 3.0
         assert "stopped at evaluation 2 (BUDGET)" in found["explained"]
+
+
+def test_all_go_back_to_what_was_saved_before_the_first_step(jobs):
+    for found in jobs[2].found("rewound"):
+        assert [(r["step"], r["rewinds"]) for r in found["history"]] == [(2, 0), (4, 1)]
+        assert "stopped at evaluation 1 (DIVERGED)" in found["explained"]
 
 
 def test_death_of_one_process_ends_the_other_with_an_error(jobs):
