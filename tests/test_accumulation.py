@@ -194,12 +194,12 @@ def test_inner_gets_the_mean_loss_of_the_good_ones():
     state = tx.init(jnp.zeros(1))
     update = jax.jit(tx.update)
     for loss in [1.0, NAN, 3.0, 5.0]:
-        _, state = update(jnp.ones(1), state, value=f32(loss))
+        _, state = update(f32([1e30]), state, value=f32(loss))
     assert state.guard_state.wrapped_state[1] == 3.0
-    # The next group starts anew.
+    # The next group starts anew: nothing is left of what was large.
     for loss in [NAN, 7.0, 8.0, NAN]:
-        _, state = update(jnp.ones(1), state, value=f32(loss))
-    assert state.guard_state.wrapped_state[1] == 7.5
+        _, state = update(f32([0.75]), state, value=f32(loss))
+    assert state.guard_state.wrapped_state == (0.75, 7.5)
 
 
 def test_a_schedule_of_k_is_called_with_the_groups_closed():
@@ -219,19 +219,24 @@ def test_a_schedule_of_k_is_called_with_the_groups_closed():
 
 
 def test_bfloat16_gradients_are_added_in_float32():
-    # In half precision the small ones would be lost beside the first.
+    # In bfloat16 the small ones would be lost beside the first.
     tx: Any = og.accumulate(RECORDER, 64)
     small = 2.0**-10
     batches = jnp.full((64, 1), small, jnp.bfloat16).at[0].set(1.0)
+    params = {"half": jnp.zeros(1, jnp.bfloat16), "wide": jnp.zeros(1)}
 
     def body(state, grad):
-        return tx.update(grad, state, jnp.zeros(1), value=0.0)[1], None
+        grads = {"half": grad, "wide": grad}
+        return tx.update(grads, state, params, value=0.0)[1], None
 
-    state: Any = jax.lax.scan(body, tx.init(jnp.zeros(1)), batches)[0]
-    mean = (1 + 63 * small) / 64
-    assert state.grad_mean.dtype == jnp.float32
-    # Parameters in float32 get the mean as it is.
-    np.testing.assert_allclose(state.guard_state.wrapped_state[0], mean, rtol=1e-6)
+    state: Any = jax.lax.scan(body, tx.init(params), batches)[0]
+    mean = f32([(1 + 63 * small) / 64])
+    given = state.guard_state.wrapped_state[0]
+    for leaf in (*state.grad_mean.values(), given["wide"]):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, mean, rtol=1e-6)
+    # Parameters in bfloat16 get their own dtype.
+    assert given["half"] == mean.astype(jnp.bfloat16)
 
 
 @pytest.mark.usefixtures("x64")

@@ -198,13 +198,15 @@ def test_steps_counted_as_vanished_are_those_that_move_nothing(dtype):
     eps = float(jnp.finfo(dtype).eps)
     rng = np.random.default_rng(2)
     weights = rng.choice([-1, 1], 64) * rng.uniform(1, 4, 64)
-    weights[:2] = 1.0, -2.0
+    # At both ends of a binade, where a number is most and least easily changed.
+    weights[:3] = 1.0, -2.0, 2.0 - eps
     weights = weights.astype(dtype)
     # No unclipped update is larger than its parameter.
     grads = (weights.astype(np.float64) * rng.uniform(0.1, 1, 64)).astype(dtype)
+    grads[:3] = weights[:3]
     norm = np.linalg.norm(grads.astype(np.float64))
     # Coefficients of clipping; at the last there is nothing to clip.
-    coefficients = f32([eps / 5, eps / 300, eps / 4.1, 4 * eps, 0.3, 2.0])
+    coefficients = f32([eps / 5, eps / 300, eps / 4.1, eps / 2.5, 4 * eps, 0.3, 2.0])
 
     @jax.jit
     def after(max_norm):
@@ -221,7 +223,7 @@ def test_steps_counted_as_vanished_are_those_that_move_nothing(dtype):
         assert same_bits(params, weights) == same_bits(moved, weights)
         counted.append(int(num_vanished))
         assert counted[-1] == same_bits(moved, weights)
-    assert counted == [1, 1, 1, 0, 0, 0]
+    assert counted == [1, 1, 1, 0, 0, 0, 0]
 
 
 def test_vanished_steps_add_up_and_withheld_ones_do_not_count():

@@ -151,6 +151,25 @@ def test_cost(name, platform, layout, dtype):
     check(name, case, cost(name, case), cost(OPTAX_CLIP, case))
 
 
+def test_accumulation_adds_the_accumulator_and_nothing_of_its_size(platform):
+    case = Case(platform)
+    params = case.params()
+    tx = og.accumulate(og.guard(adamw(), clip=1.0), every_k=4)
+    opt_state = case.place(jax.eval_shape(tx.init, params))
+    measured = compile_step(by_apply_gradients(tx), case, params, opt_state, params)[0]
+    # Of every micro-batch: its gradients are read to be judged, and again to be added
+    # to the accumulator, which is read and written. The rest, in the branch that takes
+    # the step, is a guarded step, whose gradients are the accumulator.
+    most_passes, most_all_reduces = limits(GUARDED, case)
+    assert measured.passes <= 4 + most_passes + 0.01
+    assert measured.all_reduces <= 1 + most_all_reduces
+    assert measured.other_collectives == 0
+    assert measured.conditionals == 1
+    assert measured.host_transfers == 0
+    assert measured.alias_bytes >= 4 * case.array_bytes
+    assert measured.temp_bytes < 5e6
+
+
 def recorded() -> dict[tuple[str, Case], Cost]:
     """What `python -m benchmarks.accelerators` has found, by step and case."""
     rows = json.loads((RESULTS / "accelerators.json").read_text())["rows"]
