@@ -427,8 +427,8 @@ def _is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
     # A change of half the distance to the next number, or less, is rounded away; that
     # distance is at least half of epsilon times the number.
     coarsest = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-    is_small = stats.clipped_norm <= stats.grad_norm * (coarsest / 4)
-    return is_small & (stats.grad_norm > 0)
+    # Strictly, so that zeros have not vanished.
+    return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
 
 
 def _loss(value: Any) -> jax.Array | None:
