@@ -232,6 +232,11 @@ def guard(
         )
         is_skipped = reason != SkipReason.NONE
         streak = jnp.where(is_skipped, increment(state.skip_streak, True), 0)
+        num_vanished = state.num_vanished
+        if clip is not None:  # What only watches makes nothing smaller.
+            like = updates if params is None else params
+            has_vanished = _is_lost_in_rounding(clip_state.stats, like)
+            num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
         # What the clip learns steers later steps, so a withheld step must not teach it;
         # what it counts and shows is a record of every step.
         clip_state = clip_state._replace(
@@ -244,13 +249,7 @@ def guard(
             skip_streak=streak,
             skip_reason=reason,
             guard_exhausted=streak >= max_consecutive_skips,
-            num_vanished=increment(
-                state.num_vanished,
-                ~is_skipped
-                & _is_lost_in_rounding(
-                    clip_state.stats, updates if params is None else params
-                ),
-            ),
+            num_vanished=num_vanished,
             rejections=_log(state, updates, measured, value, reason),
             clip_state=clip_state,
             rule_states=rule_states,
