@@ -25,7 +25,7 @@ from optax_guard._clipping import (
     record_norm,
     select,
 )
-from optax_guard._masking import counting_only
+from optax_guard._masking import counting_only, hide
 from optax_guard._mesh_axes import varying_axes
 from optax_guard._statistics import NormStats, as_float32, increment
 from optax_guard.skip import Signals, SkipReason, SkipRule
@@ -69,10 +69,10 @@ class GuardState(NamedTuple):
         were all withheld; False after ``init`` and again after a step that is taken.
       num_vanished: int32[], steps taken whose clipping has made the gradients' norm
         smaller than a quarter of the parameters' machine epsilon times what it was
-        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes: the
-        coarsest): where the optimizer scales its updates with the gradients, as SGD
-        does, a parameter of that dtype then keeps its bits, unless its update would
-        have been larger than itself without the clip; 0 after ``init``.
+        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes that
+        count: the coarsest): where the optimizer scales its updates with the gradients,
+        as SGD does, a parameter of that dtype then keeps its bits, unless its update
+        would have been larger than itself without the clip; 0 after ``init``.
       rejections: The last 16 withheld steps, a ``RejectionLog``.
       clip_state: State of the clip, with the norm's statistics.
       rule_states: States of the skip rules, a tuple.
@@ -235,7 +235,8 @@ def guard(
         num_vanished = state.num_vanished
         if clip is not None:  # What only watches makes nothing smaller.
             like = updates if params is None else params
-            has_vanished = _is_lost_in_rounding(clip_state.stats, like)
+            counted = like if mask is True else hide(mask, like)
+            has_vanished = _is_lost_in_rounding(clip_state.stats, counted)
             num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
         # What the clip learns steers later steps, so a withheld step must not teach it;
         # what it counts and shows is a record of every step.

@@ -16,16 +16,16 @@ def counting_only(
     """The three parts of a clip, for the leaves where ``mask`` is true."""
 
     def init_counted(params: Any) -> Any:
-        return init(_hide(mask, params))
+        return init(hide(mask, params))
 
     def measure_counted(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        params = None if params is None else _hide(mask, params)
-        return measure(_hide(mask, updates), state, params, **extra_args)
+        params = None if params is None else hide(mask, params)
+        return measure(hide(mask, updates), state, params, **extra_args)
 
     def rescale_counted(updates: Any, measured: Any) -> Any:
-        rescaled = jax.tree.leaves(rescale(_hide(mask, updates), measured))
+        rescaled = jax.tree.leaves(rescale(hide(mask, updates), measured))
         leaves, structure = jax.tree.flatten(updates)
         counts = _counts(mask, updates)
         chosen = zip(counts, rescaled, leaves, strict=True)
@@ -34,7 +34,7 @@ def counting_only(
     return init_counted, measure_counted, rescale_counted
 
 
-def _hide(mask: Any, tree: Any) -> Any:
+def hide(mask: Any, tree: Any) -> Any:
     """The tree with something that is not floating in place of what does not count.
 
     All other leaves keep their index, and settings that are trees still fit.

@@ -238,3 +238,15 @@ def test_vanished_steps_add_up_and_withheld_ones_do_not_count():
     # What is added to float32 does not vanish.
     _, state = update(half, tx.init(half), half.astype(jnp.float32))
     assert og.metrics(state)["num_vanished"] == 0
+
+
+def test_dtype_of_what_is_masked_out_does_not_count():
+    """A frozen base in bfloat16 tells nothing of float32 adapters, which do move."""
+    params = {"base": jnp.ones(2, jnp.bfloat16), "lora": jnp.ones(2)}
+    grads = jax.tree.map(lambda p: 1e3 * p, params)
+    for mask, num_vanished in (({"base": False, "lora": True}, 0), (True, 1)):
+        tx: Any = og.guard(optax.sgd(1e-2), clip=0.5, mask=mask)
+        moved: Any
+        moved, state = og.apply_gradients(tx, params, tx.init(params), grads)
+        assert og.metrics(state)["num_vanished"] == num_vanished
+        assert (moved["lora"] != params["lora"]).all()

@@ -44,7 +44,10 @@ def update(tx, *args, **extra) -> Any:
 def filled(values, relative_error=0.01, dtype=jnp.int32, decay=None):
     start = sketch_init((), relative_error, dtype)
     values = jnp.asarray(np.asarray(values), jnp.float32)
-    add = lambda sketch, x: (sketch_add(sketch, x, decay), None)  # noqa: E731
+
+    def add(sketch, x):
+        return sketch_add(sketch, x, decay), None
+
     return jax.jit(lambda v: jax.lax.scan(add, start, v)[0])(values)
 
 

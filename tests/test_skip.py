@@ -303,7 +303,9 @@ def test_adaptive_norm_above_follows_a_lasting_rise():
 
 
 def test_schedule_of_norm_above_goes_on_when_it_is_overruled():
-    limit = lambda step: jnp.where(step < 5, 10.0, 1.0)  # noqa: E731
+    def limit(step):
+        return jnp.where(step < 5, 10.0, 1.0)
+
     norms = np.full(12, 2.0)
     reasons, _ = play(og.skip.norm_above(limit), norms, max_consecutive_skips=2)
     assert reasons.astype(bool).tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1]

@@ -445,7 +445,10 @@ def test_types_are_fixed_under_x64(name, x64):
     updates = jnp.full(2, 1e-3, jnp.float64)
     state = start(tx, updates)
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
-    step = lambda state, scale: update(tx, updates * scale, state)[::-1]  # noqa: E731
+
+    def step(state, scale):
+        return update(tx, updates * scale, state)[::-1]
+
     # The loop itself requires that types stay; the last norm is no float32.
     state, _ = jax.lax.scan(step, state, jnp.array([*range(1, 40), 1e100]))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.threshold))
