@@ -57,18 +57,19 @@ $(ACCELERATORS)/installed: .venv/installed
 demo: .venv/installed  ## train on real text with and without the guard (ARGS=--quick)
 	$(PY) -m optax_guard demo $(ARGS)
 
+# Tests of numbers are compiled as XLA does for users; the others with its older
+# generator of code for the CPU, which is several times as quick.
+NUMERIC := $(patsubst %,tests/test_%.py,norms clipping guarding mixed_precision)
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
 .PHONY: test
 test: .venv/installed  ## run the tests and the examples in docstrings
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
-
-# Tests of numbers, with XLA's generator of code for the CPU as users have it. All other
-# tests are quicker with its older one.
-NUMERIC := $(patsubst %,tests/test_%.py,norms clipping guarding mixed_precision)
-
-.PHONY: test-codegen
-test-codegen: .venv/installed  ## run the tests of numbers as XLA compiles for users
-	OPTAX_GUARD_TEST_CODEGEN=default $(PY) -m pytest -n $(WORKERS) --dist loadgroup \
-	  $(NUMERIC) $(ARGS)
+ifeq ($(ARGS),)
+	OPTAX_GUARD_TEST_CODEGEN=quick $(PYTEST) $(addprefix --ignore=,$(NUMERIC))
+	$(PYTEST) $(NUMERIC)
+else
+	$(PYTEST) $(ARGS)
+endif
 
 # For developers --------------------------------------------------------------
 
@@ -92,8 +93,7 @@ bench: .venv/installed  ## print the cost of a guarded step beside Optax's (ARGS
 
 .PHONY: test-accelerators
 test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert the cost
-	PYTHONPATH=$(ACCELERATORS) $(PY) -m pytest -n $(WORKERS) --dist loadgroup \
-	  tests/accelerators $(ARGS)
+	PYTHONPATH=$(ACCELERATORS) $(PYTEST) tests/accelerators $(ARGS)
 
 # In one process: the jobs that it starts have enough of their own.
 .PHONY: test-multihost
