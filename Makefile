@@ -100,9 +100,18 @@ test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert
 test-multihost: .venv/installed  ## run `fit` on several processes of this machine
 	$(PY) -m pytest -n 0 -m multihost tests/multihost $(ARGS)
 
+# Executed notebooks go to OUT; `make notebooks OUT=notebooks` renews the committed ones.
+# Side by side, because most of the time is compilation, on one core; a cell that raises
+# fails the target.
+OUT ?= build/notebooks
+
 .PHONY: notebooks
 notebooks: .venv/installed-notebooks  ## execute every notebook
-	$(PY) -m nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
+	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P $(WORKERS) $(PY) -m nbconvert \
+	  --to notebook --execute --output-dir $(OUT) --log-level=WARN \
+	  --ExecutePreprocessor.timeout=300 --ExecutePreprocessor.record_timing=False \
+	  --ClearMetadataPreprocessor.enabled=True \
+	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
 .PHONY: wheel
 wheel: .venv/installed  ## build wheel and sdist in dist/ and check what is in them

@@ -150,8 +150,9 @@ def diagnose(
                                     10 times the typical one (of 3 or more).
     OVER_CLIPPED                    In 8 rows running, 90 % of the steps clipped, and
                                     norms (geometric mean) at least 10 times the
-                                    threshold, or 3 times while the loss falls by no
-                                    more than 10 % over these rows. ``phase`` is
+                                    threshold, or what is left of them if that is more,
+                                    or 3 times while the loss falls by no more than
+                                    10 % over these rows. ``phase`` is
                                     "whole run" at 75 % over all rows; else
                                     "warm-up", an info, if it began within the first
                                     3 rows; else "part of the run".

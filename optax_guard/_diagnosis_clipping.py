@@ -61,8 +61,10 @@ class OverClipped:
     def update(self, facts: Facts) -> Evidence | None:
         """The evidence, from the first row on at which it held."""
         f = facts
-        if math.isfinite(f.clip_share) and math.isfinite(f.mean_norm):
-            limit = f.threshold if math.isfinite(f.threshold) else f.clipped_norm
+        # A threshold of entries, leaves or units lies below the norm that it leaves.
+        limit = max(filter(math.isfinite, (f.threshold, f.clipped_norm)), default=None)
+        is_known = math.isfinite(f.clip_share) and math.isfinite(f.mean_norm)
+        if is_known and limit is not None:
             shrunk = math.log(max(f.mean_norm, 1e-30) / max(limit, 1e-30))
             self._window.append((f.clip_share, shrunk))
             self._num_rows += 1

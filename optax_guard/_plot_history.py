@@ -71,6 +71,8 @@ def plot_history(
         label: {key: curve for key, curve in curves.items() if _is_shown(rows, key)}
         for label, curves in wanted.items()
     }
+    if not marks.is_threshold_of_norms(rows):
+        found[marks.NORM_LABEL].pop("clip_threshold", None)
     found = {label: curves for label, curves in found.items() if curves}
     if not found:
         raise ValueError(
@@ -107,9 +109,6 @@ def plot_history(
 
 def _is_shown(rows: Sequence[Mapping[str, float]], key: str) -> bool:
     values = [row[key] for row in rows if key in row]
-    if key == "clip_threshold":
-        # Without a clip it is infinite, which is no failure to be marked.
-        return any(map(math.isfinite, values))
     if key == "clipped_norm":
         # Nor is there anything to see where nothing was clipped.
         return any(

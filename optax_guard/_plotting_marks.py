@@ -3,6 +3,7 @@
 Values that are not finite are drawn, as crosses at the upper edge.
 """
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ try:
     from matplotlib.cm import ScalarMappable as ScalarMappable
     from matplotlib.colors import LogNorm as LogNorm
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as _Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
     from matplotlib.patheffects import withStroke
@@ -28,6 +29,16 @@ from optax_guard._stop_base import StopReason
 from optax_guard._stop_state import EarlyStoppingState
 
 Row = Mapping[str, Any]
+
+
+class Figure(_Figure):
+    """A figure that notebooks show as the last value of a cell, without `pyplot`."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
 
 # Okabe and Ito's colours: told apart without colour vision and, with the markers and
 # dashes that go with them, in a black and white print.
@@ -110,6 +121,15 @@ def spans_decades(rows: Sequence[Row], keys: Iterable[str]) -> bool:
     values = np.concatenate([column(rows, key) for key in keys])
     values = values[np.isfinite(values)]
     return values.size > 0 and 0 < 20 * values.min() < values.max()
+
+
+def is_threshold_of_norms(rows: Sequence[Row]) -> bool:
+    """Whether it belongs on the axis of global norms: no clipped norm exceeds it.
+
+    A threshold of entries, leaves or units is exceeded. Without a clip it is infinite.
+    """
+    limits, after = column(rows, "clip_threshold"), column(rows, "clipped_norm")
+    return bool(np.isfinite(limits).any() and not (after > 1.001 * limits).any())
 
 
 def mark_lowest(panel: Axes, rows: Sequence[Row], key: str) -> None:
@@ -215,7 +235,7 @@ def cross(
     offset = 0, 6
     place: dict[str, Any] = {"ha": "center", "va": "bottom"}
     if of is not None:
-        offset = 7 if side == "left" else -7, -1
+        offset = 7 if side == "left" else -7, -7
         words, place = f"{words} ({of})", {"ha": side, "va": "top"}
     if of != "":
         axes.annotate(

@@ -12,6 +12,8 @@ from optax_guard._progress import Progress
 from optax_guard._readout import metrics
 from optax_guard._stop_base import StopReason
 
+_TROUBLES = (StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM)
+
 
 class Trial(NamedTuple):
     """One run of a sweep.
@@ -21,7 +23,7 @@ class Trial(NamedTuple):
       learning_rate: Its learning rate.
       best_value: The lowest evaluation, in units of the loss; NaN without a finite one.
       is_stable: Whether every evaluation was finite, the last not above the first, and
-        the guard was not exhausted.
+        neither a rule that tells of trouble nor an exhausted guard ended it.
       clip_rate: Share of its updates that were clipped; NaN if the state has no norm.
       skip_rate: Share of its steps that the guard withheld; NaN without one.
       num_evals: How many evaluations it made.
@@ -172,6 +174,7 @@ def sweep_max_norm(
         seen = values[i, : counts[i]]
         finite = seen[np.isfinite(seen)]
         is_stable = len(finite) == len(seen) > 0 and seen[-1] <= seen[0]
+        is_stable &= reasons[i] not in _TROUBLES
         trials.append(
             Trial(
                 max_norm=float(max_norm),

@@ -34,6 +34,7 @@ from optax_guard._plotting_marks import (
     column,
     cross,
     finish,
+    is_threshold_of_norms,
     line,
     log_scale,
     mark_stop,
@@ -83,6 +84,7 @@ def plot_norms(
     line(above, history, "grad_norm_mean", "before clipping, mean", MEAN)
     if is_clipped:
         line(above, history, "clipped_norm", "after clipping, of the largest", AFTER)
+    if is_threshold_of_norms(history):
         line(above, history, "clip_threshold", "threshold", THRESHOLD)
     above.set_ylabel(NORM_LABEL)
     top = _top_of_norms(history, withheld)

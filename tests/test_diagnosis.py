@@ -219,6 +219,19 @@ def test_phase_of_clipping_too_much_is_named(norms, phase, severity):
     assert (finding.evidence["phase"], finding.severity) == (phase, severity)
 
 
+@pytest.mark.parametrize(("after", "is_too_much"), [(1.5, False), (0.1, True)])
+def test_a_threshold_of_entries_is_not_compared_with_a_norm(after, is_too_much):
+    history = rows(
+        grad_norm=2.0,
+        clipped_norm=after,
+        clip_threshold=0.005,
+        clip_rate=1.0,
+        loss=[2.3] * 20,
+    )
+    codes = [finding.code for finding in diagnose(history)]
+    assert ("OVER_CLIPPED" in codes) is is_too_much
+
+
 def test_findings_come_when_they_first_hold_and_are_taken_back(capsys):
     diagnosis = Diagnosis()
     said = []

@@ -119,6 +119,14 @@ def test_run_without_a_clip_has_no_threshold():
     assert legend(above) == ["before clipping, largest", "before clipping, mean"]
 
 
+def test_threshold_of_entries_is_not_drawn_among_norms():
+    by_value = [row | {"clipped_norm": 3.0, "clip_threshold": 0.1} for row in rows()]
+    for figure in (plot_norms(by_value), plot_history(by_value)):
+        assert "threshold" not in legend(figure.axes[0])
+        assert any("after clipping" in label for label in legend(figure.axes[0]))
+    assert "threshold" in legend(plot_history(rows()).axes[0])
+
+
 def test_history_read_from_json_is_the_same():
     strings = [
         {k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in rows()
@@ -138,6 +146,11 @@ def test_runs_are_told_apart_and_cut_off_where_asked():
     assert first.get_linestyle() != second.get_linestyle()
     assert cross.get_marker() == "X"
     np.testing.assert_array_equal(hollow.get_xdata(), [10, 20, 30, 40, 50])
+
+
+def test_notebooks_show_figures_without_pyplot():
+    picture = plot_norms(rows())._repr_png_()
+    assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.filterwarnings("error")

@@ -158,6 +158,31 @@ def test_checkpoints_change_nothing_but_when_the_stop_comes(whole):
     assert [row["num_skipped"] for row in result.history] == [0, 0, 1, 1, 1]
 
 
+def test_resumed_run_does_not_repeat_what_was_found_before(tmp_path, capsys):
+    tx = og.guard(optax.sgd(0.1), clip=1.0)
+    state = TrainState.create(apply_fn=str, params=jnp.array(3.0), tx=tx)
+
+    def step(state, batch):
+        del batch
+        loss, grads = jax.value_and_grad(jnp.square)(state.params)
+        return state.apply_gradients(grads=grads, value=loss), loss
+
+    def found_until(num_steps, name):
+        arguments = state, step, float
+        fit(
+            *arguments,
+            num_steps=num_steps,
+            eval_every=1,
+            progress=True,
+            checkpointer=Checkpointer(tmp_path / name),
+        )
+        return capsys.readouterr().out.count("CLIPPING_WORKS")
+
+    assert found_until(4, "cut") == 1
+    assert found_until(10, "cut") == 0
+    assert found_until(10, "whole") == 1
+
+
 def test_finished_run_is_returned_at_once_and_goes_on_to_more_steps(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     assert_same_run(train(tmp_path, cut_at(NUM_STEPS, crash)), whole[1])

@@ -116,6 +116,18 @@ def test_runs_stop_at_their_own_time():
     assert slow.reason == fast.reason == og.StopReason.TARGET
 
 
+def test_run_that_diverged_at_its_first_evaluation_is_not_stable():
+    def stopping(member):
+        stopper = og.early_stopping(og.stop.divergence(10.0))
+        return build(member) | {"stopper": stopper}
+
+    sweep = sweep_max_norm(stopping, [math.inf], [0.1, 1.5], num_steps=3, eval_every=3)
+    calm, wild = sweep.trials
+    assert (calm.is_stable, calm.reason) == (True, og.StopReason.RUNNING)
+    assert (wild.is_stable, wild.reason) == (False, og.StopReason.DIVERGED)
+    assert (wild.num_evals, wild.best_value) == (1, START**2 * 4**3)
+
+
 def test_nothing_stable_is_said():
     def broken(member):
         return build(member) | {"evaluate": lambda state: state.params * jnp.nan}
