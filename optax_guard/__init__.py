@@ -22,7 +22,6 @@ from optax_guard._group_clipping import clip_by_group_norm as clip_by_group_norm
 from optax_guard._group_clipping import clip_by_leaf_norm as clip_by_leaf_norm
 from optax_guard._group_stats import GroupStats as GroupStats
 from optax_guard._guarding import GuardState as GuardState
-from optax_guard._guarding import RejectionLog as RejectionLog
 from optax_guard._guarding import apply_gradients as apply_gradients
 from optax_guard._guarding import guard as guard
 from optax_guard._norm_readout import leaf_norms as leaf_norms
@@ -35,6 +34,7 @@ from optax_guard._readout import Rejection as Rejection
 from optax_guard._readout import metrics as metrics
 from optax_guard._readout import raise_if_exhausted as raise_if_exhausted
 from optax_guard._readout import rejections as rejections
+from optax_guard._rejections import RejectionLog as RejectionLog
 from optax_guard._states import find_state as find_state
 from optax_guard._states import find_states as find_states
 from optax_guard._statistics import NormStats as NormStats

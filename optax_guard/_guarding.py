@@ -11,10 +11,7 @@ from jax.typing import ArrayLike
 from optax_guard._base import (
     cached,
     check_count,
-    check_number,
     check_state,
-    dtype_of,
-    is_inexact,
     part_of,
     transformation,
 )
@@ -25,37 +22,18 @@ from optax_guard._clipping import (
     record_norm,
     select,
 )
+from optax_guard._judging import (
+    as_rules,
+    check_shared,
+    checked_loss,
+    is_lost_in_rounding,
+    verdict,
+)
 from optax_guard._masking import counting_only, hide
-from optax_guard._mesh_axes import varying_axes
-from optax_guard._statistics import NormStats, as_float32, increment
-from optax_guard.skip import Signals, SkipReason, SkipRule
+from optax_guard._rejections import RejectionLog, empty_log, logged
+from optax_guard._statistics import increment
+from optax_guard.skip import SkipReason, SkipRule
 from optax_guard.threshold import Threshold, as_threshold
-
-NUM_REJECTIONS = 16
-
-
-class RejectionLog(NamedTuple):
-    """The last 16 withheld steps, in a ring: entry ``i`` is rejection ``i mod 16``.
-
-    Attributes:
-      rejected_update: int32[16], index of the step among all that the guard has seen,
-        from 0; -1 after ``init``.
-      rejected_norm: float32[16], its global norm before clipping; 0 after ``init``.
-      rejected_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
-        ``init``.
-      rejected_reason: int32[16], a ``SkipReason``; 0 after ``init``.
-      rejected_leaf: int32[16], index among the leaves of its gradients of the first
-        whose norm is not finite, -1 if there was none; -1 after ``init``.
-      rejected_num_leaves: int32[16], how many leaves its gradients had; 0 after
-        ``init``.
-    """
-
-    rejected_update: jax.Array
-    rejected_norm: jax.Array
-    rejected_value: jax.Array
-    rejected_reason: jax.Array
-    rejected_leaf: jax.Array
-    rejected_num_leaves: jax.Array
 
 
 class GuardState(NamedTuple):
@@ -186,7 +164,7 @@ def guard(
     # Without a clip, `inner` may read the updates in the same pass as the guard, which
     # it could not if it had to wait for the verdict.
     hides_bad = clip is not None
-    rules = _as_rules(skip)
+    rules = as_rules(skip)
     check_count("max_consecutive_skips", max_consecutive_skips)
 
     def adopt(params: optax.Params, inner_state: Any) -> GuardState:
@@ -196,14 +174,7 @@ def guard(
             skip_reason=jnp.zeros((), jnp.int32),
             guard_exhausted=jnp.zeros((), jnp.bool_),
             num_vanished=jnp.zeros((), jnp.int32),
-            rejections=RejectionLog(
-                rejected_update=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
-                rejected_norm=jnp.zeros(NUM_REJECTIONS, jnp.float32),
-                rejected_value=jnp.zeros(NUM_REJECTIONS, jnp.float32),
-                rejected_reason=jnp.zeros(NUM_REJECTIONS, jnp.int32),
-                rejected_leaf=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
-                rejected_num_leaves=jnp.zeros(NUM_REJECTIONS, jnp.int32),
-            ),
+            rejections=empty_log(),
             clip_state=clip_init(params),
             rule_states=tuple(rule.start() for rule in rules),
             wrapped_state=inner_state,
@@ -220,10 +191,10 @@ def guard(
     ) -> tuple[Measurement, GuardState]:
         """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
         check_state("guard", state, GuardState)
-        value = _loss(extra_args.get("value"))
+        value = checked_loss(extra_args.get("value"))
         measured, clip_state = measure(updates, state.clip_state, params, **extra_args)
-        _check_shared(value, measured.norm.value)
-        reason, rule_states = _verdict(
+        check_shared(value, measured.norm.value)
+        reason, rule_states = verdict(
             rules,
             measured,
             value,
@@ -236,7 +207,7 @@ def guard(
         if clip is not None:  # What only watches makes nothing smaller.
             like = updates if params is None else params
             counted = like if mask is True else hide(mask, like)
-            has_vanished = _is_lost_in_rounding(clip_state.stats, counted)
+            has_vanished = is_lost_in_rounding(clip_state.stats, counted)
             num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
         # What the clip learns steers later steps, so a withheld step must not teach it;
         # what it counts and shows is a record of every step.
@@ -251,7 +222,15 @@ def guard(
             skip_reason=reason,
             guard_exhausted=streak >= max_consecutive_skips,
             num_vanished=num_vanished,
-            rejections=_log(state, updates, measured, value, reason),
+            rejections=logged(
+                state.rejections,
+                measured,
+                value,
+                reason,
+                update=state.clip_state.stats.num_updates,
+                num_skipped=state.num_skipped,
+                num_leaves=len(jax.tree.leaves(updates)),
+            ),
             clip_state=clip_state,
             rule_states=rule_states,
             wrapped_state=state.wrapped_state,
@@ -378,96 +357,3 @@ def _clip_parts(clip: Any) -> tuple[Callable[..., Any], ...]:
             "`guard(optax.chain(clip, optimizer))`; the guard then only measures."
         )
     return tx.init, measure, rescale
-
-
-def _as_rules(skip: Any) -> tuple[SkipRule, ...]:
-    rules = (skip,) if isinstance(skip, SkipRule) else skip
-    if not isinstance(rules, Sequence) or not all(
-        isinstance(rule, SkipRule) for rule in rules
-    ):
-        raise TypeError(
-            "`skip` must be one or several rules of `optax_guard.skip`, got "
-            f"{skip!r} of type {type(skip).__name__}."
-        )
-    return tuple(rules)
-
-
-def _verdict(
-    rules: tuple[SkipRule, ...],
-    measured: Measurement,
-    value: jax.Array | None,
-    states: tuple[Any, ...],
-    is_overruled: jax.Array,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Reason to withhold the step (0: none), and the rules' new states."""
-    reason = jnp.where(measured.is_finite, SkipReason.NONE, SkipReason.NONFINITE)
-    if value is not None:
-        is_bad = (reason == SkipReason.NONE) & ~jnp.isfinite(value)
-        reason = jnp.where(is_bad, SkipReason.NONFINITE_VALUE, reason)
-    reason = reason.astype(jnp.int32)
-    is_finite = reason == SkipReason.NONE
-    signals = Signals(measured.norm.value, None if value is None else as_float32(value))
-    fired = [rule.judge(signals, s) for rule, s in zip(rules, states, strict=True)]
-    for rule, fires in reversed(list(zip(rules, fired, strict=True))):
-        fires = fires & is_finite & ~is_overruled
-        reason = jnp.where(fires, jnp.int32(rule.reason), reason)
-    is_skipped = reason != SkipReason.NONE
-    new_states = []
-    for rule, fires, state in zip(rules, fired, states, strict=True):
-        anew = rule.start() if rule.restart is None else rule.restart(state)
-        restarted = select(fires & is_overruled, anew, state)
-        learned = rule.learn(signals, is_skipped, restarted)
-        new_states.append(select(is_finite, learned, state))
-    return reason, tuple(new_states)
-
-
-def _is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
-    """Whether clipping has scaled by less than a quarter of the coarsest epsilon."""
-    dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-    # A change of half the distance to the next number, or less, is rounded away; that
-    # distance is at least half of epsilon times the number.
-    coarsest = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-    # Strictly, so that zeros have not vanished.
-    return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
-
-
-def _loss(value: Any) -> jax.Array | None:
-    """The loss given as ``value=``, checked."""
-    if value is None:
-        return None
-    check_number("value", value)
-    return jnp.asarray(value)
-
-
-def _check_shared(value: jax.Array | None, norm: jax.Array) -> None:
-    """Raises if some devices could withhold a step for their loss that others take."""
-    differs = set() if value is None else varying_axes(value) - varying_axes(norm)
-    if differs:
-        names = tuple(sorted(map(str, differs)))
-        raise ValueError(
-            "`value` must be the same on all devices that take a step together, but "
-            f"varies over the mesh axes {names}: some might skip a step that others "
-            f"take. Pass `jax.lax.pmean(value, {names})`."
-        )
-
-
-def _log(
-    state: GuardState,
-    updates: optax.Updates,
-    measured: Measurement,
-    value: jax.Array | None,
-    reason: jax.Array,
-) -> RejectionLog:
-    entry = RejectionLog(
-        rejected_update=state.clip_state.stats.num_updates,
-        rejected_norm=as_float32(measured.norm.value),
-        rejected_value=as_float32(jnp.array(jnp.nan) if value is None else value),
-        rejected_reason=reason,
-        rejected_leaf=measured.norm.bad_leaf,
-        rejected_num_leaves=jnp.int32(len(jax.tree.leaves(updates))),
-    )
-    slot = (
-        jnp.arange(NUM_REJECTIONS, dtype=jnp.int32)
-        == state.num_skipped % NUM_REJECTIONS
-    )
-    return select(slot & (reason != SkipReason.NONE), entry, state.rejections)

@@ -10,9 +10,10 @@ import numpy as np
 from optax_guard._accumulation import AccumulateState
 from optax_guard._clipping import ClipByNormState, RecordNormState
 from optax_guard._group_clipping import ClipByGroupNormState, ClipByLeafNormState
-from optax_guard._guarding import NUM_REJECTIONS, GuardState
+from optax_guard._guarding import GuardState
 from optax_guard._norms import leaves_of_part
 from optax_guard._paths import path_names
+from optax_guard._rejections import NUM_REJECTIONS
 from optax_guard._states import find_state, find_states
 from optax_guard._unit_clipping import ClipByUnitNormState
 from optax_guard._value_clipping import ClipByValueState
