@@ -100,6 +100,10 @@ test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert
 test-multihost: .venv/installed  ## run `fit` on several processes of this machine
 	$(PY) -m pytest -n 0 -m multihost tests/multihost $(ARGS)
 
+.PHONY: soak
+soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`
+	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 tests/test_soak.py tests/test_faults.py
+
 # Executed notebooks go to OUT; `make notebooks OUT=notebooks` renews the committed ones.
 # Side by side, because most of the time is compilation, on one core; a cell that raises
 # fails the target.

@@ -119,9 +119,15 @@ class History(Sequence[Row]):
         numbers = {name: _number(name, value) for name, value in named.items()}
         row = {"step": 0, **rename(numbers)} | {"step": int(number)}
         if self._path is not None:
-            # Opened anew: nothing is left to flush or to close when a run is killed.
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+            try:
+                # Opened anew: nothing is left to flush or to close at a kill.
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(_line(row))
+            except OSError:
+                # As of a full disk: the next row must not go on in this line.
+                if self._path.exists():
+                    _drop_half_line(self._path)
+                raise
         self._add(row)
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> None:
