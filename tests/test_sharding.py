@@ -327,6 +327,31 @@ def test_shards_give_what_one_device_does(check_vma):
     assert_as_on_one_device(jit(mapped)(PARAMS, STACKED), expected)
 
 
+def test_shards_drop_a_micro_batch_together_and_take_the_step_of_the_others():
+    clip = og.clip_by_global_norm(2.0, axis_name=TENSOR)
+    tx: Any = og.accumulate(og.guard(optax.sgd(0.1), clip), 2)
+
+    def accumulated(params: Any, sequence: Any) -> Any:
+        def step(carry: Any, grads: Any) -> Any:
+            return og.apply_gradients(tx, carry[0], carry[1], grads), None
+
+        params, state = jax.lax.scan(step, (params, tx.init(params)), sequence)[0]
+        stats = og.find_state(state, og.NormStats)
+        return params, state.num_dropped, stats.grad_norm
+
+    stacked = {name: P(None, *spec) for name, spec in TENSOR.items()}
+    mapped = by_shards(
+        accumulated, in_specs=(TENSOR, stacked), out_specs=(TENSOR, P(), P())
+    )
+    params, num_dropped, norm = mapped(PARAMS, STACKED)
+    assert num_dropped == 1
+    assert norm == pytest.approx(true_norm(CLEAN), rel=1e-6)
+    # All three means are multiples of one gradient, and clipped.
+    for k, x in CLEAN.items():
+        expected = PARAMS[k] - 3 * 0.1 * clipped(x, 2.0, true_norm(CLEAN))
+        np.testing.assert_allclose(params[k], expected, rtol=1e-5, atol=1e-6)
+
+
 def by_shards(f: Callable[..., Any], check_vma: bool = True, **kwargs: Any) -> Any:
     """`f` of gradients on each device."""
     settings = {"mesh": grid(AxisType.Auto), "in_specs": (TENSOR,), "out_specs": P()}
