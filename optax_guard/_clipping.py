@@ -102,7 +102,8 @@ def clip_by_global_norm(
         a leaf counts once that does not vary over an axis by its type, which
         ``shard_map`` tells unless ``check_vma=False``. Where it tells, an axis that is
         left out is an error, not a norm of the device's own part. ``()`` says that
-        each device is to go its own way.
+        each device is to go its own way. ``optax.inject_hyperparams`` takes a function
+        for a schedule, unless told ``static_args="axis_name"``.
       nonfinite: ``"propagate"`` or ``"zero"``: what becomes of updates with a NaN or
         infinite entry. Note that momentum and weight decay move parameters on zeros
         too.

@@ -107,7 +107,8 @@ def guard(
         others are not in the norm, are not clipped, and may be NaN without the step
         being withheld; on a good step they go to ``inner`` as they are. For frozen
         parameters, whose gradients would make the norm too large, and for what is
-        overwritten rather than added to.
+        overwritten rather than added to. ``optax.inject_hyperparams`` takes a function
+        for a schedule, unless told ``static_args=("inner", "mask")``.
       max_consecutive_skips: Bad steps in a row that count as too many; a whole number
         of at least 1, may be traced.
       use_cond: Whether a bad step leaves ``inner`` out on TPU and GPU, too, as it does

@@ -141,8 +141,8 @@ def adagc(
       lambda_rel: How far above its mean a norm may be; above 1.
       lambda_abs: Largest global norm in warm-up, in units of the gradient; positive.
       beta: Weight of the past in the means, in (0, 1).
-      warmup_steps: How many updates are clipped by their global norm; at least 2. All
-        numbers may be traced.
+      warmup_steps: Which update, the first being 1, is the first that is not clipped
+        by its global norm; at least 2. All numbers may be traced.
       axis_name: As for ``clip_by_leaf_norm``.
 
     Returns:

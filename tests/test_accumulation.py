@@ -313,6 +313,25 @@ def test_only_the_accumulator_is_as_large_as_the_parameters():
     assert memory.temp_size_in_bytes <= 4 * size * 1.05
 
 
+@pytest.mark.parametrize("call", ["update", "apply"])
+def test_steps_are_taken_by_a_branch_on_every_platform(call):
+    def choices(tx: Any) -> int:
+        """How often something is left to the platform."""
+
+        def step(params, state, grads):
+            if call == "apply":
+                return og.apply_gradients(tx, params, state, grads)
+            return tx.update(grads, state, params)
+
+        jaxpr = jax.make_jaxpr(step)(start(), tx.init(start()), start())
+        return str(jaxpr).count("= platform_index")
+
+    guards = [og.guard(optax.sgd(RATE), CLIP, use_cond=x) for x in (True, False)]
+    to_judge, to_step = map(choices, guards)
+    assert to_judge < to_step
+    assert choices(og.accumulate(guards[1], 4)) == to_judge + to_step
+
+
 def test_step_is_traced_once():
     run("apply", *spoilt(CASES["middle"]), 4)
     run("apply", *spoilt(CASES["losses"]), 3)

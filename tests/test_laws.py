@@ -66,6 +66,15 @@ def in_parts(*ends: int) -> Oracle:
     return bounded
 
 
+def first_part(end: int) -> Oracle:
+    """Clipping of that part alone, by its own norm; the rest is left as it is."""
+
+    def bounded(x: np.ndarray, limit: float) -> np.ndarray:
+        return np.concatenate([scaled(2)(x[:end], limit), x[end:]])
+
+    return bounded
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """One way to call a public factory.
@@ -101,6 +110,10 @@ def with_rules(c: Any) -> Any:
         skip=[og.skip.norm_above(100.0 * c), og.skip.spike(window=4)],
         max_consecutive_skips=3,
     )
+
+
+def with_mask(c: Any) -> Any:
+    return og.guard(LAST, c, mask=lambda tree: {name: name != "c" for name in tree})
 
 
 def by_group(threshold: Any) -> Any:
@@ -179,6 +192,7 @@ FORMS = product() | {
         "guard", lambda c: og.guard(LAST, clip=og.clip_by_value(c)), 0.5, cut
     ),
     "guard with rules": Form("guard", with_rules, 1.0, scaled(2)),
+    "guard with a mask": Form("guard", with_mask, 1.0, first_part(7)),
     "accumulate": Form(
         "accumulate",
         lambda c: og.accumulate(og.guard(LAST, clip=c), 1),

@@ -109,6 +109,13 @@ def test_bad_leaf_among_many_is_in_the_run_that_is_named():
     assert int(last) - int(first) < 32
 
 
+def test_function_is_taken_for_no_schedule_under_inject_hyperparams_if_static():
+    inject = optax.inject_hyperparams(og.guard, static_args=("inner", "mask"))
+    tx: Any = inject(optax.identity(), 1.0, mask=by_name)
+    _, state = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
+    assert og.metrics(state)["grad_norm"] == pytest.approx(true_norm(TUNED), rel=1e-6)
+
+
 def test_what_is_no_mask_is_an_error():
     for mask, error, match in [
         ({"layers": 1, "scales_of_fp8": False}, TypeError, "must have a bool.*got 1"),

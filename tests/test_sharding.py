@@ -82,7 +82,7 @@ def group_of(path: str) -> str:
 
 
 def transformations(axis_name: Any) -> dict[str, Any]:
-    """Every scope and norm, every threshold and rule in one of them."""
+    """Every scope, norm and preset, every threshold and rule in one of them."""
     over = {"axis_name": axis_name}
     relative = og.threshold.relative_to_mean(warmup=2)
     groups = {"matrices": og.threshold.quantile(0.5, warmup=1), "rest": 1.0}
@@ -98,6 +98,9 @@ def transformations(axis_name: Any) -> dict[str, Any]:
         "leaf": og.clip_by_leaf_norm(relative, layer_axis=layer_axis, **over),
         "group": og.clip_by_group_norm(groups, group_of, **over),
         "unit": og.clip_by_unit_norm(0.5, axis=unit_axis, **over),
+        "zclip": og.zclip(warmup_steps=2, **over),
+        "autoclip": og.autoclip(50.0, **over),
+        "adagc": og.adagc(warmup_steps=3, **over),
     }
 
 
@@ -153,7 +156,7 @@ def units_clipped(name: str) -> np.ndarray:
 
 
 def check_against_float64(found: list[Any]) -> None:
-    """What the first step did to the gradient, the norms, the verdicts, the stop."""
+    """What steps did to the gradient, the norms, the verdicts, the stop."""
     expected: dict[str, Callable[[str, Any], Any]] = {
         "norm": lambda _, x: -0.1 * clipped(x, 2.0, true_norm(CLEAN)),
         "norm 1": lambda _, x: clipped(x, 2.0, true_norm(CLEAN, 1)),
@@ -178,6 +181,18 @@ def check_against_float64(found: list[Any]) -> None:
             if math.isfinite(norm):
                 np.testing.assert_allclose(stats.grad_norm, norm, rtol=1e-6)
             assert stats.num_nonfinite == (i == 5)
+    # The third, too large, after two that presets learn from.
+    mean, deviation = 1.05 * true_norm(CLEAN), 0.05 * true_norm(CLEAN)
+    excess = 30 * true_norm(CLEAN) - mean
+    for name, norm in {
+        "zclip": mean + (2.5 * deviation) ** 2 / excess,
+        "autoclip": 1.1 * true_norm(CLEAN),
+        # Warm-up left leaves as they were in a tree of norm one.
+        "adagc": 1.05,
+    }.items():
+        stats = og.find_state(found[2][0][name][1], og.NormStats)
+        rtol = 0.01 if name == "autoclip" else 1e-5
+        np.testing.assert_allclose(stats.clipped_norm, norm, rtol=rtol)
     runs, stop = found[-1]
     leaf = runs["norm"][1].rejections.rejected_leaf[1]
     assert leaf == list(SHAPES).index("expert")
@@ -227,10 +242,12 @@ def own_records(carry: Any) -> Any:
 def test_compiler_gives_what_one_device_does(kind, specs, grad_specs):
     mesh = grid(kind)
     txs = transformations(None)
+    # Without `axis_name` these are scopes and thresholds of others.
+    left_out = ["zclip", "autoclip", "adagc"]
     if kind is AxisType.Explicit:
         # These take the norm as others do.
-        for name in ("record", "norm 1", "norm inf", "norm 3"):
-            del txs[name]
+        left_out += ["record", "norm 1", "norm inf", "norm 3"]
+    txs = {name: tx for name, tx in txs.items() if name not in left_out}
     grad_specs = {name: P(None, *spec) for name, spec in grad_specs.items()}
     with in_force(mesh):
         carry = jit(functools.partial(start, txs))(put(PARAMS, mesh, specs))
@@ -308,6 +325,31 @@ def test_shards_give_what_one_device_does(check_vma):
     runs, stop = on_one_device()
     expected = {name: runs[name] for name in txs}, stop
     assert_as_on_one_device(jit(mapped)(PARAMS, STACKED), expected)
+
+
+def test_shards_drop_a_micro_batch_together_and_take_the_step_of_the_others():
+    clip = og.clip_by_global_norm(2.0, axis_name=TENSOR)
+    tx: Any = og.accumulate(og.guard(optax.sgd(0.1), clip), 2)
+
+    def accumulated(params: Any, sequence: Any) -> Any:
+        def step(carry: Any, grads: Any) -> Any:
+            return og.apply_gradients(tx, carry[0], carry[1], grads), None
+
+        params, state = jax.lax.scan(step, (params, tx.init(params)), sequence)[0]
+        stats = og.find_state(state, og.NormStats)
+        return params, state.num_dropped, stats.grad_norm
+
+    stacked = {name: P(None, *spec) for name, spec in TENSOR.items()}
+    mapped = by_shards(
+        accumulated, in_specs=(TENSOR, stacked), out_specs=(TENSOR, P(), P())
+    )
+    params, num_dropped, norm = mapped(PARAMS, STACKED)
+    assert num_dropped == 1
+    assert norm == pytest.approx(true_norm(CLEAN), rel=1e-6)
+    # All three means are multiples of one gradient, and clipped.
+    for k, x in CLEAN.items():
+        expected = PARAMS[k] - 3 * 0.1 * clipped(x, 2.0, true_norm(CLEAN))
+        np.testing.assert_allclose(params[k], expected, rtol=1e-5, atol=1e-6)
 
 
 def by_shards(f: Callable[..., Any], check_vma: bool = True, **kwargs: Any) -> Any:
@@ -394,9 +436,9 @@ def test_forgotten_axis_is_an_error(name):
     assert "record_norm(axis_name='model')" in str(error.value)
 
 
-@pytest.mark.parametrize("preset", [og.zclip, og.autoclip, og.adagc])
-def test_presets_hand_the_axes_on(preset):
-    tx = preset(axis_name=TENSOR)
+def test_function_is_taken_for_no_schedule_under_inject_hyperparams_if_static():
+    inject = optax.inject_hyperparams(og.clip_by_global_norm, static_args="axis_name")
+    tx: Any = inject(1.0, axis_name=TENSOR.get)
     jax.eval_shape(by_shards(lambda g: tx.update(g, tx.init(g))[1]), CLEAN)
 
 

@@ -38,6 +38,7 @@ from benchmarks.accelerators import (
     mesh,
     train_step_cost_of,
 )
+from tests.accelerators.conftest import effort
 
 
 def on(platform: Platform) -> Any:
@@ -149,6 +150,16 @@ def check(name: str, case: Case, measured: Cost, clip: Cost) -> None:
 def test_cost(name, platform, layout, dtype):
     case = Case(platform, layout, dtype)
     check(name, case, cost(name, case), cost(OPTAX_CLIP, case))
+
+
+@pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
+def test_effort_of_the_compiler_changes_no_count(platform):
+    case = Case(platform, *HARDEST)
+    with effort(0.0):
+        as_for_users = cost_of(VARIANTS[GUARDED], case)
+    with_least = cost(GUARDED, case)
+    # Only the time that it takes, which is the last.
+    assert as_for_users[:-1] == with_least[:-1]
 
 
 def test_accumulation_adds_the_accumulator_and_nothing_of_its_size(platform):

@@ -1,0 +1,29 @@
+"""The compiler for TPU takes a third of the time with its least effort.
+
+What is counted is the same: `test_effort_of_the_compiler_changes_no_count`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+EFFORT = "jax_exec_time_optimization_effort"
+
+
+@contextlib.contextmanager
+def effort(value: float) -> Iterator[None]:
+    """Compiles with this effort: from -1, the least, to 1; users do with 0."""
+    before = getattr(jax.config, EFFORT)
+    jax.config.update(EFFORT, value)
+    try:
+        yield
+    finally:
+        jax.config.update(EFFORT, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def least_effort() -> Iterator[None]:
+    with effort(-1.0):
+        yield
