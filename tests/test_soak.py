@@ -4,6 +4,7 @@
 """
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def run(steps, kinds, leaves, num_steps):
     def body(i, carry):
         params, state, counts, is_well = carry
         grads = gradients(steps[i], params, kinds[i], leaves[i])
-        params, state = og.apply_gradients(TX, params, state, grads)
+        step: Any = og.apply_gradients(TX, params, state, grads)
+        params, state = step
         kept = jax.tree.leaves((params, state.wrapped_state))
         is_well &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in kept]))
         return params, state, counts.at[state.skip_reason].add(1), is_well
