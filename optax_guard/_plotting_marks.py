@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 try:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes
     from matplotlib.cm import ScalarMappable as ScalarMappable
     from matplotlib.colors import LogNorm as LogNorm
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
     from matplotlib.patheffects import withStroke
