@@ -60,16 +60,32 @@ demo: .venv/installed  ## train on real text with and without the guard (ARGS=--
 # Tests of numbers are compiled as XLA does for users; the others with its older
 # generator of code for the CPU, which is several times as quick.
 NUMERIC := $(patsubst %,tests/test_%.py,norms clipping guarding mixed_precision)
-PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(abspath $(PY)) -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: test
 test: .venv/installed  ## run the tests and the examples in docstrings
 ifeq ($(ARGS),)
 	OPTAX_GUARD_TEST_CODEGEN=quick $(PYTEST) $(addprefix --ignore=,$(NUMERIC))
-	$(PYTEST) $(NUMERIC)
+	$(MAKE) test-wheel
 else
 	$(PYTEST) $(ARGS)
 endif
+
+# The wheel as a user installs it, and the tests, without the source tree.
+ELSEWHERE := build/elsewhere
+
+.PHONY: elsewhere
+elsewhere: .venv/installed
+	rm -rf $(ELSEWHERE)
+	$(PY) -m hatchling build -t wheel --directory $(ELSEWHERE)
+	$(PIP) --no-deps --target $(ELSEWHERE)/site $(ELSEWHERE)/*.whl
+	cp -r tests pyproject.toml $(ELSEWHERE)
+	cd $(ELSEWHERE) && PYTHONPATH=site $(abspath $(PY)) -c "import optax_guard, pathlib; \
+	  assert pathlib.Path.cwd() / 'site' in pathlib.Path(optax_guard.__file__).parents"
+
+.PHONY: test-wheel
+test-wheel: elsewhere  ## run the tests of numbers with the installed wheel
+	cd $(ELSEWHERE) && PYTHONPATH=site $(PYTEST) $(NUMERIC)
 
 # For developers --------------------------------------------------------------
 
@@ -84,8 +100,14 @@ format: .venv/installed  ## let ruff fix and format what it can
 	$(PY) -m ruff format .
 
 .PHONY: types
-types: .venv/installed  ## pyright on package, tests and benchmarks
+types: elsewhere  ## pyright on all, pyright and mypy on what a user writes
 	$(PY) -m pyright
+	mkdir $(ELSEWHERE)/user
+	cp tests/typing_user.py $(ELSEWHERE)/user
+	echo '{}' > $(ELSEWHERE)/user/pyrightconfig.json
+	cd $(ELSEWHERE)/user && export PYTHONPATH=../site && \
+	  $(abspath $(PY)) -m pyright --pythonpath $(abspath $(PY)) typing_user.py && \
+	  $(abspath $(PY)) -m mypy --strict --disable-error-code import-untyped typing_user.py
 
 .PHONY: bench
 bench: .venv/installed  ## print the cost of a guarded step beside Optax's (ARGS)

@@ -250,6 +250,16 @@ def load_best(directory: str | os.PathLike[str]) -> dict[str, Any]:
       ImportError: If Orbax is not installed.
       FileNotFoundError: If nothing was saved there, or no evaluation was best.
       RuntimeError: If the checkpoint is damaged.
+
+    Examples:
+      >>> import tempfile
+      >>> from optax_guard.flax import load_best
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     try:
+      ...         load_best(directory)
+      ...     except FileNotFoundError as error:
+      ...         print(error)
+      `directory` holds no checkpoint: ...
     """
     import_orbax("load_best")
     directory = absolute(directory)

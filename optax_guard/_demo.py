@@ -39,6 +39,7 @@ import optax
 import optax_guard as og
 from optax_guard._demo_report import LiveTable, conclude, introduce, json_line
 from optax_guard._demo_text import load_text, sample
+from optax_guard._files import fresh
 from optax_guard.flax import FitResult, TrainState, fit
 from optax_guard.plotting import plot_norms, plot_runs
 
@@ -163,7 +164,7 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, FitResult] | None:
 
     introduce(recipe, text, seed)
     results: dict[str, FitResult] = {}
-    with (out / "history.jsonl").open("w", encoding="utf-8") as file:
+    with fresh(out / "history.jsonl").open("w", encoding="utf-8") as file:
         for name, (tx, stopper) in runs.items():
 
             def write(step: int, row: dict[str, float], name: str = name) -> None:
@@ -192,13 +193,13 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, FitResult] | None:
         stop=guarded.stop,
         loss_label="loss [nats per character]",
         title="The guarded run",
-    ).savefig(out / "norms.png")
+    ).savefig(fresh(out / "norms.png"))
     plot_runs(
         {name: result.history for name, result in results.items()},
         loss_label="validation loss [nats per character]",
         title="Same model, seed and data; three optimizers",
         max_loss=10.0,
-    ).savefig(out / "runs.png")
+    ).savefig(fresh(out / "runs.png"))
     restored = guarded.state.replace(params=guarded.best_params)
     written = sample(
         text,

@@ -26,8 +26,13 @@ class FindingCode(enum.StrEnum):
     meaning: str
     advice: str
 
+    # Defaults, because mypy checks `FindingCode("EXPLODING")` as a call of this.
     def __new__(
-        cls, code: str, severity: Severity, meaning: str, advice: str
+        cls,
+        code: str,
+        severity: Severity = Severity.INFO,
+        meaning: str = "",
+        advice: str = "",
     ) -> "FindingCode":
         """Attaches meaning and advice to the name."""
         member = str.__new__(cls, code)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,7 +121,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     _warn_of_half_line(place)
                     return
@@ -135,7 +136,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _trainer_state(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         state = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}.") from None
     log = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
@@ -149,17 +150,20 @@ def _trainer_state(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # `utf-8-sig`: spreadsheets write a mark of the byte order.
-    text = path.read_text(encoding="utf-8-sig")
-    lines = csv.reader(text.splitlines())
-    heading = next(lines, [])
+    try:
+        # `utf-8-sig`: spreadsheets write a mark of the byte order.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}.") from None
+    lines = _cells(path, text)
+    _, heading = next(lines, (0, []))
     num_lines = text.count("\n")
-    for cells in lines:
-        place = f"{path}, line {lines.line_num}"
+    for line, cells in lines:
+        place = f"{path}, line {line}"
         if not cells:
             continue
         if len(cells) != len(heading):
-            if lines.line_num > num_lines and len(cells) < len(heading):
+            if line > num_lines and len(cells) < len(heading):
                 _warn_of_half_line(place)
                 return
             raise ValueError(
@@ -170,6 +174,16 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             place,
             {k: v for k, v in zip(heading, cells, strict=True) if v.strip()},
         )
+
+
+def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row, with the line on which it ends."""
+    lines = csv.reader(text.splitlines())
+    try:
+        for cells in lines:
+            yield lines.line_num, cells
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num}: not CSV: {error}.") from None
 
 
 def _of_run(
@@ -207,13 +221,20 @@ def _numbers(
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, int | float):
-        return int(value) if isinstance(value, bool) else value
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        value = _parsed(value)
+    if not isinstance(value, int | float):
         return None
+    # Whole numbers have no largest in JSON, nor in Python.
+    if abs(value) > sys.float_info.max:
+        return float("inf") if value > 0 else float("-inf")
+    return int(value) if isinstance(value, bool) else value
+
+
+def _parsed(text: str) -> float | None:
     for kind in (int, float):
         try:
-            return kind(value)
+            return kind(text)
         except ValueError:
             continue
     return None

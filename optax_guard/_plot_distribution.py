@@ -41,6 +41,13 @@ def plot_norm_distribution(
 
     Raises:
       ValueError: If no norm is finite and above 0, or a candidate is not positive.
+
+    Examples:
+      >>> from optax_guard import plotting
+      >>> rows = [{"step": i, "grad_norm": 1.0 + i % 5} for i in range(50)]
+      >>> figure = plotting.plot_norm_distribution(rows, max_norms=[3.0])
+      >>> figure.axes[1].get_legend().texts[-1].get_text()
+      'threshold 3 clips 40.0%'
     """
     for i, candidate in enumerate(max_norms):
         check_positive(f"max_norms[{i}]", candidate)

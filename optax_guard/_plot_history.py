@@ -59,6 +59,12 @@ def plot_history(
 
     Raises:
       ValueError: If there are no rows, or nothing to draw in them.
+
+    Examples:
+      >>> from optax_guard import plotting
+      >>> rows = [{"step": i, "grad_norm": 1 / i, "val_loss": 2 / i} for i in (1, 2, 3)]
+      >>> len(plotting.plot_history(rows).axes)  # of norms, and of losses
+      2
     """
     rows = as_rows(history)
     wanted = {

@@ -22,6 +22,14 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
 
     Returns:
       The figure.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_guard import analysis, plotting
+      >>> params = jnp.array([1.0, 2.0])
+      >>> found = analysis.landscape(lambda p: jnp.sum(p**2), params, num_points=3)
+      >>> [axes.get_title() for axes in plotting.plot_landscape(found).axes[:2]]
+      ['loss', 'gradient norm ...']
     """
     figure = marks.Figure(figsize=(10, 4.9), dpi=120, layout="constrained")
     figure.suptitle(title)

@@ -42,6 +42,11 @@ def plot_leaves(
 
     Raises:
       ValueError: If no row has such a column.
+
+    Examples:
+      >>> from optax_guard import plotting
+      >>> rows = [{"step": i, "leaf_norm/a": 1 / i, "leaf_norm/b": 1.0} for i in (1, 2)]
+      >>> figure = plotting.plot_leaves(rows, title="norms of leaves")
     """
     named: Any = histories if isinstance(histories, Mapping) else {"": histories}
     runs = {str(name): as_rows(rows) for name, rows in named.items()}

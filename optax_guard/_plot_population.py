@@ -37,6 +37,15 @@ def plot_population(
     Raises:
       ValueError: If the history has no column ``key``, or there are more or fewer
         ``labels`` than members.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_guard import loops, plotting
+      >>> losses = {"step": np.array([[1, 2]] * 2), "value": np.array([[3.0, 2.0]] * 2)}
+      >>> found = loops.PopulationResult(None, None, None, losses, np.array([2, 1]))
+      >>> figure = plotting.plot_population(found, labels=["0.1", "0.3"])
+      >>> [text.get_text() for text in figure.axes[0].get_legend().texts][:2]
+      ['0.1', '0.3']
     """
     if key not in population.history:
         raise ValueError(

@@ -32,6 +32,13 @@ def plot_replay(
 
     Raises:
       ValueError: If no row has the value, or ``replayed`` is empty.
+
+    Examples:
+      >>> from optax_guard import analysis, plotting, stop
+      >>> rows = [{"step": i, "val_loss": x} for i, x in enumerate([2.0, 1.0, 1.5])]
+      >>> found = analysis.replay(rows, {"target(1)": stop.target(1.0)})
+      >>> len(plotting.plot_replay(rows, found).axes)
+      2
     """
     if not replayed:
         raise ValueError("`replayed` must hold a rule at least, got none.")

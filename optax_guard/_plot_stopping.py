@@ -36,6 +36,12 @@ def plot_early_stopping(
 
     Raises:
       ValueError: If no row has the evaluation.
+
+    Examples:
+      >>> from optax_guard import plotting
+      >>> rows = [{"step": i, "train_loss": 1 / i, "val_loss": i} for i in (1, 2, 3)]
+      >>> len(plotting.plot_early_stopping(rows).axes)  # the losses, and the gap
+      2
     """
     rows, key = evaluations_of(as_rows(history), key)
     has_train = any("train_loss" in row for row in rows)

@@ -20,6 +20,15 @@ def plot_sweep(sweep: Sweep, *, title: str = "") -> marks.Figure:
 
     Returns:
       The figure.
+
+    Examples:
+      >>> from optax_guard import StopReason, analysis, plotting
+      >>> ran = (0.0, 0.0, 5, StopReason.RUNNING)
+      >>> low = analysis.Trial(1.0, 0.1, 0.5, True, *ran)
+      >>> high = analysis.Trial(2.0, 0.1, 0.7, True, *ran)
+      >>> figure = plotting.plot_sweep(analysis.Sweep((low, high), low, ()))
+      >>> [axes.get_title() for axes in figure.axes]
+      ['best value', 'share clipped']
     """
     max_norms, rates = axes_of(sweep.trials)
     shape = len(max_norms), len(rates)

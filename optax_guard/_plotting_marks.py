@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 try:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes
     from matplotlib.cm import ScalarMappable as ScalarMappable
     from matplotlib.colors import LogNorm as LogNorm
     from matplotlib.colors import Normalize

@@ -103,7 +103,22 @@ def replay(
 
 
 def replay_table(replayed: Iterable[Replayed]) -> str:
-    """The outcomes of `replay` as aligned text, a line a rule under a heading."""
+    """The outcomes of `replay` as aligned text, a line a rule under a heading.
+
+    Args:
+      replayed: What `replay` returned.
+
+    Returns:
+      The table, without a newline at the end.
+
+    Examples:
+      >>> from optax_guard import analysis, stop
+      >>> rows = [{"step": i, "val_loss": x} for i, x in enumerate([2.0, 1.0, 1.5])]
+      >>> found = analysis.replay(rows, {"target(1)": stop.target(1.0)})
+      >>> print(analysis.replay_table(found))
+      rule       stops at  steps saved  best at  best value  given up  reason
+      target(1)         1            1        1           1         0  TARGET
+    """
     heading = ["rule", "stops at", "steps saved", "best at", "best value", "given up"]
     lines = [[*heading, "reason"]]
     for one in replayed:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optax_guard._files import fresh
 from optax_guard._history import History
 from optax_guard._replay import Replayed, replay, replay_table
 from optax_guard._rule_text import parse_rule
@@ -42,13 +43,12 @@ def write(
     history: History, replayed: Sequence[Replayed], out: Path, *, key: str | None
 ) -> list[Path]:
     """Writes the table, and the figure if matplotlib is there, into the folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = out / "replay.txt"
+    text = fresh(out / "replay.txt")
     text.write_text(replay_table(replayed) + "\n", encoding="utf-8")
     try:
         from optax_guard._plot_replay import plot_replay
     except ImportError:
         return [text]
-    picture = out / "replay.png"
+    picture = fresh(out / "replay.png")
     plot_replay(history, replayed, key=key).savefig(picture)
     return [text, picture]

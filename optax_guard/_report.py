@@ -4,10 +4,12 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from optax_guard._diagnosis import diagnose
+from optax_guard._files import fresh
 from optax_guard._findings import Finding, Severity
 from optax_guard._history import History, Row
 from optax_guard._history_readers import find_file
@@ -102,12 +104,8 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
             _thinned(report),
             {_SHOWS[name]: image for name, image in images.items()},
         ).encode()
-    out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        # What a link points to may be outside of the folder.
-        if (out / name).is_symlink():
-            (out / name).unlink()
-        (out / name).write_bytes(content)
+        fresh(out / name).write_bytes(content)
     return [out / name for name in files]
 
 
@@ -144,13 +142,19 @@ def _as_png(figure: Any) -> bytes:
 
 
 def _as_markdown(report: Report, figures: Sequence[str]) -> str:
-    parts = [f"# Report on `{report.source.name}`", _note(report)]
+    # Names come from outside, and Markdown takes HTML for what it is.
+    parts = [f"# Report on {_escaped(report.source.name)}", _escaped(_note(report))]
     parts += [f"![{_SHOWS[name]}]({name})" for name in figures]
-    parts += ["## Findings", *(f"* {finding}" for finding in report.findings)]
+    findings = [f"* {_escaped(str(finding))}" for finding in report.findings]
+    parts += ["## Findings", *findings]
     if not report.findings:
         parts.append(_NOTHING)
     parts += ["## Table", table(_thinned(report), markdown=True)]
     return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return escape(text, quote=False)
 
 
 def _note(report: Report) -> str:

@@ -46,6 +46,15 @@ def ema(decay: ArrayLike) -> Smoother:
     Raises:
       ValueError: If ``decay`` is a Python number out of range.
 
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.target(1.0), smooth=stop.ema(0.5))
+      >>> state = stopper.init()
+      >>> for loss in [4.0, 2.0]:
+      ...     state = stopper.update(loss, state)
+      >>> [x.item() for x in state.smooth_state]
+      [2.666667, 0.75]
+
     References:
       Kingma and Ba, `Adam: a method for stochastic optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014 (section 3, bias correction)
@@ -95,6 +104,16 @@ def median(k: int) -> Smoother:
     Raises:
       ValueError: If ``k`` is below 1.
       TypeError: If ``k`` is not a Python integer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_guard import stop
+      >>> smoother = stop.median(3)
+      >>> state = smoother.init()
+      >>> for loss in [2.0, 90.0, 1.0]:
+      ...     smoothed, state = smoother.update(jnp.float32(loss), state)
+      >>> smoothed.item()
+      2.0
     """
     check_size("k", k)
 

@@ -20,7 +20,8 @@ class StopReason(enum.IntEnum):
 
     message: str
 
-    def __new__(cls, number: int, message: str) -> "StopReason":
+    # A default, because mypy checks `StopReason(1)` as a call of this.
+    def __new__(cls, number: int, message: str = "") -> "StopReason":
         """Attaches the message to the number."""
         member = int.__new__(cls, number)
         member._value_ = number

@@ -40,6 +40,15 @@ def any_of(*rules: StopRule) -> StopRule:
     Raises:
       ValueError: If no rule is given.
       TypeError: If an argument is not a rule.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.any_of(stop.target(0.1), stop.patience(2)))
+      >>> state = stopper.init()
+      >>> for loss in [0.5, 0.6, 0.7, 0.05]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
     """
     return _combine("any_of", jnp.any, rules)
 
@@ -56,6 +65,15 @@ def all_of(*rules: StopRule) -> StopRule:
     Raises:
       ValueError: If no rule is given.
       TypeError: If an argument is not a rule.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.all_of(stop.patience(1), stop.divergence(1.0)))
+      >>> state = stopper.init()
+      >>> for loss in [0.5, 0.6, 1.5]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
     """
     return _combine("all_of", jnp.all, rules)
 
@@ -129,6 +147,15 @@ def not_before(
 
     Raises:
       ValueError: If a concrete number is out of range, or not exactly one is given.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.not_before(stop.patience(1), 4))
+      >>> state = stopper.init()
+      >>> for loss in [0.5, 0.6, 0.7, 0.8]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 3)
     """
     check_rule(rule, "not_before")
     if sum(limit is not None for limit in (evaluations, steps, seconds)) != 1:
@@ -173,6 +200,15 @@ def held_for(rule: StopRule, n: ArrayLike) -> StopRule:
 
     Raises:
       ValueError: If ``n`` is a Python number below 1.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.held_for(stop.target(0.1), 2))
+      >>> state = stopper.init()
+      >>> for loss in [0.05, 0.2, 0.08, 0.07]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 3)
     """
     check_rule(rule, "held_for")
     check_count("n", n)
@@ -221,6 +257,16 @@ def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
 
     Raises:
       ValueError: If ``n`` is a negative Python number.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stall = stop.cooldown(stop.patience(1), 2)
+      >>> stopper = early_stopping(stop.all_of(stall, stop.divergence(1.0)))
+      >>> state = stopper.init()
+      >>> for loss in [0.5, 0.6, 1.5, 1.6]:  # stalls below 1.0, and then rests
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop)
+      False
     """
     check_rule(rule, "cooldown")
     check_not_negative("n", n)
@@ -261,6 +307,14 @@ def monitor(key: str, rule: StopRule, mode: str = "min") -> StopRule:
 
     Raises:
       ValueError: If ``mode`` is unknown.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> rule = stop.monitor("accuracy", stop.target(0.9), mode="max")
+      >>> stopper = early_stopping(rule, key="loss")
+      >>> state = stopper.update({"loss": 0.4, "accuracy": 0.95}, stopper.init())
+      >>> bool(state.should_stop), float(state.best_value)
+      (True, 0.4)
     """
     check_rule(rule, "monitor")
     sign = sign_of(mode)

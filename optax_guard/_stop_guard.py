@@ -45,6 +45,15 @@ def skip_storm(n: ArrayLike) -> StopRule:
     Raises:
       ValueError: If ``n`` is a Python number below 1, or, at `update`, if
         ``opt_state`` holds no guard.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx, params = og.guard(optax.sgd(0.1)), jnp.ones(1)
+      >>> _, opt_state = tx.update(jnp.array([jnp.nan]), tx.init(params), params)
+      >>> stopper = og.early_stopping(og.stop.skip_storm(1))
+      >>> state = stopper.update(0.5, stopper.init(), opt_state=opt_state)
+      >>> bool(state.should_stop)
+      True
     """
     check_count("n", n)
 

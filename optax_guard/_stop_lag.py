@@ -52,6 +52,15 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
     Raises:
       ValueError: If a concrete number is out of range.
       TypeError: If ``k`` is not a Python integer.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.lag(2))
+      >>> state = stopper.init()
+      >>> for loss in [1.0, 0.8, 0.9, 0.85]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 3)
     """
     check_size("k", k)
     check_count("s", s)
@@ -111,6 +120,15 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
     Raises:
       ValueError: If a concrete number is out of range.
       TypeError: If ``k`` is not a Python integer.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.overfitting(1))
+      >>> state = stopper.init()
+      >>> for loss, trained in [(1.0, 0.9), (1.1, 0.7)]:
+      ...     state = stopper.update(loss, state, train_value=trained)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 1)
     """
     check_size("k", k)
     check_count("s", s)

@@ -133,6 +133,13 @@ def scale_by_plateau() -> optax.GradientTransformation:
 
     Returns:
       A transformation whose state is a `PlateauScaleState`.
+
+    Examples:
+      >>> import optax
+      >>> from optax_guard import stop
+      >>> tx = optax.chain(optax.sgd(0.1), stop.scale_by_plateau())
+      >>> float(optax.tree.get(tx.init({"w": 1.0}), "lr_scale"))
+      1.0
     """
 
     def init(params: optax.Params) -> PlateauScaleState:
@@ -165,6 +172,15 @@ def apply_plateau(opt_state: Any, state: EarlyStoppingState) -> Any:
 
     Raises:
       ValueError: If there is no `scale_by_plateau` or not exactly one `plateau`.
+
+    Examples:
+      >>> import optax
+      >>> from optax_guard import early_stopping, stop
+      >>> opt_state = stop.scale_by_plateau().init({"w": 1.0})
+      >>> stopper = early_stopping(stop.plateau(1, factor=0.5))
+      >>> state = stopper.update(2.0, stopper.update(2.0, stopper.init()))
+      >>> stop.apply_plateau(opt_state, state).lr_scale.item()
+      0.5
     """
     held = optax.tree.get_all_with_path(state.rule_state, "lr_scale")
     if len(held) != 1:

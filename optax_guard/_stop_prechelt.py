@@ -59,6 +59,15 @@ def generalization_loss(alpha: ArrayLike) -> StopRule:
     Raises:
       ValueError: If ``alpha`` is a Python number and not positive.
 
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.generalization_loss(5.0))
+      >>> state = stopper.init()
+      >>> for loss in [1.0, 1.04, 1.06]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
+
     References:
       Prechelt, `Early stopping - but when?
       <https://doi.org/10.1007/3-540-49430-8_3>`_, 1998
@@ -113,6 +122,15 @@ def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
     Raises:
       ValueError: If ``alpha`` is a Python number and not positive, or ``k`` below 1.
       TypeError: If ``k`` is not a Python integer.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.progress_quotient(1.0, k=2))
+      >>> state = stopper.init()
+      >>> for loss, trained in [(1.0, [0.9, 0.8]), (1.2, [0.8, 0.79])]:
+      ...     state = stopper.update(loss, state, train_value=trained)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 1)
 
     References:
       Prechelt, `Early stopping - but when?
@@ -183,6 +201,15 @@ def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
 
     Raises:
       ValueError: If ``s`` or ``k`` is a Python number below 1.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.successive_rises(2, k=1))
+      >>> state = stopper.init()
+      >>> for loss in [1.0, 1.1, 1.2]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
 
     References:
       Prechelt, `Early stopping - but when?

@@ -20,6 +20,16 @@ def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
 
     Returns:
       An `EarlyStopping`; smaller values are better.
+
+    Raises:
+      ValueError: If a concrete number is out of range.
+
+    Examples:
+      >>> import optax_guard as og
+      >>> stopper = og.from_flax(min_delta=1e-3, patience=0)
+      >>> state = stopper.update(1.0, stopper.init())
+      >>> bool(stopper.update(1.0, state).should_stop)
+      True
     """
     check_not_negative("patience", patience)
     rule = stop_patience(patience + 1, min_delta=min_delta)
@@ -53,6 +63,16 @@ def from_keras(
 
     Returns:
       An `EarlyStopping`.
+
+    Raises:
+      ValueError: If ``mode`` is unknown or a concrete number out of range.
+
+    Examples:
+      >>> import optax_guard as og
+      >>> stopper = og.from_keras("val_accuracy", patience=1)
+      >>> state = stopper.update({"val_accuracy": 0.9}, stopper.init())
+      >>> bool(stopper.update({"val_accuracy": 0.8}, state).should_stop)
+      True
     """
     del restore_best_weights
     check_choice("mode", mode, ("auto", "min", "max"))
@@ -94,6 +114,16 @@ def from_lightning(
 
     Returns:
       An `EarlyStopping`.
+
+    Raises:
+      ValueError: If ``mode`` is unknown or a concrete number out of range.
+
+    Examples:
+      >>> import optax_guard as og
+      >>> stopper = og.from_lightning("val_loss", patience=1)
+      >>> state = stopper.update({"val_loss": 0.4}, stopper.init())
+      >>> bool(stopper.update({"val_loss": 0.5}, state).should_stop)
+      True
     """
     check_not_negative("patience", patience)
     rules = [stop_patience(max(patience, 1), min_delta=abs(min_delta))]

@@ -157,6 +157,15 @@ def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
 
     Returns:
       A rule without state.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.target(0.1))
+      >>> state = stopper.init()
+      >>> for loss in [0.5, 0.2, 0.09, 0.05]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
     """
 
     def update(observation: Observation, state: tuple[()]) -> tuple[Verdict, tuple[()]]:
@@ -177,6 +186,15 @@ def divergence(threshold: ArrayLike) -> StopRule:
 
     Returns:
       A rule without state.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.divergence(10.0))
+      >>> state = stopper.init()
+      >>> for loss in [2.0, 9.0, 30.0]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
     """
 
     def update(observation: Observation, state: tuple[()]) -> tuple[Verdict, tuple[()]]:
@@ -210,6 +228,15 @@ def budget(
 
     Raises:
       ValueError: If a concrete limit is out of range, or none is given.
+
+    Examples:
+      >>> from optax_guard import early_stopping, stop
+      >>> stopper = early_stopping(stop.budget(evaluations=3))
+      >>> state = stopper.init()
+      >>> for loss in [2.0, 1.0, 0.5]:
+      ...     state = stopper.update(loss, state)
+      >>> bool(state.should_stop), int(state.stopped_at)
+      (True, 2)
     """
     if evaluations is None and steps is None and seconds is None:
         raise ValueError(

@@ -34,7 +34,11 @@ _GROUPS = {
 def grouped_name(name: str) -> str:
     """The name of a row's value in a group: grad, guard, train or val.
 
-    Others keep their name.
+    Args:
+      name: Name of a value in a row of `fit` or in `optax_guard.metrics`.
+
+    Returns:
+      The name with its group; any other as it is.
 
     Examples:
       >>> from optax_guard.analysis import grouped_name

@@ -75,6 +75,12 @@ def plot_norms(
 
     Raises:
       ValueError: If ``history`` is empty.
+
+    Examples:
+      >>> from optax_guard import plotting
+      >>> rows = [{"step": i, "grad_norm": 1 / i, "val_loss": 2 / i} for i in (1, 2, 3)]
+      >>> plotting.plot_norms(rows).axes[0].get_yscale()
+      'log'
     """
     figure, (above, below) = panels(history, title)
     withheld = list(rejections)
@@ -129,6 +135,13 @@ def plot_runs(
 
     Raises:
       ValueError: If there are no rows.
+
+    Examples:
+      >>> from optax_guard import plotting
+      >>> rows = [{"step": i, "grad_norm": 1 / i, "val_loss": 2 / i} for i in (1, 2, 3)]
+      >>> figure = plotting.plot_runs({"as it was": rows, "shorter": rows[:2]})
+      >>> [text.get_text() for text in figure.axes[0].get_legend().texts]
+      ['as it was', 'shorter']
     """
     rows = [row for history in histories.values() for row in history]
     figure, (above, below) = panels(rows, title)

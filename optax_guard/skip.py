@@ -27,7 +27,20 @@ class SkipReason(enum.IntEnum):
 
 
 def is_nonfinite(reason: jax.Array) -> jax.Array:
-    """Whether a step was withheld for a NaN or an infinity, not by a rule."""
+    """Whether a step was withheld for a NaN or an infinity, not by a rule.
+
+    Args:
+      reason: A ``SkipReason`` as the guard's state holds it, int32[].
+
+    Returns:
+      bool[].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_guard import skip
+      >>> bool(skip.is_nonfinite(jnp.int32(skip.SkipReason.NONFINITE)))
+      True
+    """
     return (reason == SkipReason.NONFINITE) | (reason == SkipReason.NONFINITE_VALUE)
 
 

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = ROOT / "pyproject.toml"
@@ -141,23 +143,87 @@ def test_wheel_describes_itself(wheel):
     assert "optax-guard = optax_guard.__main__:main" in scripts
 
 
+def closure(requirements: list[str]) -> set[str]:
+    """Those and all that they require in turn, without extras nobody asked for."""
+    found: dict[tuple[str, str], None] = {}
+    waiting = [(Requirement(text), "") for text in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for extra in {"", *requirement.extras}:
+            key = canonicalize_name(requirement.name), extra
+            if key not in found:
+                found[key] = None
+                inner = metadata.distribution(requirement.name).requires or []
+                waiting += [(Requirement(text), extra) for text in inner]
+    return {name for name, _ in found}
+
+
+def link(names: set[str], folder: Path) -> None:
+    """Puts installed distributions into a folder, as links to their files."""
+    for name in names:
+        distribution = metadata.distribution(name)
+        for top in {path.parts[0] for path in distribution.files or ()}:
+            if top not in ("..", "__pycache__"):
+                source = distribution.locate_file(top)
+                (folder / top).symlink_to(str(source))
+
+
+# In an environment of what is declared: what works, and what says what it needs.
+CLEAN = """
+import sys, warnings
+sys.path[:0] = [sys.argv[1]]
+from importlib.util import find_spec
+print(*(name for name in sys.argv[3:] if find_spec(name)), "are there")
+import jax.numpy as jnp, optax
+import optax_guard as og, optax_guard.analysis, optax_guard.loops
+from optax_guard.__main__ import main
+print(og.__file__)
+tx = og.guard(optax.sgd(1.0), clip=1.0)
+params, state = jnp.ones(1), tx.init(jnp.ones(1))
+params, state = og.apply_gradients(tx, params, state, jnp.array([jnp.nan]))
+history = og.analysis.History(sys.argv[2] + "/history.jsonl")
+history.append(1, og.metrics(state), val_loss=0.5)
+print(params, og.rejections(state)[0].reason.name)
+for extra in ("flax", "plotting"):
+    try:
+        __import__("optax_guard." + extra)
+    except ImportError as error:
+        print(error)
+print(main(["replay", sys.argv[2], "--rule", "target(1.0)"]))
+print(main(["report", sys.argv[2]]), main(["demo", "--quick"]))
+"""
+
+
 @needs_source
-def test_wheel_works_without_the_source_tree(wheel, tmp_path):
-    wheel.extractall(tmp_path)
-    program = (
-        "import importlib, sys; sys.path.insert(0, sys.argv[1]); "
-        "import optax_guard; print(optax_guard.__file__); "
-        "main = importlib.import_module('optax_guard.__main__').main; "
-        "assert callable(main)"
-    )
+def test_wheel_needs_only_what_it_declares(wheel, tmp_path):
+    # Neither the source tree nor the environment of the tests can be seen: `-S`.
+    site, run = tmp_path / "site", tmp_path / "run"
+    wheel.extractall(site)
+    run.mkdir()
+    (path,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+    described = message_from_string(wheel.read(path).decode())
+    link(closure(described.get_all("Requires-Dist", [])), site)
     result = subprocess.run(
-        [sys.executable, "-I", "-c", program, tmp_path],
-        cwd=tmp_path,
+        [sys.executable, "-I", "-S", "-c", CLEAN, site, run, *OPTIONAL],
+        cwd=run,
         check=True,
         capture_output=True,
         text=True,
     )
-    assert Path(result.stdout.strip()).is_relative_to(tmp_path)
+    lines = iter(result.stdout.splitlines())
+    assert next(lines) == "are there"
+    assert Path(next(lines)).is_relative_to(site)
+    assert next(lines) == "[1.] NONFINITE"
+    assert "pip install 'optax-guard[flax]'" in next(lines)
+    assert "pip install 'optax-guard[plot]'" in next(lines)
+    printed = "\n".join(lines)
+    assert "target(1.0)" in printed
+    assert printed.endswith("\n0 1")
+    for extra in ("plot", "demo"):
+        assert f"pip install 'optax-guard[{extra}]'" in result.stderr
+    assert {path.name for path in (run / "report").iterdir()} == {"report.md"}
 
 
 @needs_source
