@@ -24,6 +24,7 @@ from optax_guard._fit_inputs import (
     tracked,
     warn_of_end,
 )
+from optax_guard._guarding import GuardState
 from optax_guard._host import (
     END,
     Interrupt,
@@ -33,7 +34,7 @@ from optax_guard._host import (
     open_display,
     open_source,
 )
-from optax_guard._interval import as_they_are, close, first_interval, run_step
+from optax_guard._interval import close, first_interval, run_step, totals
 from optax_guard._learning_rate import learning_rate_item
 from optax_guard._progress import Progress
 from optax_guard._readout import metrics
@@ -47,7 +48,6 @@ from optax_guard._rewind import (
 )
 from optax_guard._run import begin, best_variables
 from optax_guard._states import find_states
-from optax_guard._statistics import NormStats
 
 # Of the machine, for the host to read.
 _FLAGS = ("should_stop", "stop_reason", "best_step")
@@ -176,8 +176,6 @@ def fit(
         row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
         takes back those since its checkpoint; with `accumulate` also ``num_dropped``,
         the micro-batches left out, and the rates are shares of accumulated steps;
-      * ``entries_clipped`` and ``update_cosine`` of the last update, with
-        `clip_by_value`;
       * ``learning_rate`` of the last update, if the state or `learning_rate` tells it;
       * ``rewinds``, with `rewind`: how often the run had gone back before;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
@@ -221,7 +219,7 @@ def fit(
         step, state, stop, history, _, rewound = run
         is_done = step >= num_steps or (stop is not None and bool(stop.should_stop))
         preempted = False
-        is_measured = bool(find_states(state, NormStats))
+        is_guarded = bool(find_states(state, GuardState))
         interval: Any = None
         evaluated_at = step
         clock = time.monotonic()
@@ -276,9 +274,9 @@ def fit(
                 stop, judged_flags = _judge(stopper, stop, judged, params, facts)
                 flags |= judged_flags
                 state = with_plateau(state, stop, rewound)
-            if is_measured:
+            if is_guarded:
                 counted = metrics(state)
-                row |= as_they_are(counted)
+                row |= totals(counted)
                 flags |= flags_of_guard(counted)
             if rewind is not None:
                 row["rewinds"] = rewound.num_rewinds

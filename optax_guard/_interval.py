@@ -12,9 +12,8 @@ from optax_guard._readout import metrics
 from optax_guard._states import find_states
 from optax_guard._statistics import NormStats
 
-# Withheld steps, micro-batches that an accumulation has left out, and what clipping by
-# value did to the last update.
-_AS_THEY_ARE = ("num_skipped", "num_dropped", "entries_clipped", "update_cosine")
+# Withheld steps; and micro-batches that an accumulation has left out.
+_TOTALS = ("num_skipped", "num_dropped")
 
 
 class NormSums(NamedTuple):
@@ -90,9 +89,9 @@ def first_interval(
     return _empty(dtypes, bool(stats), bool(find_states(state, GuardState)))
 
 
-def as_they_are(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `metrics`, what a row of the history holds without summing up."""
-    return {name: found[name] for name in _AS_THEY_ARE if name in found}
+def totals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `metrics`, the counts that a row of the history holds as they are."""
+    return {name: found[name] for name in _TOTALS if name in found}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))

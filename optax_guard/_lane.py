@@ -19,12 +19,11 @@ from optax_guard._fit_inputs import (
     tracked,
 )
 from optax_guard._guarding import GuardState
-from optax_guard._interval import Interval, as_they_are, close, first_interval, run_step
+from optax_guard._interval import Interval, close, first_interval, run_step, totals
 from optax_guard._learning_rate import learning_rate_item
 from optax_guard._readout import metrics
 from optax_guard._rewind import with_plateau
 from optax_guard._states import find_states
-from optax_guard._statistics import NormStats
 
 # What a machine may be told without a host.
 _FACTS = frozenset({"step", "train_value", "opt_state"})
@@ -139,10 +138,11 @@ def judge_of(functions: Functions) -> Callable[..., tuple[Lane, dict[str, Any]]]
             stop = functions.stopper.update(judged, stop, tracked(state), **facts)
             state = with_plateau(state, stop, Rewound())
             is_over |= stop.should_stop
-        if find_states(state, NormStats):
-            row |= as_they_are(metrics(state))
-        for guard in find_states(state, GuardState):
-            is_over |= guard.guard_exhausted
+        guards = find_states(state, GuardState)
+        if guards:
+            row |= totals(metrics(state))
+            for guard in guards:
+                is_over |= guard.guard_exhausted
         if "learning_rate" not in values:
             row |= rate
         check_apart(row, values)

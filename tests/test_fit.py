@@ -154,22 +154,6 @@ def test_other_metrics_of_the_step_are_means_and_those_of_the_guard_not_repeated
     assert {k for k in row if k.startswith("train_")} == {"train_loss", "train_first"}
 
 
-def test_what_clipping_by_value_did_last_is_in_the_row():
-    limit = 0.3
-    tx = optax.chain(og.clip_by_value(limit), optax.sgd(RATE))
-    arguments = made(tx), train_step, targets
-    run = fit(*arguments, num_steps=3, eval_every=2)
-    w, cosines, shares = START.copy(), [], []
-    for step in range(3):
-        grad = w - np.float64(targets(step))
-        clipped = np.clip(grad, -limit, limit)
-        cosines.append(grad @ clipped / np.sqrt(grad @ grad * (clipped @ clipped)))
-        shares.append(np.mean(np.abs(grad) > limit))
-        w -= RATE * clipped
-    told = [(row["update_cosine"], row["entries_clipped"]) for row in run.history]
-    np.testing.assert_allclose(told, [*zip(cosines, shares, strict=True)][1:], 1e-5)
-
-
 def test_gradient_accumulation_counts_updates_not_steps():
     tx = optax.MultiSteps(GUARDED, every_k_schedule=2).gradient_transformation()
     [row] = fit(made(tx), train_step, targets, num_steps=5, eval_every=5).history
