@@ -1,0 +1,371 @@
+"""When to stop: what does a rule save, and what does it cost on test data?
+
+Two small models learn too much: digits of which three labels in ten are drawn at
+random, in training and validation, and the characters of a short text. Each run is
+trained to the end once, with validation and test evaluated all along; each stop rule is
+then played its validation losses, which is exact, since a stop changes nothing before
+it. A seed has its own split or excerpt, label noise, initial parameters and batches.
+
+The rules are patience 1 to 20, Prechelt's 14 criteria and the lag rule, on validation
+losses as they are and smoothed. They were listed before any was played; settings of the
+training were chosen, on a seed that is not reported, so that runs over-fit. Run `python
+-m benchmarks.generalization`.
+"""
+
+import argparse
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import optax_guard as og
+from benchmarks._results import FOLDER, write
+from benchmarks._small_runs import (
+    Task,
+    batch_of,
+    characters,
+    digits,
+    loss_of,
+    wrong_share,
+)
+from optax_guard.flax import TrainState
+from optax_guard.loops import train_population
+
+
+class Settings(NamedTuple):
+    """How much is run."""
+
+    seeds: int = 40
+    evaluations: int = 150
+
+
+QUICK = Settings(seeds=4, evaluations=40)
+FULL = Settings(seeds=200)
+
+# Task -> what is reported of it, and in what unit.
+TASKS: dict[str, tuple[Callable[[], Task], str, str]] = {
+    "digits": (digits, "test_error", "share of test images wrong"),
+    "characters": (characters, "test_loss", "test loss, nats per character"),
+}
+# Family -> a rule of a number that may be traced, and the numbers; or, where it is the
+# size of an array, a rule for each. Prechelt's are those of his study.
+FAMILIES: dict[str, tuple[Callable[[Any], og.stop.StopRule], tuple[float, ...]]] = {
+    "patience": (og.stop.patience, tuple(range(1, 21))),
+    "GL": (og.stop.generalization_loss, (1, 2, 3, 5)),
+    "PQ": (functools.partial(og.stop.progress_quotient, k=5), (0.5, 0.75, 1, 2, 3)),
+    "UP": (functools.partial(og.stop.successive_rises, k=5), (2, 3, 4, 6, 8)),
+    "lag": (og.stop.lag, (1, 2, 3, 5, 10, 20)),
+}
+SMOOTHERS = {
+    "raw": None,
+    "ema(0.7)": og.stop.ema(0.7),
+    "median(5)": og.stop.median(5),
+}
+
+Curves = dict[str, np.ndarray]
+
+
+def build(task: Task, member: Any) -> dict[str, Any]:
+    """A run of `train_population`, of which each evaluation is recorded."""
+    first, key = jax.random.split(jax.random.key(member["seed"]))
+    # Norms are of no use here, but `verdicts.py` reads these runs as well.
+    tx = optax.chain(og.record_norm(), optax.adam(task.learning_rate))
+
+    def train_step(state: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(lambda p: loss_of(task, p, batch))(
+            state.params
+        )
+        return state.apply_gradients(grads=grads), loss
+
+    def evaluate(state: Any) -> dict[str, jax.Array]:
+        return {
+            "val_loss": loss_of(task, state.params, member["val"]),
+            "test_loss": loss_of(task, state.params, member["test"]),
+            "test_error": wrong_share(task, state.params, member["test"]),
+        }
+
+    params = task.init(first)
+    return {
+        "state": TrainState.create(apply_fn=task.logits, params=params, tx=tx),
+        "train_step": train_step,
+        "batches": lambda step: batch_of(member["train"], key, step, task.batch_size),
+        "evaluate": evaluate,
+    }
+
+
+def record(task: Task, seeds: list[int], evaluations: int) -> Curves:
+    """Columns of the history of whole runs, [seed, evaluation]."""
+    splits = [task.split(seed) for seed in seeds]
+    members = jax.tree.map(lambda *parts: np.stack(parts), *splits)
+    result = train_population(
+        functools.partial(build, task),
+        {**members, "seed": np.array(seeds, np.int32)},
+        num_steps=evaluations * task.eval_every,
+        eval_every=task.eval_every,
+    )
+    return jax.device_get(result.history)
+
+
+# What rules make of it --------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("make", "smooth"))
+def play(make: Any, smooth: Any, numbers: Any, vals: Any, trains: Any) -> Any:
+    """Where rules stop, and the best evaluation until there, each [number, seed].
+
+    The last evaluation if a rule does not stop.
+    """
+
+    def one(number: Any, val: jax.Array, train: jax.Array) -> Any:
+        rule = make() if number is None else make(number)
+        stopper = og.early_stopping(rule, smooth=smooth)
+
+        def judge(state: Any, seen: Any) -> Any:
+            return stopper.update(seen[0], state, train_value=seen[1]), None
+
+        state, _ = jax.lax.scan(judge, stopper.init(), (val, train))
+        last = len(val) - 1
+        stopped = jax.numpy.where(state.should_stop, state.stopped_at, last)
+        return stopped, state.best_eval, state.should_stop
+
+    by_seed = jax.vmap(one, in_axes=(None, 0, 0))
+    if numbers is None:
+        return jax.tree.map(lambda x: x[None], by_seed(None, vals, trains))
+    return jax.vmap(by_seed, in_axes=(0, None, None))(numbers, vals, trains)
+
+
+class Stops(NamedTuple):
+    """What a rule made of each seed's run, [seed]."""
+
+    stopped: np.ndarray
+    best: np.ndarray
+    has_stopped: np.ndarray
+
+
+def stops_of(curves: Curves) -> dict[tuple[str, float, str], Stops]:
+    """What each family, number and smoother makes of the runs."""
+    seen = curves["val_loss"], curves["train_loss"]
+    found = {}
+    for smoother, smooth in SMOOTHERS.items():
+        for family, (make, numbers) in FAMILIES.items():
+            if family == "lag":
+                parts = [
+                    play(functools.partial(make, int(k)), smooth, None, *seen)
+                    for k in numbers
+                ]
+                played = [np.concatenate(x) for x in zip(*parts, strict=True)]
+            else:
+                played = play(make, smooth, np.array(numbers), *seen)
+            for number, *row in zip(numbers, *jax.device_get(played), strict=True):
+                found[family, number, smoother] = Stops(*row)
+    return found
+
+
+def mean_and_error(values: np.ndarray) -> list[float]:
+    """The mean over seeds, and its standard error."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return [float(values.mean()), float(error)]
+
+
+def measure(curves: Curves, score: str) -> dict[str, Any]:
+    """The reference points, and a row for each rule; means over seeds with errors."""
+    test, val = curves[score], curves["val_loss"]
+    seeds, num_evaluations = test.shape
+    rows = np.arange(seeds)
+    oracle = test.min(1)
+
+    def regret(scores: np.ndarray) -> list[float]:
+        return mean_and_error(100 * (scores / oracle - 1))
+
+    references = {
+        "oracle": test.min(1),
+        "best_of_all_by_validation": test[rows, val.argmin(1)],
+        "end": test[:, -1],
+    }
+    rules = [
+        {
+            "family": family,
+            "number": number,
+            "smoothed": smoother,
+            "test": mean_and_error(test[rows, stops.best]),
+            "percent_above_oracle": regret(test[rows, stops.best]),
+            "worst_percent_above_oracle": regret_of_worst(test, stops, oracle),
+            "last_percent_above_oracle": regret(test[rows, stops.stopped]),
+            "evaluations": mean_and_error(stops.stopped + 1.0),
+            "percent_saved": 100
+            * (1 - float(stops.stopped.mean() + 1) / num_evaluations),
+            "share_stopped": float(stops.has_stopped.mean()),
+        }
+        for (family, number, smoother), stops in stops_of(curves).items()
+    ]
+    return {
+        "references": {
+            name: {"test": mean_and_error(x), "percent_above_oracle": regret(x)}
+            for name, x in references.items()
+        },
+        "oracle_at_evaluation": mean_and_error(test.argmin(1) + 1.0),
+        "validation_best_at_evaluation": mean_and_error(val.argmin(1) + 1.0),
+        "rules": rules,
+    }
+
+
+def regret_of_worst(test: np.ndarray, stops: Stops, oracle: np.ndarray) -> float:
+    """How far above the oracle the rule leaves the tenth of seeds it suits least."""
+    found = test[np.arange(len(test)), stops.best]
+    return float(np.quantile(100 * (found / oracle - 1), 0.9))
+
+
+# Showing it ---------------------------------------------------------------------------
+
+
+def name_of(row: dict[str, Any]) -> str:
+    smoothed = "" if row["smoothed"] == "raw" else f", {row['smoothed']}"
+    return f"{row['family']}({row['number']:g}){smoothed}"
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """Prints what each rule has saved and cost."""
+    for task, found in results.items():
+        at = found["oracle_at_evaluation"][0]
+        print(f"\n{task}: the oracle stops at evaluation {at:.1f} on the mean")
+        for name, row in found["references"].items():
+            above, error = row["percent_above_oracle"]
+            print(f"{name:28}{row['test'][0]:9.4f}{above:8.1f} % +- {error:.1f}")
+        print(f"{'':28}{'test':>9}{'above':>8}{'last':>8}{'worst':>8}{'saved':>8}")
+        for row in found["rules"]:
+            print(
+                f"{name_of(row):28}{row['test'][0]:9.4f}"
+                f"{row['percent_above_oracle'][0]:7.1f}%"
+                f"{row['last_percent_above_oracle'][0]:7.1f}%"
+                f"{row['worst_percent_above_oracle']:7.1f}%"
+                f"{row['percent_saved']:7.1f}%"
+            )
+
+
+def plot(
+    results: dict[str, dict[str, Any]], curves: dict[str, Curves], path: pathlib.Path
+) -> None:
+    """Draws Prechelt's trade-off for each task, above it the curves of one seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    axes = figure.subplots(2, 2, height_ratios=[1, 2.4], sharex="col")
+    colors = {family: f"C{i}" for i, family in enumerate(FAMILIES)}
+    markers = dict(zip(SMOOTHERS, "o^s", strict=True))
+    for i, (task, found) in enumerate(results.items()):
+        _, score, unit = TASKS[task]
+        top, below = axes[0, i], axes[1, i]
+        test = curves[task][score]
+        x = np.arange(1, test.shape[1] + 1)
+        for seed in test[:10]:
+            top.plot(x, seed, color="0.75", linewidth=0.8)
+        top.plot(x, test.mean(0), color="black", label="mean of all seeds")
+        top.plot([], [], color="0.75", label="ten seeds")
+        top.set_ylabel(unit)
+        top.set_title(task)
+        top.set_ylim(0.97 * test.min(), np.quantile(test.max(0), 0.98))
+        top.legend(loc="upper center", ncols=2, frameon=False)
+        for family in FAMILIES:
+            for smoother, marker in markers.items():
+                rows = [
+                    r
+                    for r in found["rules"]
+                    if (r["family"], r["smoothed"]) == (family, smoother)
+                ]
+                used = [r["evaluations"][0] for r in rows]
+                above = [r["percent_above_oracle"][0] for r in rows]
+                below.plot(
+                    used,
+                    above,
+                    color=colors[family],
+                    marker=marker,
+                    markersize=5,
+                    linewidth=0.8,
+                    markerfacecolor=colors[family] if smoother == "raw" else "white",
+                    linestyle="-" if smoother == "raw" else ":",
+                )
+                if smoother != "raw":
+                    continue
+                for r, a, b in zip(rows, used, above, strict=True):
+                    if family != "patience" or r["number"] in (1, 2, 3, 5, 10, 20):
+                        below.annotate(
+                            f"{r['number']:g}",
+                            (a, b),
+                            xytext=(4, 4),
+                            textcoords="offset points",
+                            color=colors[family],
+                            fontsize=8,
+                        )
+        lines = {"best_of_all_by_validation": "-.", "end": "--"}
+        for name, style in lines.items():
+            at = found["references"][name]["percent_above_oracle"][0]
+            below.axhline(at, color="black", linewidth=0.9, linestyle=style)
+        below.axvline(
+            found["oracle_at_evaluation"][0], color="black", linewidth=0.7, alpha=0.5
+        )
+        below.set_xscale("log")
+        ticks = [t for t in (2, 3, 5, 10, 20, 50, 100, 150) if t <= test.shape[1]]
+        below.set_xticks(ticks, map(str, ticks))
+        below.minorticks_off()
+        below.set_yscale("log")
+        below.set_xlabel("evaluations used (mean)")
+        below.set_ylabel(
+            "test score of what is handed back,\n% above the oracle's best"
+        )
+    handles = [
+        *(axes[1, 0].plot([], [], "o", color=c, label=f)[0] for f, c in colors.items()),
+        *(
+            axes[1, 0].plot(
+                [],
+                [],
+                marker=m,
+                color="0.3",
+                markerfacecolor="0.3" if s == "raw" else "white",
+                linestyle="-" if s == "raw" else ":",
+                label=s if s == "raw" else f"smoothed, {s}",
+            )[0]
+            for s, m in markers.items()
+        ),
+        axes[1, 0].plot([], [], "k--", label="end, last parameters")[0],
+        axes[1, 0].plot([], [], "k-.", label="never stopped, best by validation")[0],
+        axes[1, 0].plot([], [], "k-", alpha=0.5, label="the oracle stops")[0],
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def study(settings: Settings) -> tuple[dict[str, Curves], dict[str, dict[str, Any]]]:
+    """The recorded runs, and what was measured, both by task."""
+    curves = {
+        name: record(make(), list(range(settings.seeds)), settings.evaluations)
+        for name, (make, _, _) in TASKS.items()
+    }
+    results = {
+        name: {"score": TASKS[name][2], **measure(found, TASKS[name][1])}
+        for name, found in curves.items()
+    }
+    return curves, results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="four seeds, short runs")
+    size.add_argument("--full", action="store_true", help="two hundred seeds")
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
+    args = parser.parse_args()
+    settings = QUICK if args.quick else FULL if args.full else Settings()
+    started = time.monotonic()
+    curves, results = study(settings)
+    show(results)
+    write(args.out / "generalization.json", settings, started, {"results": results})
+    plot(results, curves, args.out / "generalization.png")
+
+
+if __name__ == "__main__":
+    main()
