@@ -457,7 +457,7 @@ def ended(run: Run, ends: str) -> list[Run]:
 def too_long(settings: Settings) -> list[Run]:
     """The runs of `generalization.py`, to their end."""
     runs = []
-    for name, (make, _, _) in generalization.TASKS.items():
+    for name, (make, _) in generalization.TASKS.items():
         seeds = list(range(settings.seeds))
         columns = generalization.record(make(), seeds, settings.too_long)
         for seed in seeds:

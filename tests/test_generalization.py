@@ -53,21 +53,23 @@ def test_rules_are_played_as_a_plain_loop_would():
     for n, *row in zip(numbers, stopped, best, strict=True):
         for losses, *found in zip(vals, *row, strict=True):
             assert tuple(found) == by_hand(functools.partial(has_waited, n), losses)
-    lag = functools.partial(og.stop.lag, 3)
-    stopped, best, _ = generalization.play(lag, None, None, vals, trains)
+    stopped, best, _ = generalization.play(
+        generalization.LAGS[3], None, None, vals, trains
+    )
     for losses, *found in zip(vals, stopped[0], best[0], strict=True):
         assert tuple(found) == by_hand(is_above_third_last, losses)
 
 
-def test_regret_is_that_of_what_is_handed_back(monkeypatch):
-    monkeypatch.setattr(
-        generalization, "FAMILIES", {"patience": (og.stop.patience, (2, 3))}
-    )
-    monkeypatch.setattr(generalization, "SMOOTHERS", {"raw": None})
+def test_regret_is_that_of_what_is_handed_back():
     val = np.array([[3, 2, 2.5, 2.6, 1, 1.5, 1.5, 1.5]], np.float32)
     test = np.array([[4, 3, 2.9, 2.8, 2.2, 2.0, 2.5, 3.0]], np.float32)
     curves = {"val_loss": val, "train_loss": val, "test_loss": test}
-    found = generalization.measure(curves, "test_loss")
+    played = generalization.play(og.stop.patience, None, np.array([2, 3]), val, val)
+    stops = {
+        ("patience", n, "raw"): generalization.Stops(*row)
+        for n, *row in zip((2, 3), *jax.device_get(played), strict=True)
+    }
+    found = generalization.measure(curves, stops, "test_loss")
     two, three = found["rules"]
     # Patience 2 stops at the fourth and hands back the second.
     assert two["evaluations"][0] == 4
