@@ -193,6 +193,11 @@ def test_spike_of_a_row_is_no_other_level_of_norms():
     assert codes(history) == set()
 
 
+def test_run_that_was_lost_is_not_told_to_train_on():
+    history = rows(val_loss=[*FALLING[:12], NAN], train_loss=2.0, grad_norm=1.0)
+    assert "STOPPED_TOO_EARLY" not in codes(history)
+
+
 def test_leaf_is_named_if_the_rejections_are_known():
     rejection = og.Rejection(3, NAN, NAN, og.SkipReason.NONFINITE, "['head']['w']")
     history = CASES["NONFINITE_LOSS_DESPITE_CLIPPING"][0]
