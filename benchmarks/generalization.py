@@ -259,98 +259,99 @@ def show(results: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 def plot(
-    results: dict[str, dict[str, dict[str, Any]]],
-    curves: dict[str, Curves],
-    path: pathlib.Path,
+    results: dict[str, Any], curves: dict[str, Curves], path: pathlib.Path
 ) -> None:
-    """Draws Prechelt's trade-off for each task, above it the curves of one seed."""
+    """Draws Prechelt's trade-off for each task, above it the curves of some seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplots(2, 2, height_ratios=[1, 2.4], sharex="col")
-    colors = {family: f"C{i}" for i, family in enumerate([*FAMILIES, "lag"])}
+    axes = figure.subplots(2, 2, height_ratios=[1, 2.2])
+    families = [*FAMILIES, "lag"]
+    colors = {family: f"C{i}" for i, family in enumerate(families)}
     markers = dict(zip(SMOOTHERS, "o^s", strict=True))
+    # Where points of several families lie on each other, their numbers do not.
+    below_by = dict(zip(families, (7, -13, -35, -24, 18), strict=True))
     for i, (task, by_score) in enumerate(results.items()):
         score = TASKS[task][1]
         found = by_score[score]
-        top, below = axes[0, i], axes[1, i]
-        test = curves[task][score]
-        x = np.arange(1, test.shape[1] + 1)
-        for seed in test[:10]:
-            top.plot(x, seed, color="0.75", linewidth=0.8)
-        top.plot(x, test.mean(0), color="black", label="mean of all seeds")
-        top.plot([], [], color="0.75", label="ten seeds")
-        top.set_ylabel(SCORES[score])
-        top.set_title(task)
-        top.set_ylim(0.97 * test.min(), np.quantile(test.max(0), 0.98))
-        top.legend(loc="upper center", ncols=2, frameon=False)
-        for family in colors:
-            for smoother, marker in markers.items():
-                rows = [
-                    r
-                    for r in found["rules"]
-                    if (r["family"], r["smoothed"]) == (family, smoother)
-                ]
-                used = [r["evaluations"][0] for r in rows]
-                above = [r["percent_above_oracle"][0] for r in rows]
-                below.plot(
-                    used,
-                    above,
+        draw_curves(axes[0, i], curves[task][score], SCORES[score])
+        axes[0, i].set_title(task)
+        ax = axes[1, i]
+        for row in found["rules"]:
+            family, smoother = row["family"], row["smoothed"]
+            at = row["evaluations"][0], row["percent_above_oracle"][0]
+            ax.plot(
+                *at,
+                color=colors[family],
+                marker=markers[smoother],
+                markersize=5,
+                markerfacecolor=colors[family] if smoother == "raw" else "none",
+            )
+            is_told = family != "patience" or row["number"] in (1, 2, 3, 5, 10, 20)
+            if smoother == "raw" and is_told:
+                ax.annotate(
+                    f"{row['number']:g}",
+                    at,
+                    xytext=(0, below_by[family]),
+                    textcoords="offset points",
+                    ha="center",
                     color=colors[family],
-                    marker=marker,
-                    markersize=5,
-                    linewidth=0.8,
-                    markerfacecolor=colors[family] if smoother == "raw" else "white",
-                    linestyle="-" if smoother == "raw" else ":",
+                    fontsize=8,
                 )
-                if smoother != "raw":
-                    continue
-                for r, a, b in zip(rows, used, above, strict=True):
-                    if family != "patience" or r["number"] in (1, 2, 3, 5, 10, 20):
-                        below.annotate(
-                            f"{r['number']:g}",
-                            (a, b),
-                            xytext=(4, 4),
-                            textcoords="offset points",
-                            color=colors[family],
-                            fontsize=8,
-                        )
-        lines = {"best_of_all_by_validation": "-.", "end": "--"}
-        for name, style in lines.items():
-            at = found["references"][name]["percent_above_oracle"][0]
-            below.axhline(at, color="black", linewidth=0.9, linestyle=style)
-        below.axvline(
-            found["oracle_at_evaluation"][0], color="black", linewidth=0.7, alpha=0.5
+        end, best = (
+            found["references"][name]["percent_above_oracle"][0]
+            for name in ("end", "best_of_all_by_validation")
         )
-        below.set_xscale("log")
-        ticks = [t for t in (2, 3, 5, 10, 20, 50, 100, 150) if t <= test.shape[1]]
-        below.set_xticks(ticks, map(str, ticks))
-        below.minorticks_off()
-        below.set_yscale("log")
-        below.set_xlabel("evaluations used (mean)")
-        below.set_ylabel(
-            "test score of what is handed back,\n% above the oracle's best"
+        ax.axhline(best, color="black", linewidth=0.9, linestyle="-.")
+        ax.axvline(found["oracle_at_evaluation"][0], color="0.6", linewidth=0.9)
+        ax.text(
+            0.98,
+            0.95,
+            f"last parameters of all {curves[task][score].shape[1]}: {end:.0f} %",
+            transform=ax.transAxes,
+            ha="right",
         )
+        ax.set_ylim(0, 1.1 * max(r["percent_above_oracle"][0] for r in found["rules"]))
+        ax.set_xscale("log")
+        ticks = (10, 15, 20, 30, 50, 100, 150)
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.minorticks_off()
+        ax.set_xlim(8, 1.1 * curves[task][score].shape[1])
+        ax.set_xlabel("evaluations used (mean)")
+        ax.set_ylabel("test score of what is handed back,\n% above the oracle's")
+    ax = axes[1, 0]
     handles = [
-        *(axes[1, 0].plot([], [], "o", color=c, label=f)[0] for f, c in colors.items()),
+        *(ax.plot([], [], "o", color=c, label=f)[0] for f, c in colors.items()),
         *(
-            axes[1, 0].plot(
+            ax.plot(
                 [],
                 [],
-                marker=m,
+                marker=marker,
                 color="0.3",
-                markerfacecolor="0.3" if s == "raw" else "white",
-                linestyle="-" if s == "raw" else ":",
-                label=s if s == "raw" else f"smoothed, {s}",
+                markerfacecolor="0.3" if smoother == "raw" else "none",
+                linestyle="",
+                label=smoother if smoother == "raw" else f"smoothed, {smoother}",
             )[0]
-            for s, m in markers.items()
+            for smoother, marker in markers.items()
         ),
-        axes[1, 0].plot([], [], "k--", label="end, last parameters")[0],
-        axes[1, 0].plot([], [], "k-.", label="never stopped, best by validation")[0],
-        axes[1, 0].plot([], [], "k-", alpha=0.5, label="the oracle stops")[0],
+        ax.plot([], [], "k-.", label="never stopped, best by validation")[0],
+        ax.plot([], [], color="0.6", label="the oracle stops (mean)")[0],
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def draw_curves(ax: Any, test: np.ndarray, label: str) -> None:
+    """Draws test scores over evaluations, of ten seeds and the mean of all."""
+    x = np.arange(1, test.shape[1] + 1)
+    for one in test[:10]:
+        ax.plot(x, one, color="0.75", linewidth=0.8)
+    ax.plot([], [], color="0.75", label="ten seeds")
+    ax.plot(x, test.mean(0), color="black", label="mean of all")
+    ax.set_ylabel(label)
+    ax.set_xlabel("evaluation")
+    ax.set_ylim(0.97 * test.min(), np.quantile(test[:, 5:], 0.999))
+    ax.legend(loc="upper center", ncols=2, frameon=False)
 
 
 def study(settings: Settings) -> tuple[dict[str, Curves], dict[str, Any]]:
