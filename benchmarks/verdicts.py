@@ -210,6 +210,7 @@ TREATMENTS = {
     ),
 }
 # Runs of `generalization.py` to their end.
+TOO_LONG_TITLE = "trained too long"
 TOO_LONG = Treatment(Fault(), codes("OVERFITTING"))
 
 
@@ -473,7 +474,7 @@ def too_long(settings: Settings) -> list[Run]:
                 }
                 for j in range(settings.too_long)
             ]
-            runs.append(Run("trained too long", name, seed, rows))
+            runs.append(Run(TOO_LONG_TITLE, name, seed, rows))
     return runs
 
 
@@ -492,7 +493,7 @@ def judge(runs: list[Run]) -> list[Judged]:
 
 
 def treatment_of(title: str) -> Treatment:
-    return {**TREATMENTS, "trained too long": TOO_LONG}[title]
+    return {**TREATMENTS, TOO_LONG_TITLE: TOO_LONG}[title]
 
 
 def by_code(judged: list[Judged]) -> dict[str, dict[str, Any]]:
@@ -597,7 +598,10 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    rows = results["by_treatment"]
+    titles = [*TREATMENTS, TOO_LONG_TITLE]
+    rows = {
+        t: results["by_treatment"][t] for t in titles if t in results["by_treatment"]
+    }
     names = [str(code) for code in FindingCode]
     shares = np.array(
         [[row["found"].get(code, 0.0) for code in names] for row in rows.values()]
@@ -642,7 +646,9 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
             for x in ("precision", "recall")
         ]
         labels.append(f"{code.replace('_', ' ').lower()}\n{both[0]}, {both[1]}")
-    ax.set_xticks(range(len(names)), labels, rotation=50, ha="left")
+    ax.set_xticks(
+        range(len(names)), labels, rotation=45, ha="left", rotation_mode="anchor"
+    )
     ax.xaxis.tick_top()
     ax.set_xlabel(
         "% of the runs with each finding; below its name precision, recall\n"
