@@ -14,16 +14,13 @@ benchmarks.bad_batches`.
 """
 
 import argparse
-import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -32,10 +29,8 @@ import optax
 
 import optax_guard as og
 from benchmarks import _peers
+from benchmarks._results import FOLDER, write
 from benchmarks._text_run import Batches, Run, Settings, healthy, init_params, make_half
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-
 
 QUICK = Settings(seeds=1, half=80)
 FULL = Settings(seeds=5, half=600)
@@ -256,38 +251,19 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed, short runs")
     size.add_argument("--full", action="store_true", help="five seeds, long runs")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL if args.full else Settings()
     started = time.monotonic()
     runs, results = study(settings, contenders(settings.learning_rate))
     show(results)
-    seconds = round(time.monotonic() - started)
-    print(f"\nTook {seconds} s.")
-    about = {
-        "versions": {name: version(name) for name in ("jax", "optax", "numpy")},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "seconds": seconds,
-        "settings": settings._asdict(),
+    content = {
         "faults": {name: fault._asdict() for name, fault in FAULTS.items()},
         "units": "losses and excursions in nats per character; lists are by seed",
+        "results": results,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(as_json({**about, "results": results}), indent=1)
-    (args.out / "bad_batches.json").write_text(content + "\n")
+    write(args.out / "bad_batches.json", settings, started, content)
     plot(runs, settings, args.out / "bad_batches.png")
-
-
-def as_json(value: Any) -> Any:
-    """Numbers to 5 digits; those that are not finite as strings."""
-    if isinstance(value, dict):
-        return {key: as_json(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [as_json(x) for x in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else str(value)
-    return value
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def diagnose(
                                     is above 10 times the typical one (of 3 or more) in
                                     2 rows running and the loss not below the median of
                                     the last 5; with a clip or skips, above the
-                                    first loss.
+                                    first loss, of validation as well.
     NONFINITE_LOSS_DESPITE_CLIPPING A clip is in force, and a loss is not finite (of
                                     training, where no step was withheld).
     SKIP_STORM                      Of the steps of the last 5 rows 25 % were withheld,
@@ -149,7 +149,7 @@ def diagnose(
                                     which norm or loss was not finite or the norm above
                                     10 times the typical one (of 3 or more).
     OVER_CLIPPED                    In 8 rows running, 90 % of the steps clipped, and
-                                    norms (geometric mean) at least 10 times the
+                                    norms (their median) at least 10 times the
                                     threshold, or what is left of them if that is more,
                                     or 3 times while the loss falls by no more than
                                     10 % over these rows. ``phase`` is

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from statistics import median
 from typing import Any
 
 from optax_guard._diagnosis_facts import Facts, mean
@@ -70,7 +71,8 @@ class OverClipped:
             self._num_rows += 1
             self._share += f.clip_share
         share = mean(share for share, _ in self._window)
-        times = math.exp(mean(shrunk for _, shrunk in self._window))
+        # The median: a row with one huge batch tells of that batch, not of the clip.
+        times = math.exp(median(shrunk for _, shrunk in self._window or [(0, 0.0)]))
         # Losses since the first of the 8 rows; while they fall fast, all is well.
         losses = [*f.past_losses, f.loss][-8:]
         is_slow = not losses[0] - losses[-1] > 0.1 * abs(losses[0])

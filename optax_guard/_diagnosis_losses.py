@@ -96,6 +96,9 @@ class Endings:
             self._since_best += 1
             if facts.val < self._best:
                 self._best, self._since_best = facts.val, 0
+        elif facts.is_loss_nonfinite:
+            # Of a run that was lost, how it ended says nothing.
+            self._vals.clear()
 
     def finish(self) -> tuple[FindingCode, Evidence] | None:
         """What holds of a run that ended here."""

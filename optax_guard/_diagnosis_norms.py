@@ -18,16 +18,20 @@ class Exploding:
 
     def __init__(self):
         self._large_in_a_row = 0
+        self._first_val = math.nan
 
     def update(self, facts: Facts) -> Evidence | None:
         """The evidence, if it holds at this row."""
         f = facts
+        if math.isnan(self._first_val):
+            self._first_val = f.val
         is_large = f.num_norms >= 3 and f.norm > 10 * f.typical_norm
         self._large_in_a_row = self._large_in_a_row + 1 if is_large else 0
         is_bounded = f.has_clip or f.skip_share > 0
         if is_bounded:
-            # By a clip or a guard: then the loss must have lost all that it gained.
-            is_worse = f.loss > f.first_loss
+            # By a clip or a guard: then the loss must have lost all that it gained; on
+            # validation data, too, for huge batches enter the training loss.
+            is_worse = f.loss > f.first_loss and not f.val <= self._first_val
         else:
             is_worse = not f.loss < median(f.past_losses[-5:] or [math.inf])
         grows = self._large_in_a_row >= 2 and is_worse

@@ -172,6 +172,8 @@ def fit(
       * ``grad_norm``, ``clipped_norm``, ``clip_threshold``: of the worst step since the
         row before, the one with the largest finite norm; NaN if there was none; and
         ``grad_norm_mean``, the mean norm over the same steps;
+      * ``update_cosine``, ``entries_clipped``, ``units_clipped``, of the clips that
+        tell them: means over the same steps;
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
         row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
         takes back those since its checkpoint; with `accumulate` also ``num_dropped``,

@@ -14,6 +14,8 @@ from optax_guard._statistics import NormStats
 
 # Withheld steps; and micro-batches that an accumulation has left out.
 _TOTALS = ("num_skipped", "num_dropped")
+# What only some clips tell of a step.
+_OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
 
 
 class NormSums(NamedTuple):
@@ -42,8 +44,8 @@ class Interval(NamedTuple):
     """Sums since the last evaluation.
 
     Attributes:
-      metric_sums: Sums of the finite values of each metric of the step, float32[] or
-        wider.
+      metric_sums: Sums of the finite values of each metric of the step, by its name in
+        the row, float32[] or wider.
       metric_counts: How many there were, int32[] each.
       norms: A `NormSums`, or ``None`` if nothing in the state measures norms.
       num_skipped: int32[], steps withheld, or ``None`` without a guard.
@@ -82,10 +84,11 @@ def first_interval(
     stats = find_states(state, NormStats)
     known = set(metrics(state)) if stats else set()
     dtypes = {
-        name: jnp.promote_types(value.dtype, jnp.float32)
+        f"train_{name}": jnp.promote_types(value.dtype, jnp.float32)
         for name, value in found.items()
         if name not in known
     }
+    dtypes |= {name: jnp.dtype(jnp.float32) for name in _OF_CLIPS if name in known}
     return _empty(dtypes, bool(stats), bool(find_states(state, GuardState)))
 
 
@@ -107,7 +110,7 @@ def run_step(
 def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
     """The interval's row of means, rates and norms, and an empty interval."""
     row = {
-        f"train_{name}": _mean(total, interval.metric_counts[name])
+        name: _mean(total, interval.metric_counts[name])
         for name, total in interval.metric_sums.items()
     }
     norms = interval.norms
@@ -180,17 +183,20 @@ def _as_dict(found: Any) -> dict[str, Any]:
 
 
 def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Interval:
+    values = {f"train_{name}": value for name, value in found.items()}
+    of_clips = [name for name in _OF_CLIPS if name in interval.metric_sums]
+    if of_clips:
+        known, is_measured = metrics(new), _is_measured(old, new)
+        values |= {n: jnp.where(is_measured, known[n], jnp.nan) for n in of_clips}
     sums, counts = {}, {}
     for name, total in interval.metric_sums.items():
-        value = jnp.asarray(found[name], total.dtype)
+        value = jnp.asarray(values[name], total.dtype)
         is_finite = jnp.isfinite(value)
         sums[name] = total + jnp.where(is_finite, value, 0)
         counts[name] = interval.metric_counts[name] + is_finite
     norms, num_skipped = interval.norms, interval.num_skipped
     if norms is not None:
-        norms = _add_norms(
-            norms, find_states(old, NormStats)[0], find_states(new, NormStats)[0]
-        )
+        norms = _add_norms(norms, old, new)
     if num_skipped is not None:
         num_skipped += (
             find_states(new, GuardState)[0].num_skipped
@@ -199,9 +205,16 @@ def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Inter
     return Interval(sums, counts, norms, num_skipped)
 
 
-def _add_norms(norms: NormSums, old: NormStats, new: NormStats) -> NormSums:
+def _is_measured(old_state: Any, new_state: Any) -> jax.Array:
+    """Whether the step was an update, with a finite norm."""
+    old, new = (find_states(state, NormStats)[0] for state in (old_state, new_state))
     # Under gradient accumulation a step may be no update.
-    is_finite = (new.num_updates > old.num_updates) & jnp.isfinite(new.grad_norm)
+    return (new.num_updates > old.num_updates) & jnp.isfinite(new.grad_norm)
+
+
+def _add_norms(norms: NormSums, old_state: Any, new_state: Any) -> NormSums:
+    old, new = (find_states(state, NormStats)[0] for state in (old_state, new_state))
+    is_finite = _is_measured(old_state, new_state)
     is_worst = is_finite & (new.grad_norm > norms.grad_norm)
 
     def worst(now: jax.Array, before: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ _GROUPS = {
     "nonfinite_rate": "grad/nonfinite_rate",
     "entries_clipped": "grad/entries_clipped",
     "update_cosine": "grad/update_cosine",
+    "units_clipped": "grad/units_clipped",
     "num_updates": "grad/num_updates",
     "num_skipped": "guard/num_skipped",
     "num_dropped": "guard/num_dropped",

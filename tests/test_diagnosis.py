@@ -193,6 +193,19 @@ def test_spike_of_a_row_is_no_other_level_of_norms():
     assert codes(history) == set()
 
 
+def test_huge_batches_under_a_clip_are_no_explosion_and_no_tight_threshold():
+    norms = [5e3 if i % 8 in (2, 4, 5) else 6.0 for i in range(30)]
+    losses = np.where(np.array(norms) > 100, 1e4, FALLING).tolist()
+    history = rows(grad_norm=norms, clip_threshold=5.0, loss=losses, val_loss=FALLING)
+    assert not {"EXPLODING", "OVER_CLIPPED"} & codes(history)
+    assert "EXPLODING" in codes([{**row, "val_loss": row["step"]} for row in history])
+
+
+def test_run_that_was_lost_is_not_told_to_train_on():
+    history = rows(val_loss=[*FALLING[:12], NAN], train_loss=2.0, grad_norm=1.0)
+    assert "STOPPED_TOO_EARLY" not in codes(history)
+
+
 def test_leaf_is_named_if_the_rejections_are_known():
     rejection = og.Rejection(3, NAN, NAN, og.SkipReason.NONFINITE, "['head']['w']")
     history = CASES["NONFINITE_LOSS_DESPITE_CLIPPING"][0]

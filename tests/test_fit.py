@@ -154,6 +154,21 @@ def test_other_metrics_of_the_step_are_means_and_those_of_the_guard_not_repeated
     assert {k for k in row if k.startswith("train_")} == {"train_loss", "train_first"}
 
 
+def test_how_far_a_clip_by_value_turns_steps_is_told_as_a_mean():
+    tx = og.guard(optax.sgd(0.0), clip=og.clip_by_value(0.5))
+    [row] = fit(made(tx), train_step, with_nan(1), num_steps=4, eval_every=4).history
+    cosines, shares = [], []
+    for step in (0, 2, 3):
+        grad = START - np.float64(targets(step))
+        clipped = np.clip(grad, -0.5, 0.5)
+        lengths = np.linalg.norm(grad) * np.linalg.norm(clipped)
+        cosines.append(grad @ clipped / lengths)
+        shares.append(np.mean(np.abs(grad) > 0.5))
+    assert row["update_cosine"] == pytest.approx(np.mean(cosines), rel=1e-5)
+    assert 0 < np.mean(shares) < 1
+    assert row["entries_clipped"] == pytest.approx(np.mean(shares))
+
+
 def test_gradient_accumulation_counts_updates_not_steps():
     tx = optax.MultiSteps(GUARDED, every_k_schedule=2).gradient_transformation()
     [row] = fit(made(tx), train_step, targets, num_steps=5, eval_every=5).history
