@@ -107,23 +107,24 @@ def test_widths_bars_and_regrets_are_those_of_the_definitions():
         return Cells(final, final, np.full_like(final, math.inf))
 
     inf = math.inf
+    # Five learning rates, of which nothing trains at the last three.
+    bad, worse = [[2.9] * 3] * 3, [[inf] * 3] * 3
     found = measure(
         {
-            "unclipped": cells([[1.0, 1.2, 1.4], [inf, inf, 1.0], [inf] * 3]),
-            "optax 1": cells([[1.6, 1.6, 1.6], [0.9, 1.0, 1.1], [2.9] * 3]),
-            "leaf 1": cells([[1.1, 1.1, 1.1], [0.8, 0.8, 0.8], [2.9] * 3]),
+            "unclipped": cells([[1.0, 1.2, 1.4], [inf, inf, 1.0], *worse]),
+            "optax 1": cells([[1.6, 1.6, 1.6], [0.9, 1.0, 1.1], *bad]),
+            "leaf 1": cells([[1.1, 1.1, 1.1], [0.8, 0.8, 0.8], *bad]),
         },
         trivial=3.0,
     )
     (((seen,),),) = [found]
     assert seen["bar"] == pytest.approx((3.0 + 0.8) / 2)
     unclipped = seen["contenders"]["unclipped"]
-    assert unclipped["seeds_that_train"] == [3, 1, 0]
-    # Three rates over two decades.
-    assert unclipped["width"] == pytest.approx(1 + 1 / 3)
-    assert unclipped["final_loss"] == [1.2, inf, inf]
+    assert unclipped["seeds_that_train"] == [3, 1, 0, 0, 0]
+    assert unclipped["width"] == pytest.approx((1 + 1 / 3) / 2)
+    assert unclipped["final_loss"] == [1.2, inf, inf, inf, inf]
     assert unclipped["regret"][:2] == [0.0, inf]
-    assert math.isnan(unclipped["regret"][2])
+    assert np.isnan(unclipped["regret"][2:]).all()
     assert unclipped["regret_at_best_rate"] == pytest.approx(0.2)
     leaf = seen["contenders"]["leaf 1"]
     # The sweep is of global clips: others may be better than it.
