@@ -23,8 +23,10 @@ trains if that is below a bar for its model and optimizer: half way from what cl
 frequencies alone give to the lowest median of all cells, and 0.1 nats below the former
 at least. Width is the share of runs that train, by learning rate, summed over decades;
 two decades and a third is the most. Regret at a learning rate is the median final loss
-above the lowest one of the sweep there. No contender, model, learning rate or seed was
-left out after its result was seen. Run `python -m benchmarks.stability`.
+above the lowest one of the sweep there; "near best" is the share of models, scales and
+rates, at which the sweep trains, with a regret of at most 0.05 nats. No contender,
+model, learning rate or seed was left out after its result was seen. Run `python -m
+benchmarks.stability`.
 """
 
 import argparse
@@ -78,6 +80,8 @@ class Settings(NamedTuple):
 QUICK = Settings(seeds=2, steps=60, eval_every=6, num_rates=3)
 FULL = Settings(steps=300, eval_every=15, num_rates=13)
 
+# Nats above the best of the sweep that are no loss worth a word.
+NEAR = 0.05
 RULES = {
     "zscore": og.threshold.zscore(),
     "quantile": og.threshold.quantile(0.9, relative_error=0.05),
@@ -336,23 +340,55 @@ def measure(cells: dict[str, Cells], trivial: float) -> list[list[dict[str, Any]
     ]
 
 
-def show(found: dict[str, list[list[dict[str, Any]]]], models: Models) -> None:
-    """Prints widths, and regrets at the best learning rate, of all contenders."""
-    for i, optimizer in enumerate(OPTIMIZERS):
-        columns = [
-            (name, scale, found[name][i][j]["contenders"])
-            for name, (_, scales) in models.items()
-            for j, scale in enumerate(scales)
+def summarize(found: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """For each optimizer and contender what it comes to over models and scales."""
+
+    def of_all(settings: list[dict[str, Any]], name: str) -> dict[str, float]:
+        rows = [setting["contenders"][name] for setting in settings]
+        base = [setting["contenders"]["unclipped"]["width"] for setting in settings]
+        gains = np.array([row["width"] for row in rows]) - base
+        regrets = np.array([row["regret"] for row in rows])
+        # Where nothing trains at the best rate either, there is no choice to judge.
+        at_best = [
+            row["regret_at_best_rate"]
+            for row, of_rates in zip(rows, regrets, strict=True)
+            if not np.isnan(of_rates).all()
         ]
-        heads = [f"{name} x{scale:g}" for name, scale, _ in columns]
-        for title, key, form in (
-            ("decades of learning rates that train", "width", "{:.2f}"),
-            ("regret at the best learning rate", "regret_at_best_rate", "{:.3f}"),
-        ):
-            print(f"\n{optimizer}: {title}\n{'':20}", *(f"{h:>15}" for h in heads))
-            for contender in columns[0][2]:
-                row = (form.format(cells[contender][key]) for *_, cells in columns)
-                print(f"{contender:20}", *(f"{cell:>15}" for cell in row))
+        return {
+            "mean_width": float(np.mean([row["width"] for row in rows])),
+            "wider_than_unclipped": int(np.sum(gains > 0)),
+            "narrower_than_unclipped": int(np.sum(gains < 0)),
+            "mean_regret_at_best_rate": float(np.mean(at_best)),
+            "largest_regret_at_best_rate": float(np.max(at_best)),
+            "share_near_best": float(np.mean(regrets[~np.isnan(regrets)] <= NEAR)),
+        }
+
+    summary = {}
+    for i, optimizer in enumerate(OPTIMIZERS):
+        settings = [
+            setting for by_optimizer in found.values() for setting in by_optimizer[i]
+        ]
+        names = settings[0]["contenders"]
+        summary[optimizer] = {name: of_all(settings, name) for name in names}
+    return summary
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints a table for each optimizer."""
+    for optimizer, rows in summary.items():
+        print(
+            f"\n{optimizer}: over all models and scales\n{'':20}"
+            f"{'width':>7}{'wider':>7}{'narrower':>10}{'regret':>8}{'most':>7}"
+            f"{'near best':>11}"
+        )
+        for name, row in rows.items():
+            print(
+                f"{name:20}{row['mean_width']:7.2f}{row['wider_than_unclipped']:7}"
+                f"{row['narrower_than_unclipped']:10}"
+                f"{row['mean_regret_at_best_rate']:8.3f}"
+                f"{row['largest_regret_at_best_rate']:7.2f}"
+                f"{row['share_near_best']:11.0%}"
+            )
 
 
 def plot(
@@ -419,7 +455,8 @@ def main() -> None:
     found = {
         name: measure(cells, models[name][0].trivial) for name, cells in runs.items()
     }
-    show(found, models)
+    summary = summarize(found)
+    show(summary)
     seconds = round(time.monotonic() - started)
     print(f"\nTook {seconds} s.")
     about = {
@@ -444,7 +481,9 @@ def main() -> None:
         for j, scale in enumerate(scales)
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(as_json({**about, "results": results}), indent=1)
+    content = json.dumps(
+        as_json({**about, "summary": summary, "results": results}), indent=1
+    )
     # A list of numbers on one line.
     content = re.sub(
         r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), content
