@@ -428,7 +428,7 @@ def plot(
             numbers = (rates[0], middle, rates[-1])
             ax.set_xticks(at, [f"{x:.2g}".lstrip("0") for x in numbers])
             ax.set_yticks(range(len(rows)), list(rows))
-            kinds = [contender.split(" ")[0] for contender in rows]
+            kinds = [re.split("[ ,]", contender)[0] for contender in rows]
             for k in range(1, len(kinds)):
                 if kinds[k] != kinds[k - 1]:
                     ax.axhline(k - 0.5, color="white", linewidth=2)
