@@ -423,10 +423,8 @@ def plot(
             shades[losses > found[name][i][j]["bar"]] = np.nan
             ax.set_facecolor("0.93")
             image = ax.imshow(shades, cmap="viridis_r", vmin=0.4, vmax=1, aspect="auto")
-            at = [0, (len(rates) - 1) / 2, len(rates) - 1]
-            middle = math.sqrt(rates[0] * rates[-1])
-            numbers = (rates[0], middle, rates[-1])
-            ax.set_xticks(at, [f"{x:.2g}".lstrip("0") for x in numbers])
+            ends = [f"{x:g}".lstrip("0") for x in OPTIMIZERS[optimizer]]
+            ax.set_xticks([0, len(rates) - 1], ends)
             ax.set_yticks(range(len(rows)), list(rows))
             kinds = [re.split("[ ,]", contender)[0] for contender in rows]
             for k in range(1, len(kinds)):
