@@ -90,6 +90,18 @@ def loss_of(params: Any, text: jax.Array, input_factor: Any, is_shuffled: Any) -
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
+def windows(part: Any, starts: Any, settings: Settings) -> Any:
+    """What is to be read and predicted from some places on, [window, time + 1]."""
+    return part[starts[:, None] + np.arange(settings.window + 1)]
+
+
+def held_out_windows(validation: np.ndarray, settings: Settings) -> np.ndarray:
+    """Windows spread evenly over the validation text."""
+    last = len(validation) - settings.window - 1
+    starts = np.linspace(0, last, settings.held_out).astype(int)
+    return windows(validation, starts, settings)
+
+
 class Run(NamedTuple):
     """One half of a run: losses [evaluations], whether steps were taken [steps]."""
 
@@ -103,23 +115,16 @@ def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
     """Half a run as one jitted function of the state, first step, seed and batches."""
     text = load_text()
     train = jnp.asarray(text.train)
-    starts = np.linspace(
-        0, len(text.validation) - settings.window - 1, settings.held_out
-    ).astype(int)
-    windows = starts[:, None] + np.arange(settings.window + 1)
-    held_out = jnp.asarray(text.validation[windows])
+    held_out = jnp.asarray(held_out_windows(text.validation, settings))
     tx = optax.with_extra_args_support(tx)
 
     def train_step(carry: Any, inputs: Any) -> Any:
         params, opt_state, key = carry
         step, bad = inputs
-        starts = jax.random.randint(
-            jax.random.fold_in(key, step),
-            (settings.batch_size, 1),
-            0,
-            len(train) - settings.window,
-        )
-        batch = train[starts + jnp.arange(settings.window + 1)]
+        last = len(train) - settings.window
+        key_of_step = jax.random.fold_in(key, step)
+        starts = jax.random.randint(key_of_step, (settings.batch_size,), 0, last)
+        batch = windows(train, starts, settings)
 
         def loss_fn(params: Any) -> jax.Array:
             loss = loss_of(params, batch, bad.input_factor, bad.is_shuffled)

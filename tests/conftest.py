@@ -12,7 +12,7 @@ _flags = (
 # older generator of code for the CPU takes a quarter of the time, but it does not round
 # alike in all branches: `make test` leaves tests of numbers to that of users.
 if os.environ.get("OPTAX_GUARD_TEST_CODEGEN") == "quick":
-    _flags += " --xla_cpu_use_fusion_emitters=false"
+    _flags += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _flags
 # A program that several tests make anew is compiled once: a quarter of the time. Each
 # process of xdist has a folder of its own, for JAX writes there without a lock.

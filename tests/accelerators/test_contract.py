@@ -282,6 +282,7 @@ def test_with_cond_is_one_conditional_and_no_traffic_but_by_update(
     assert has_copy == (call is by_update)
 
 
+@pytest.mark.usefixtures("users_effort")
 class TestOffloadedState:
     """Moments in the host's memory, as the docstring of `guard` says."""
 
@@ -445,6 +446,7 @@ class TestManualSPMD:
 
 
 @pytest.mark.xdist_group("train step")  # They share no cost with the tests above.
+@pytest.mark.usefixtures("users_effort")
 class TestTrainStep:
     """Forward, backward and update of a transformer."""
 
