@@ -24,6 +24,7 @@ except ImportError as error:
         name=error.name,
     ) from error
 
+from optax_guard._base import check_kind
 from optax_guard._stop_base import StopReason
 from optax_guard._stop_state import EarlyStoppingState
 
@@ -93,6 +94,9 @@ OUTLINE: list[Any] = [withStroke(linewidth=2.5, foreground=BLACK)]
 
 def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
     """A figure of two panels over the same steps."""
+    check_kind("history", history, Sequence, "a `History` or rows")
+    for row in history:
+        check_kind("history", row, Mapping, "a `History` or rows, each a dict")
     if not history:
         raise ValueError("`history` must hold at least one row, got none.")
     figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
@@ -133,6 +137,7 @@ def mark_stop(
     stop: EarlyStoppingState,
 ) -> None:
     """The best evaluation among the losses, and a line at the stop in all panels."""
+    check_kind("stop", stop, EarlyStoppingState, "an `EarlyStoppingState` or None")
     best, stopped = int(stop.best_eval), int(stop.stopped_at)
     if losses is not None and 0 <= best < len(rows):
         mark_best(losses, rows[best]["step"], float(stop.best_value))
