@@ -51,7 +51,7 @@ from jax.tree_util import Partial
 
 import optax_guard as og
 from benchmarks import _models, _text_run
-from benchmarks.bad_batches import as_json
+from benchmarks._results import as_json
 from optax_guard.analysis import suggest_max_norm
 from optax_guard.flax import TrainState
 from optax_guard.loops import train_population

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from optax_guard._base import (
     cached,
     check_count,
+    check_part,
     check_state,
     is_inexact,
     part_of,
@@ -137,6 +138,12 @@ def accumulate(
     ) -> tuple[jax.Array, AccumulateState, dict[str, Any]]:
         """Judges a micro-batch and adds it; whether a step is to be taken now."""
         check_state("accumulate", state, AccumulateState)
+        check_part(
+            "accumulate",
+            "parameters",
+            state.grad_mean,
+            lambda: jax.tree.map(_accumulator, updates),
+        )
         judged: GuardState = judge(updates, state.guard_state, params, extra_args)[1]
         is_dropped = is_nonfinite(judged.skip_reason)
         kept = state.group_kept + jnp.where(is_dropped, 0, 1)

@@ -7,9 +7,9 @@ import jax
 import optax
 
 from optax_guard._accumulation import AccumulateState
-from optax_guard._base import part_of
+from optax_guard._base import check_leaves, check_transformation, part_of
 from optax_guard._guarding import GuardState
-from optax_guard._paths import described
+from optax_guard._paths import first_difference
 from optax_guard._states import opt_state_of, outermost_states
 
 
@@ -37,7 +37,7 @@ def adopt(
       ``old_opt_state``, or they are copied.
 
     Raises:
-      TypeError: If ``tx`` has no guard outermost.
+      TypeError: If ``tx`` has no guard outermost, or a leaf is no array.
       ValueError: If ``old_opt_state`` does not fit; the message names the first leaf.
 
     Examples:
@@ -48,6 +48,9 @@ def adopt(
       >>> opt_state.num_skipped.item(), og.release(opt_state)[0].count.item()
       (0, 1)
     """
+    check_transformation("tx", tx)
+    check_leaves("params", params)
+    check_leaves("old_opt_state", old_opt_state)
     around = part_of(tx, "adopt")
     if around is None:
         raise TypeError(
@@ -61,7 +64,7 @@ def adopt(
             break
     else:
         state = old_opt_state
-    if difference := _first_difference(state, expected):
+    if difference := first_difference(state, expected):
         raise ValueError(
             "`old_opt_state` must be the state of the optimizer inside of `tx`, for "
             f"these `params`: {difference}. {_advice(old_opt_state)}"
@@ -114,20 +117,6 @@ def _without_outer_parts(state: Any) -> Iterator[Any]:
         yield state
         if len(state) == 1:
             yield state[0]
-
-
-def _first_difference(old: Any, expected: Any) -> str:
-    was, now = described(old), described(expected)
-    for name in [*now, *was]:
-        if was.get(name) != now.get(name):
-            return (
-                f"`{name}` is {was.get(name, 'not there')}, and should be "
-                f"{now.get(name, 'left out')}"
-            )
-    structures = jax.tree.structure(old), jax.tree.structure(expected)
-    return (
-        "" if structures[0] == structures[1] else "it is {}, not {}".format(*structures)
-    )
 
 
 def _advice(old: Any) -> str:

@@ -1,7 +1,8 @@
 """What every transformation here is built with: one constructor, checks of input."""
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import optax
 
 # Numbers whose value is known while Python runs. Traced numbers cannot be checked.
 _CONCRETE = (int, float, np.number, np.ndarray)
+# What counts.
+_INT32 = np.iinfo(np.int32)
 
 
 def transformation(
@@ -67,7 +70,9 @@ def dtype_of(leaf: Any) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is one: Python's, NumPy's, JAX's or traced; not a bool."""
-    return isinstance(value, (*_CONCRETE, jax.Array)) and not isinstance(value, bool)
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return jnp.issubdtype(value.dtype, jnp.number)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def as_float(value: Any, dtype: Any) -> jax.Array:
@@ -99,23 +104,86 @@ def check_number(name: str, value: Any) -> None:
             f"`{name}` must be one real number, got {value!r} of shape "
             f"{np.shape(value)}."
         )
-
-
-def check_count(name: str, value: Any, advice: str = "") -> None:
-    """Raises unless ``value`` is a whole number of at least 1; traced values pass."""
-    check_number(name, value)
-    if isinstance(value, _CONCRETE) and not (value >= 1 and float(value).is_integer()):
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
         raise ValueError(
-            f"`{name}` must be a whole number of at least 1, got {value}."
+            f"`{name}` must be no larger than a float can be, got a whole number of "
+            f"{value.bit_length()} bits."
+        )
+
+
+def check_not_nan(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number that something can be compared with."""
+    check_number(name, value)
+    if isinstance(value, _CONCRETE) and value != value:
+        raise ValueError(f"`{name}` must not be NaN, with which nothing compares.")
+
+
+def check_count(name: str, value: Any, advice: str = "", *, least: int = 1) -> None:
+    """Raises unless ``value`` is a whole number from ``least``; traced values pass."""
+    check_number(name, value)
+    if not isinstance(value, _CONCRETE):
+        return
+    if not (value >= least and float(value).is_integer()):
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}, got {value}."
             f"{_then(advice)}"
         )
+    if value > _INT32.max:
+        raise ValueError(f"`{name}` must be at most {_INT32.max}, got {value}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a bool: of texts, "no" would be true as well."""
+    check_kind(name, value, (bool, np.bool_), "True or False")
+
+
+def check_kind(
+    name: str, value: Any, kind: type | tuple[type, ...], described: str
+) -> None:
+    """Raises unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be {described}, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a transformation, or like one as ``MultiSteps`` is."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        check_kind(name, value, optax.GradientTransformation, "an optax transformation")
+
+
+def check_iterable(name: str, value: Any, described: str) -> None:
+    """Raises unless ``value`` has items, which an array of numbers has not."""
+    is_array = isinstance(value, (np.ndarray, jax.Array))
+    check_kind(name, None if is_array else value, Iterable, described)
+
+
+def check_leaves(name: str, tree: Any) -> None:
+    """Raises unless all leaves are arrays or numbers: what JAX can trace."""
+    for leaf in jax.tree.leaves(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if isinstance(leaf, int) and abs(leaf) > jnp.iinfo(jnp.result_type(int)).max:
+            raise ValueError(
+                f"`{name}` must have leaves that fit into arrays, got a whole number "
+                f"of {leaf.bit_length()} bits."
+            )
+        is_number = isinstance(leaf, (bool, int, float, complex))
+        # The dtypes of random keys are none of NumPy's.
+        is_other = isinstance(dtype, np.dtype) and dtype.kind in "OSUmM"
+        if is_other or (dtype is None and not is_number):
+            raise TypeError(
+                f"`{name}` must have arrays as leaves, got {leaf!r} of type "
+                f"{type(leaf).__name__}."
+            )
 
 
 def check_state(factory: str, state: Any, cls: type) -> None:
@@ -126,6 +194,21 @@ def check_state(factory: str, state: Any, cls: type) -> None:
             f"`{type(state).__name__}`. Pass what this transformation's own `init` or "
             "last `update` returned; a state made before the optimizer was changed "
             "does not fit."
+        )
+
+
+def check_part(factory: str, part: str, state: Any, make: Callable[[], Any]) -> None:
+    """Raises unless a part of a state is like what ``make`` makes, of which it came."""
+    expected = jax.eval_shape(make)
+    outlines = [
+        (jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)])
+        for tree in (state, expected)
+    ]
+    if outlines[0] != outlines[1]:
+        got, wanted = (f"{structure} of {shapes}" for structure, shapes in outlines)
+        raise ValueError(
+            f"`state` of `{factory}` must be that of its {part}, {wanted}, got {got}. "
+            "A state made before the configuration was changed does not fit."
         )
 
 

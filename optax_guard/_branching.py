@@ -56,6 +56,13 @@ def cast_like(tree: Any, like: Any) -> Any:
             f"turned {jax.tree.structure(tree)} into {jax.tree.structure(like)}: a "
             "step that is withheld could not give the old state back."
         )
-    return jax.tree.map(
-        lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), tree, like
-    )
+
+    def leaf(x: Any, y: Any) -> Any:
+        if x.shape != y.shape:
+            raise ValueError(
+                "`inner` must not change shapes of its state in `update`, but turned "
+                f"{x.shape} into {y.shape}. Is it a state of other parameters?"
+            )
+        return x if x.dtype == y.dtype else x.astype(y.dtype)
+
+    return jax.tree.map(leaf, tree, like)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_guard._base import check_count
+from optax_guard._base import check_count, check_flag
 from optax_guard._early_stopping import EarlyStopping, EarlyStoppingState
 from optax_guard._orbax import (
     METADATA,
@@ -103,6 +103,7 @@ class Checkpointer:
     ):
         import_orbax("Checkpointer")
         check_count("keep", keep)
+        check_flag("continue_stopped", continue_stopped)
         self.directory = absolute(directory)
         self.keep = keep
         self.continue_stopped = continue_stopped

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from optax_guard._axis_norms import divide
 from optax_guard._base import (
     check_choice,
+    check_part,
     check_positive,
     check_state,
     dtype_of,
@@ -155,6 +156,12 @@ def clip_by_global_norm(
         check_state("clip_by_global_norm", state, ClipByNormState)
         norm = tree_norm(updates, ord, axis_name)
         is_finite = jnp.isfinite(norm.value)
+        check_part(
+            "clip_by_global_norm",
+            "threshold",
+            state.threshold,
+            lambda: threshold.start(()),
+        )
         trigger, target = threshold.limits(norm.value, norm.value, state.threshold)
         # A traced number could be negative, and would turn the step around.
         trigger, target = jnp.maximum(trigger, 0.0), jnp.maximum(target, 0.0)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from optax_guard._base import check_iterable, check_kind
 from optax_guard._diagnosis_clipping import (
     ClippedTooLate,
     ClippingWorks,
@@ -69,6 +70,10 @@ class Diagnosis:
     """
 
     def __init__(self, rejections: Iterable[Rejection] = ()):
+        check_iterable("rejections", rejections, "what `rejections` returned")
+        rejections = list(rejections)
+        for each in rejections:
+            check_kind("rejections", each, Rejection, "what `rejections` returned")
         self._leaf = next((r.leaf for r in rejections if r.leaf is not None), None)
         self._facts = FactReader()
         self._rules = [rule() for rule in _RULES]
@@ -214,6 +219,7 @@ def diagnose(
       >>> [(f.code.name, f.evidence["clip_share"]) for f in diagnose(history)]
       [('CLIPPING_WORKS', 0.6)]
     """
+    check_iterable("history", history, "a `History` or rows")
     diagnosis = Diagnosis(rejections)
     names: set[str] = set()
     for row in history:

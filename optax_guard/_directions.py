@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._axis_norms import ratio, stacked_norms
-from optax_guard._base import dtype_of, is_inexact
+from optax_guard._base import check_flag, dtype_of, is_inexact
 from optax_guard._groups import each_part
 from optax_guard._mesh_axes import layouts
 from optax_guard._paths import for_each_leaf
@@ -63,7 +63,9 @@ def _excluded(params: Any, exclude: Any) -> list[bool]:
     leaves = jax.tree.leaves(params)
     is_floating = [is_inexact(x) for x in leaves]
     if exclude is not None:
-        fixed = [bool(x) for x in for_each_leaf("exclude", exclude, params)]
+        fixed = for_each_leaf("exclude", exclude, params)
+        for each in fixed:
+            check_flag("exclude", each)
     else:
         fixed = [sum(n != 1 for n in np.shape(x)) <= 1 for x in leaves]
         if all(f for f, floats in zip(fixed, is_floating, strict=True) if floats):

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice
+from optax_guard._base import check_choice, check_count, check_kind
 from optax_guard._smoothing import Smoother
 from optax_guard._statistics import increment
 from optax_guard._stop_base import (
     Observation,
     StopRule,
     as_int,
-    check_not_negative,
     check_rule,
     sign_of,
 )
@@ -89,8 +88,10 @@ def early_stopping(
     sign = sign_of(mode)
     check_choice("nonfinite", nonfinite, ("stop", "wait", "ignore"))
     check_choice("best_on", best_on, ("raw", "smoothed"))
-    check_not_negative("max_nonfinite", max_nonfinite)
-    check_not_negative("warmup", warmup)
+    check_count("max_nonfinite", max_nonfinite, least=0)
+    check_count("warmup", warmup, least=0)
+    if key is not None:
+        check_kind("key", key, str, "a string or None")
     if smooth is not None and not isinstance(smooth, Smoother):
         raise TypeError(
             "`smooth` must be a smoother such as `stop.ema(0.9)` or `stop.median(5)`, "

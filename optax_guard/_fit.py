@@ -207,6 +207,13 @@ def fit(
     check_count("num_steps", num_steps)
     check_count("eval_every", eval_every)
     check_arguments(state, evaluate, stopper, loggers, checkpointer)
+    if not callable(train_step):
+        raise TypeError(f"`train_step` must be a function, got {train_step!r}.")
+    if learning_rate is not None and not callable(learning_rate):
+        raise TypeError(
+            "`learning_rate` must be the optimizer's schedule, which `fit` only "
+            f"records, got {learning_rate!r}."
+        )
     draw = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._axis_norms import norm_of_norms, ratio
-from optax_guard._base import check_state
+from optax_guard._base import check_flag, check_part, check_state
 from optax_guard._clipping import (
     Factors,
     Measurement,
@@ -112,6 +112,7 @@ def clip_by_leaf_norm(
       {'a': 5.0, 'b': 0.5}
     """
     threshold = as_threshold("max_norm", max_norm)
+    check_flag("record_quantiles", record_quantiles)
 
     def split(tree: Any) -> tuple[Groups, Any]:
         axes = axes_without(tree, layer_axis)
@@ -178,6 +179,7 @@ def clip_by_group_norm(
         )
     if not max_norms:
         raise ValueError("`max_norms` must have a label at least, got none.")
+    check_flag("record_quantiles", record_quantiles)
     thresholds = {
         label: as_threshold(f"max_norms[{label!r}]", max_norms[label])
         for label in sorted(max_norms)
@@ -249,6 +251,9 @@ def _clip_groups(
         parts = groups.norms(groups.floating(updates), over)
         norms = _group_norms(parts, groups.group_of_part, state.group_stats)
         total = total_norm(parts, groups.leaf_of_part)
+        check_part(
+            factory, "threshold", state.threshold, lambda: threshold.start(norms.shape)
+        )
         trigger, target = threshold.limits(norms, total.value, state.threshold)
         # A traced number could be negative, and would turn the step around.
         trigger = jnp.broadcast_to(jnp.maximum(trigger, 0.0), norms.shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._axis_norms import Split, stacked_norms
-from optax_guard._base import is_inexact
+from optax_guard._base import check_kind, is_inexact
 from optax_guard._mesh_axes import Layout, Names
 from optax_guard._paths import for_each_leaf, path_names
 
@@ -76,7 +76,8 @@ def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
     axes = []
     for i, (x, axis) in enumerate(zip(jax.tree.leaves(tree), along, strict=True)):
         rank = np.ndim(x)
-        if axis is not None and not -rank <= axis < rank:
+        is_whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
+        if axis is not None and not (is_whole and -rank <= axis < rank):
             raise ValueError(
                 f"`layer_axis` must be an axis of each leaf, got {axis} for "
                 f"{path_names(tree)[i]!r} of shape {np.shape(x)}. Pass a function of "
@@ -124,10 +125,12 @@ def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
     given = for_each_leaf("labels", labels, tree)
     indices = [i for i, x in enumerate(leaves) if is_inexact(x)]
     for i in indices:
+        check_kind("labels", given[i], str, "a string for each leaf")
         if given[i] not in known:
             raise ValueError(
-                f"`max_norms` must have every label, got none for {given[i]!r} of "
-                f"{path_names(tree)[i]!r}. An infinite threshold only watches."
+                "`max_norms` must have every label of `labels`, got none for "
+                f"{given[i]!r} of {path_names(tree)[i]!r}. An infinite threshold only "
+                "watches."
             )
     if unused := [label for label in known if label not in given]:
         raise ValueError(

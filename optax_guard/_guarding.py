@@ -11,7 +11,11 @@ from jax.typing import ArrayLike
 from optax_guard._base import (
     cached,
     check_count,
+    check_flag,
+    check_leaves,
+    check_part,
     check_state,
+    check_transformation,
     part_of,
     transformation,
 )
@@ -30,6 +34,7 @@ from optax_guard._judging import (
     verdict,
 )
 from optax_guard._masking import counting_only, hide
+from optax_guard._paths import first_difference
 from optax_guard._rejections import RejectionLog, empty_log, logged
 from optax_guard._statistics import increment
 from optax_guard.skip import SkipReason, SkipRule
@@ -167,6 +172,31 @@ def guard(
     hides_bad = clip is not None
     rules = as_rules(skip)
     check_count("max_consecutive_skips", max_consecutive_skips)
+    check_flag("use_cond", use_cond)
+
+    def start_rules() -> tuple[Any, ...]:
+        return tuple(rule.start() for rule in rules)
+
+    def step_inside(
+        updates: optax.Updates, inner_state: Any, params: Any, extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        try:
+            return inner.update(updates, inner_state, params, **extra_args)
+        except (AttributeError, TypeError, ValueError) as error:
+            # Looked for once it is too late: to trace `init` takes time.
+            like = updates if params is None else params
+            if jax.tree.structure(updates) != jax.tree.structure(like):
+                raise ValueError(
+                    "`updates` of `guard` must have the structure of `params`, "
+                    f"{jax.tree.structure(like)}, got {jax.tree.structure(updates)}."
+                ) from error
+            fitting = jax.eval_shape(inner.init, like)
+            if difference := first_difference(inner_state, fitting):
+                raise ValueError(
+                    "`state` of `guard` must be that of `inner` for these parameters: "
+                    f"{difference}."
+                ) from error
+            raise
 
     def adopt(params: optax.Params, inner_state: Any) -> GuardState:
         return GuardState(
@@ -177,7 +207,7 @@ def guard(
             num_vanished=jnp.zeros((), jnp.int32),
             rejections=empty_log(),
             clip_state=clip_init(params),
-            rule_states=tuple(rule.start() for rule in rules),
+            rule_states=start_rules(),
             wrapped_state=inner_state,
         )
 
@@ -192,6 +222,7 @@ def guard(
     ) -> tuple[Measurement, GuardState]:
         """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
         check_state("guard", state, GuardState)
+        check_part("guard", "skip rules", state.rule_states, start_rules)
         value = checked_loss(extra_args.get("value"))
         measured, clip_state = measure(updates, state.clip_state, params, **extra_args)
         check_shared(value, measured.norm.value)
@@ -248,7 +279,7 @@ def guard(
 
         def take(updates: optax.Updates, inner_state: Any) -> tuple[Any, Any]:
             clipped = rescale(updates, measured)
-            return inner.update(clipped, inner_state, params, **extra_args)
+            return step_inside(clipped, inner_state, params, extra_args)
 
         def keep(like: Any, updates: optax.Updates, inner_state: Any) -> Any:
             del updates
@@ -271,12 +302,11 @@ def guard(
         params: optax.Params, state: GuardState, grads: optax.Updates, **extra_args: Any
     ) -> tuple[optax.Params, GuardState]:
         measured, state = judge(grads, state, params, extra_args)
+        _check_same_tree(params, grads)
 
         def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, Any]:
             clipped = rescale(grads, measured)
-            updates, inner_state = inner.update(
-                clipped, inner_state, params, **extra_args
-            )
+            updates, inner_state = step_inside(clipped, inner_state, params, extra_args)
             return optax.apply_updates(params, updates), inner_state
 
         def keep(like: Any, grads: Any, params: Any, inner_state: Any) -> Any:
@@ -324,6 +354,10 @@ def apply_gradients(
       New parameters and new state. In a jitted step donate both, and keep them in this
       order among arguments and results.
 
+    Raises:
+      TypeError: If ``tx`` is no transformation, or a leaf no array.
+      ValueError: If ``grads`` are not structured like ``params``.
+
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_guard as og
       >>> tx = og.guard(optax.sgd(0.5), clip=1.0)
@@ -334,12 +368,36 @@ def apply_gradients(
       >>> step(jnp.zeros(1), tx.init(jnp.zeros(1)))[0]
       Array([-0.5], dtype=float32)
     """
+    check_transformation("tx", tx)
+    check_leaves("params", params)
+    check_leaves("grads", grads)
     whole_step = part_of(tx, "apply_gradients")
     if whole_step is not None:
+        check_leaves("opt_state", opt_state)
         return whole_step(params, opt_state, grads, **extra_args)
+    _check_same_tree(params, grads)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state
+
+
+def _check_same_tree(params: Any, grads: Any) -> None:
+    """Raises if there is not a gradient for each parameter."""
+    if jax.tree.structure(params) == jax.tree.structure(grads):
+        return
+    # To Optax a parameter may be none, whatever its gradient is.
+    (olds, wanted), (news, got) = (
+        jax.tree.flatten(tree, is_leaf=lambda x: x is None) for tree in (params, grads)
+    )
+    if params is None or wanted != got or not _has_each(olds, news):
+        raise ValueError(
+            f"`grads` must have the structure of `params`, {wanted}, got {got}."
+        )
+
+
+def _has_each(params: list[Any], grads: list[Any]) -> bool:
+    pairs = zip(params, grads, strict=True)
+    return all(p is None or g is not None for p, g in pairs)
 
 
 def _clip_parts(clip: Any) -> tuple[Callable[..., Any], ...]:

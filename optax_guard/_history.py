@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from optax_guard._base import check_iterable, check_kind
 from optax_guard._history_readers import NOT_FINITE, read_rows, rename
 
 Row = dict[str, float]
@@ -46,6 +48,8 @@ class History(Sequence[Row]):
 
     def __init__(self, path: str | Path | None = None):
         self._rows: list[Row] = []
+        if path is not None:
+            check_kind("path", path, (str, os.PathLike), "a path or None")
         self._path = None if path is None else Path(path)
         if self._path is not None:
             if self._path.suffix != ".jsonl":
@@ -248,6 +252,7 @@ class Completer:
 
 def as_rows(history: Iterable[Mapping[str, Any]]) -> list[Row]:
     """The completed rows of a `History` or of a list of dicts."""
+    check_iterable("history", history, "a `History` or rows")
     return list(map(Completer(), history))
 
 

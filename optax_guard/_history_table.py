@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optax_guard import _progress
+from optax_guard._base import check_flag
 from optax_guard._history import as_rows
 
 _KEYS = (*_progress.COLUMNS, "value", "learning_rate")
@@ -21,6 +22,9 @@ def table(history: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> st
       steps skipped in all, training and validation loss, learning rate: those of them
       that are known; a line a row, under a heading.
 
+    Raises:
+      TypeError: If ``history`` has no rows, or ``markdown`` is no bool.
+
     Examples:
       >>> from optax_guard.analysis import History, table
       >>> history = History()
@@ -31,6 +35,7 @@ def table(history: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> st
               1       15.2           5     100.0%         2.3
               2       12.7           5     100.0%         1.8
     """
+    check_flag("markdown", markdown)
     lines = cells(history)
     if markdown:
         lines.insert(1, ["---:"] * len(lines[0]))

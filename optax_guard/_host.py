@@ -150,7 +150,8 @@ def open_source(batches: Any) -> Callable[[int], Any]:
     """The batch of each step, or `END`."""
     if callable(batches):
         return batches
-    if not isinstance(batches, Iterable):
+    # An array without axes says that it is one, and is none.
+    if not isinstance(batches, Iterable) or getattr(batches, "shape", None) == ():
         raise TypeError(
             "`batches` must be a function `step -> batch` or an iterable of batches, "
             f"got {batches!r}."

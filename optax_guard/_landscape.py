@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._base import check_count, check_positive, is_inexact
+from optax_guard._base import (
+    check_count,
+    check_iterable,
+    check_kind,
+    check_leaves,
+    check_positive,
+    is_inexact,
+)
 from optax_guard._directions import (
     moved,
     principal_directions,
@@ -129,9 +136,15 @@ def landscape(
     if num_points < 2:
         raise ValueError(f"`num_points` must be at least 2, got {num_points}.")
     check_count("batch_size", batch_size)
+    if not callable(loss_fn):
+        raise TypeError(
+            f"`loss_fn` must be a function of the parameters, got {loss_fn!r}."
+        )
+    check_iterable("path", path, "a list of trees like `params`")
     for name, number in (("span", span), ("max_norm", max_norm)):
         if number is not None:
             check_positive(name, number)
+    check_leaves("params", params)
     if not any(map(is_inexact, jax.tree.leaves(params))):
         raise ValueError("`params` must have a floating leaf, got none.")
     path = list(path)
@@ -171,6 +184,7 @@ def _plane(
 ) -> tuple[Any, Any]:
     if directions is None:
         key = jax.random.key(0) if key is None else key
+        _check_key(key)
         one, two = jax.random.split(key)
         draw = functools.partial(random_direction, axis=axis, exclude=exclude)
         # Operation by operation, each would be compiled for each shape of a leaf.
@@ -183,11 +197,19 @@ def _plane(
                 f"{directions!r}."
             )
         return principal_directions(params, path)
+    check_kind("directions", directions, (tuple, list), "None, 'path' or two trees")
     if len(directions) != 2:
         raise ValueError(f"`directions` must be two trees, got {len(directions)}.")
     for i, direction in enumerate(directions):
         _check_like(f"directions[{i}]", direction, params)
     return directions[0], directions[1]
+
+
+def _check_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", np.dtype(object))
+    is_new = jnp.issubdtype(dtype, jax.dtypes.prng_key) and np.ndim(key) == 0
+    if not is_new and not (dtype == np.uint32 and np.ndim(key) == 1):
+        raise TypeError(f"`key` must be a key of `jax.random`, got {key!r}.")
 
 
 def _check_like(name: str, tree: Any, params: Any) -> None:

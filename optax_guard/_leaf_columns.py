@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._axis_norms import ratio, stacked_norms
-from optax_guard._base import is_inexact
+from optax_guard._base import check_leaves, is_inexact
 from optax_guard._norm_readout import leaf_norms
 from optax_guard._paths import path_names
 
@@ -58,6 +58,14 @@ def leaf_columns(
         raise ValueError("`params` and `new_params` must be given together.")
     if state is not None and grads is not None:
         raise ValueError("`grads` must be left out where `state` has their norms.")
+    trees = {"grads": grads, "params": params, "new_params": new_params}
+    for name, tree in trees.items():
+        check_leaves(name, tree)
+    if jax.tree.structure(params) != jax.tree.structure(new_params):
+        raise ValueError(
+            "`new_params` must have the structure of `params`, "
+            f"{jax.tree.structure(params)}, got {jax.tree.structure(new_params)}."
+        )
     columns = {}
     if state is not None:
         norms = leaf_norms(state)

@@ -1,6 +1,7 @@
 """Manual SPMD: over which mesh axes each leaf of a tree is split."""
 
 import contextlib
+import numbers
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,7 +139,9 @@ def _stated(axis_name: AxisName, tree: Any) -> list[Any]:
     if _is_by_leaf(axis_name):
         return for_each_leaf("axis_name", axis_name, tree)
     names = axis_name if isinstance(axis_name, (tuple, list)) else [axis_name]
-    if not all(isinstance(name, Hashable) for name in names):
+    # To JAX, numbers are axes of the array itself.
+    is_number = [isinstance(name, (numbers.Number, np.generic)) for name in names]
+    if any(is_number) or not all(isinstance(name, Hashable) for name in names):
         raise TypeError(
             "`axis_name` must be a name or names of mesh axes, a function from the "
             "path of a leaf to them, or a tree of `jax.sharding.PartitionSpec`, got "

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from optax_guard._base import check_flag, check_kind
 from optax_guard._group_stats import GroupStats
 from optax_guard._paths import path_names
 from optax_guard._sketch import sketch_merge, sketch_quantile
@@ -96,8 +97,13 @@ def norm_quantile(
       >>> abs(og.norm_quantile(state, 0.5).item() - 2.0) <= 0.02 * 2.0
       True
     """
+    check_flag("by_group", by_group)
+    check_kind("merge", merge, (list, tuple), "a list of states")
     if not isinstance(q, jax.Array):
-        q = np.asarray(q, np.float32)
+        q = np.asarray(q)
+        if q.dtype.kind not in "iuf":
+            raise TypeError(f"`q` must be a number or numbers, got {q!r}.")
+        q = q.astype(np.float32)
         if not np.all((q >= 0) & (q <= 1)):
             raise ValueError(f"`q` must be in [0, 1], got {q}.")
     if by_group:
@@ -108,9 +114,10 @@ def norm_quantile(
 
 
 def _merged(
-    sketch_of: Callable[[Any], jax.Array], state: Any, others: Sequence[Any]
+    sketch_of: Callable[[str, Any], jax.Array], state: Any, others: Sequence[Any]
 ) -> jax.Array:
-    sketches = [sketch_of(each) for each in (state, *others)]
+    sketches = [sketch_of("state", state)]
+    sketches += [sketch_of(f"merge[{i}]", each) for i, each in enumerate(others)]
     shapes = [sketch.shape for sketch in sketches]
     if len(set(shapes)) > 1:
         raise ValueError(
@@ -120,31 +127,31 @@ def _merged(
     return functools.reduce(sketch_merge, sketches)
 
 
-def _norm_sketch(state: Any) -> jax.Array:
+def _norm_sketch(name: str, state: Any) -> jax.Array:
     all_stats = find_states(state, NormStats)
     if not all_stats:
         raise ValueError(
-            "`state` holds no norms. Wrap the optimizer in `guard`, or chain "
+            f"`{name}` holds no norms. Wrap the optimizer in `guard`, or chain "
             "`clip_by_global_norm` or `record_norm` before it."
         )
     return all_stats[0].norm_sketch
 
 
-def _group_sketch(state: Any) -> jax.Array:
-    sketch = _group_stats(state).group_sketch
+def _group_sketch(name: str, state: Any) -> jax.Array:
+    sketch = _group_stats(state, name).group_sketch
     if sketch is None:
         raise ValueError(
-            "`state` holds no quantiles of its groups. Make the clip with "
+            f"`{name}` holds no quantiles of its groups. Make the clip with "
             "`record_quantiles=True`."
         )
     return sketch
 
 
-def _group_stats(state: Any) -> GroupStats:
+def _group_stats(state: Any, name: str = "state") -> GroupStats:
     found = find_states(state, GroupStats)
     if not found:
         raise ValueError(
-            "`state` holds no norms of leaves or groups. Clip with "
+            f"`{name}` holds no norms of leaves or groups. Clip with "
             "`clip_by_leaf_norm`, whose threshold may be infinite, "
             "`clip_by_group_norm` or `clip_by_unit_norm`."
         )

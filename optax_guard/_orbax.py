@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._base import check_kind
 from optax_guard._paths import described
 
 # The items of a checkpoint: two trees of arrays, the first of which loads alone, and
@@ -30,6 +31,7 @@ def import_orbax(user: str) -> Any:
 
 def absolute(directory: str | os.PathLike[str]) -> str:
     """The path as Orbax wants it; a URL as it is."""
+    check_kind("directory", directory, (str, os.PathLike), "a path")
     path = os.fspath(directory)
     return path if "://" in path else os.path.abspath(path)
 

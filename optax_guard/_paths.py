@@ -23,6 +23,21 @@ def described(tree: Any) -> dict[str, str]:
     }
 
 
+def first_difference(old: Any, expected: Any) -> str:
+    """Where a tree is not like another one, in words; empty if it is."""
+    was, now = described(old), described(expected)
+    for name in [*now, *was]:
+        if was.get(name) != now.get(name):
+            return (
+                f"`{name}` is {was.get(name, 'not there')}, and should be "
+                f"{now.get(name, 'left out')}"
+            )
+    structures = jax.tree.structure(old), jax.tree.structure(expected)
+    return (
+        "" if structures[0] == structures[1] else "it is {}, not {}".format(*structures)
+    )
+
+
 def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
     """The value of a setting for each leaf of ``tree``.
 

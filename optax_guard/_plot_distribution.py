@@ -49,6 +49,9 @@ def plot_norm_distribution(
       >>> figure.axes[1].get_legend().texts[-1].get_text()
       'threshold 3 clips 40.0%'
     """
+    if np.ndim(max_norms) != 1:
+        raise TypeError(f"`max_norms` must be a list of numbers, got {max_norms!r}.")
+    max_norms = list(max_norms)
     for i, candidate in enumerate(max_norms):
         check_positive(f"max_norms[{i}]", candidate)
     rows = [row for row in as_rows(history) if "grad_norm" in row]

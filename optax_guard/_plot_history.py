@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from optax_guard import _plotting_marks as marks
+from optax_guard._base import check_kind
 from optax_guard._findings import Finding, Severity
 from optax_guard._history import as_rows
 from optax_guard._stop_state import EarlyStoppingState
@@ -66,6 +67,9 @@ def plot_history(
       >>> len(plotting.plot_history(rows).axes)  # of norms, and of losses
       2
     """
+    check_kind("findings", findings, Sequence, "what `diagnose` returned")
+    for finding in findings:
+        check_kind("findings", finding, Finding, "what `diagnose` returned")
     rows = as_rows(history)
     wanted = {
         marks.NORM_LABEL: _NORMS,
@@ -85,7 +89,7 @@ def plot_history(
             "`history` must hold at least one row with a norm or a loss, got "
             f"{len(rows)} rows. Names that are known: `analysis.COLUMN_NAMES`."
         )
-    figure = marks.Figure(
+    figure = marks.ShownFigure(
         figsize=(8, 1 + 2.4 * len(found)), dpi=120, layout="constrained"
     )
     figure.suptitle(title)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from optax_guard import _plotting_marks as marks
+from optax_guard._base import check_kind
 from optax_guard._landscape import Landscape
 
 
@@ -23,6 +24,9 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
     Returns:
       The figure.
 
+    Raises:
+      TypeError: If it is anything else.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_guard import analysis, plotting
@@ -31,7 +35,8 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
       >>> [axes.get_title() for axes in plotting.plot_landscape(found).axes[:2]]
       ['loss', 'gradient norm ...']
     """
-    figure = marks.Figure(figsize=(10, 4.9), dpi=120, layout="constrained")
+    check_kind("landscape", landscape, Landscape, "what `landscape` returned")
+    figure = marks.ShownFigure(figsize=(10, 4.9), dpi=120, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     # The gradient of a loss that is not finite means nothing.

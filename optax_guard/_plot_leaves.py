@@ -60,7 +60,7 @@ def plot_leaves(
     # No lower than the labels of the colours are long.
     sizes = [min(45, len(names)) for names, _ in tables.values()]
     heights = [max(3.0, 1.3 + 0.2 * size) for size in sizes]
-    figure = marks.Figure(
+    figure = marks.ShownFigure(
         figsize=(3.5 + 4.5 * len(runs), sum(heights)), dpi=120, layout="constrained"
     )
     figure.suptitle(title)

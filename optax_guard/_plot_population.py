@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from optax_guard import _plotting_marks as marks
+from optax_guard._base import check_kind
 from optax_guard._history import History
 from optax_guard._population import PopulationResult
 
@@ -47,6 +48,10 @@ def plot_population(
       >>> [text.get_text() for text in figure.axes[0].get_legend().texts][:2]
       ['0.1', '0.3']
     """
+    described = "what `train_population` returned"
+    check_kind("population", population, PopulationResult, described)
+    check_kind("key", key, str, "a string")
+    check_kind("labels", labels, Sequence, "a list of names")
     if key not in population.history:
         raise ValueError(
             f"`key` must be a column of the history, one of "

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optax_guard import _plotting_marks as marks
+from optax_guard._base import check_kind
 from optax_guard._history import as_rows
 from optax_guard._replay import Replayed, evaluations_of
 from optax_guard._stop_base import StopReason
@@ -40,10 +41,13 @@ def plot_replay(
       >>> len(plotting.plot_replay(rows, found).axes)
       2
     """
+    check_kind("replayed", replayed, Sequence, "what `replay` returned")
+    for one in replayed:
+        check_kind("replayed", one, Replayed, "what `replay` returned")
     if not replayed:
         raise ValueError("`replayed` must hold a rule at least, got none.")
     rows, key = evaluations_of(as_rows(history), key)
-    figure = marks.Figure(
+    figure = marks.ShownFigure(
         figsize=(8, 4 + 0.35 * len(replayed)), dpi=120, layout="constrained"
     )
     figure.suptitle(title)

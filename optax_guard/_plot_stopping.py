@@ -45,7 +45,7 @@ def plot_early_stopping(
     """
     rows, key = evaluations_of(as_rows(history), key)
     has_train = any("train_loss" in row for row in rows)
-    figure = marks.Figure(
+    figure = marks.ShownFigure(
         figsize=(8, 6.5 if has_train else 4), dpi=120, layout="constrained"
     )
     figure.suptitle(title)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from optax_guard import _plotting_marks as marks
+from optax_guard._base import check_kind
 from optax_guard._sweep import Sweep, axes_of
 
 
@@ -21,6 +22,9 @@ def plot_sweep(sweep: Sweep, *, title: str = "") -> marks.Figure:
     Returns:
       The figure.
 
+    Raises:
+      TypeError: If it is anything else.
+
     Examples:
       >>> from optax_guard import StopReason, analysis, plotting
       >>> ran = (0.0, 0.0, 5, StopReason.RUNNING)
@@ -30,9 +34,10 @@ def plot_sweep(sweep: Sweep, *, title: str = "") -> marks.Figure:
       >>> [axes.get_title() for axes in figure.axes]
       ['best value', 'share clipped']
     """
+    check_kind("sweep", sweep, Sweep, "what `sweep_max_norm` returned")
     max_norms, rates = axes_of(sweep.trials)
     shape = len(max_norms), len(rates)
-    figure = marks.Figure(
+    figure = marks.ShownFigure(
         figsize=(3.2 + 1.5 * len(rates), 1.6 + 0.5 * len(max_norms)),
         dpi=120,
         layout="constrained",

@@ -15,7 +15,7 @@ try:
     from matplotlib.cm import ScalarMappable as ScalarMappable
     from matplotlib.colors import LogNorm as LogNorm
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure as _Figure
+    from matplotlib.figure import Figure as Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
     from matplotlib.patheffects import withStroke
@@ -25,13 +25,14 @@ except ImportError as error:
         name=error.name,
     ) from error
 
+from optax_guard._base import check_kind
 from optax_guard._stop_base import StopReason
 from optax_guard._stop_state import EarlyStoppingState
 
 Row = Mapping[str, Any]
 
 
-class Figure(_Figure):
+class ShownFigure(Figure):
     """A figure that notebooks show as the last value of a cell, without `pyplot`."""
 
     def _repr_png_(self) -> bytes:
@@ -104,9 +105,12 @@ OUTLINE: list[Any] = [withStroke(linewidth=2.5, foreground=BLACK)]
 
 def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
     """A figure of two panels over the same steps."""
+    check_kind("history", history, Sequence, "a `History` or rows")
+    for row in history:
+        check_kind("history", row, Mapping, "a `History` or rows, each a dict")
     if not history:
         raise ValueError("`history` must hold at least one row, got none.")
-    figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+    figure = ShownFigure(figsize=(8, 7), dpi=120, layout="constrained")
     figure.suptitle(title)
     return figure, figure.subplots(2, 1, sharex=True)
 
@@ -153,6 +157,7 @@ def mark_stop(
     stop: EarlyStoppingState,
 ) -> None:
     """The best evaluation among the losses, and a line at the stop in all panels."""
+    check_kind("stop", stop, EarlyStoppingState, "an `EarlyStoppingState` or None")
     best, stopped = int(stop.best_eval), int(stop.stopped_at)
     if losses is not None and 0 <= best < len(rows):
         mark_best(losses, rows[best]["step"], float(stop.best_value))

@@ -3,11 +3,11 @@
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice, check_count
+from optax_guard._base import check_choice, check_count, check_flag, check_positive
 from optax_guard._clipping import clip_by_global_norm
 from optax_guard._group_clipping import clip_by_leaf_norm
 from optax_guard._mesh_axes import AxisName
-from optax_guard._threshold_base import check_above, check_range
+from optax_guard._threshold_base import check_above, check_fraction, check_range
 from optax_guard._threshold_mean import relative_to_mean
 from optax_guard._threshold_quantile import quantile
 from optax_guard._threshold_zscore import published_zscore
@@ -68,6 +68,10 @@ def zclip(
     """
     check_choice("mode", mode, ("zscore", "percentile"))
     check_choice("clip_option", clip_option, ("adaptive_scaling", "mean"))
+    check_positive("z_thresh", z_thresh)
+    check_fraction("alpha", alpha)
+    check_count("warmup_steps", warmup_steps)
+    check_flag("skip_update_on_spike", skip_update_on_spike)
     clip_to = {"adaptive_scaling": "reciprocal", "mean": "mean"}[clip_option]
     rule = published_zscore(
         z_thresh,
@@ -164,6 +168,11 @@ def adagc(
       Wang et al., `AdaGC: Improving training stability for large language model
       pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
     """
+    above = "The mean of the clipped norms could only fall."
+    check_above("lambda_rel", lambda_rel, 1, above)
+    if lambda_abs is not None:
+        check_positive("lambda_abs", lambda_abs)
+    check_fraction("beta", beta)
     check_count("warmup_steps", warmup_steps)
     check_above("warmup_steps", warmup_steps, 1, "The first mean is of those before.")
     rule = relative_to_mean(

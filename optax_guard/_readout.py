@@ -14,7 +14,7 @@ from optax_guard._guarding import GuardState
 from optax_guard._norms import leaves_of_part
 from optax_guard._paths import path_names
 from optax_guard._rejections import NUM_REJECTIONS
-from optax_guard._states import find_state, find_states
+from optax_guard._states import find_states, only_state
 from optax_guard._unit_clipping import ClipByUnitNormState
 from optax_guard._value_clipping import ClipByValueState
 from optax_guard.skip import SkipReason
@@ -121,7 +121,7 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
       >>> [(r.update, r.reason.name, r.leaf) for r in og.rejections(state, params)]
       [(0, 'NONFINITE', 'head/kernel')]
     """
-    guard_state = find_state(state, GuardState)
+    guard_state = only_state("state", state, GuardState)
     params = getattr(state, "params", None) if params is None else params
     log, total = jax.device_get((guard_state.rejections, guard_state.num_skipped))
     if np.shape(total):

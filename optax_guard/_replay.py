@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optax_guard._base import check_iterable, check_kind
 from optax_guard._early_stopping import early_stopping
 from optax_guard._history import as_rows
 from optax_guard._stop_base import StopReason, StopRule, sign_of
@@ -81,6 +82,7 @@ def replay(
       patience 2        40           20       20           2         1  PATIENCE
       patience 3        60            0       50           1         0  RUNNING
     """
+    check_kind("rules", rules, Mapping, "a dict of rules by name")
     if not rules:
         raise ValueError("`rules` must have a rule at least, got none.")
     sign = sign_of(mode)
@@ -111,6 +113,9 @@ def replay_table(replayed: Iterable[Replayed]) -> str:
     Returns:
       The table, without a newline at the end.
 
+    Raises:
+      TypeError: If it is anything else.
+
     Examples:
       >>> from optax_guard import analysis, stop
       >>> rows = [{"step": i, "val_loss": x} for i, x in enumerate([2.0, 1.0, 1.5])]
@@ -121,7 +126,9 @@ def replay_table(replayed: Iterable[Replayed]) -> str:
     """
     heading = ["rule", "stops at", "steps saved", "best at", "best value", "given up"]
     lines = [[*heading, "reason"]]
+    check_iterable("replayed", replayed, "what `replay` returned")
     for one in replayed:
+        check_kind("replayed", one, Replayed, "what `replay` returned")
         known = (one.stopped_step, one.steps_saved, one.best_step)
         numbers = (one.best_value, one.loss_given_up)
         stopped, saved, best = map(str, known)
@@ -142,6 +149,8 @@ def evaluations_of(
     rows: list[dict[str, float]], key: str | None
 ) -> tuple[list[dict[str, float]], str]:
     """The rows with the value that is judged, and its name."""
+    if key is not None:
+        check_kind("key", key, str, "a string or None")
     wanted = ("val_loss", "value") if key is None else (key,)
     for name in wanted:
         found = [row for row in rows if name in row]

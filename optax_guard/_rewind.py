@@ -57,6 +57,10 @@ class Rewind:
         """Checks the numbers."""
         check_count("times", self.times)
         check_positive("lr_factor", self.lr_factor)
+        if self.on_rewind is not None and not callable(self.on_rewind):
+            raise TypeError(
+                f"`on_rewind` must be a function of the step, got {self.on_rewind!r}."
+            )
         if self.lr_factor > 1:
             raise ValueError(f"`lr_factor` must be at most 1, got {self.lr_factor}.")
 

@@ -4,6 +4,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from optax_guard._base import check_kind
+
 State = TypeVar("State")
 
 
@@ -20,6 +22,9 @@ def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[S
     Returns:
       The states, with plain arrays as leaves; empty if there are none.
 
+    Raises:
+      TypeError: If ``cls`` is no class.
+
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
       >>> tx = optax.chain(optax.sgd(0.1), og.record_norm())
@@ -27,6 +32,8 @@ def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[S
       >>> [type(s).__name__ for s in og.find_states(state, og.RecordNormState)]
       ['RecordNormState']
     """
+    for each in cls if isinstance(cls, tuple) else (cls,):
+        check_kind("cls", each, type, "a class or a tuple of classes")
     return _find(tree, cls, within_found=True)
 
 
@@ -79,6 +86,11 @@ def find_state(tree: Any, cls: type[State]) -> State:
       >>> og.find_state(tx.init(jnp.zeros(2)), og.GuardState).num_skipped.item()
       0
     """
+    return only_state("tree", tree, cls)
+
+
+def only_state(argument: str, tree: Any, cls: type[State]) -> State:
+    """The only state of one class in an argument of that name."""
     states = find_states(tree, cls)
     if len(states) != 1:
         advice = (
@@ -88,8 +100,8 @@ def find_state(tree: Any, cls: type[State]) -> State:
         )
         names = [c.__name__ for c in (cls if isinstance(cls, tuple) else (cls,))]
         raise ValueError(
-            f"`tree` must hold one {' or '.join(f'`{name}`' for name in names)}, found "
-            f"{len(states)}: {advice}"
+            f"`{argument}` must hold one {' or '.join(f'`{name}`' for name in names)}, "
+            f"found {len(states)}: {advice}"
         )
     return states[0]
 

@@ -169,10 +169,6 @@ def verdict(
     return Verdict(fired, jnp.asarray(int(reason), jnp.int32), significant)
 
 
-# Numbers whose value is known while Python runs; traced ones cannot be checked.
-_CONCRETE = (int, float, np.number)
-
-
 def train_values(observation: Observation) -> jax.Array:
     """Returns the training values that a rule needs, float32, shape (m,)."""
     values = observation.train_value
@@ -190,23 +186,23 @@ def as_int(number: ArrayLike) -> jax.Array:
     return jnp.asarray(number, jnp.int32)
 
 
-def check_not_negative(name: str, number: ArrayLike) -> None:
+def check_not_negative(name: str, number: Any) -> None:
     """Refuses a concrete number that is negative or NaN."""
     check_number(name, number)
-    if isinstance(number, _CONCRETE) and not number >= 0:
+    if not isinstance(number, jax.Array) and not number >= 0:
         raise ValueError(f"`{name}` must not be negative, got {number}.")
 
 
-def check_fraction(name: str, number: ArrayLike) -> None:
+def check_fraction(name: str, number: Any) -> None:
     """Refuses a concrete number that is not in [0, 1)."""
     check_number(name, number)
-    if isinstance(number, _CONCRETE) and not 0 <= number < 1:
+    if not isinstance(number, jax.Array) and not 0 <= number < 1:
         raise ValueError(f"`{name}` must be at least 0 and below 1, got {number}.")
 
 
 def check_size(name: str, number: object) -> None:
     """Refuses a window size that is not a Python integer of at least 1."""
-    if not isinstance(number, int | np.integer):
+    if not isinstance(number, int | np.integer) or isinstance(number, bool):
         raise TypeError(
             f"`{name}` must be a Python integer, because it is the size of an array, "
             f"got {number!r}. It cannot be traced: build one machine for each size."
@@ -218,7 +214,8 @@ def check_rule(rule: object, where: str) -> None:
     """Refuses anything that is not a `StopRule`."""
     if not isinstance(rule, StopRule):
         raise TypeError(
-            f"`{where}` takes stop rules such as `stop.patience(5)`, got {rule!r}."
+            f"`rule` of `{where}` must be a stop rule such as `stop.patience(5)`, got "
+            f"{rule!r} of type {type(rule).__name__}."
         )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_count
+from optax_guard._base import check_count, check_kind
 from optax_guard._statistics import increment
 from optax_guard._stop_base import (
     Observation,
@@ -18,7 +18,6 @@ from optax_guard._stop_base import (
     StopRule,
     Verdict,
     as_int,
-    check_not_negative,
     check_rule,
     sign_of,
 )
@@ -269,7 +268,7 @@ def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
       False
     """
     check_rule(rule, "cooldown")
-    check_not_negative("n", n)
+    check_count("n", n, least=0)
 
     def init() -> CooldownState:
         return CooldownState(rule.init(), jnp.asarray(0, jnp.int32))
@@ -316,6 +315,7 @@ def monitor(key: str, rule: StopRule, mode: str = "min") -> StopRule:
       >>> bool(state.should_stop), float(state.best_value)
       (True, 0.4)
     """
+    check_kind("key", key, str, "a string")
     check_rule(rule, "monitor")
     sign = sign_of(mode)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_positive
+from optax_guard._base import check_count, check_kind, check_positive
 from optax_guard._stop_base import (
     Observation,
     StopReason,
@@ -16,7 +16,6 @@ from optax_guard._stop_base import (
     as_float,
     as_int,
     check_fraction,
-    check_not_negative,
     verdict,
 )
 from optax_guard._stop_rules import PatienceState, patience
@@ -84,8 +83,8 @@ def plateau(
     stall = patience(n, min_delta=min_delta, rel_delta=rel_delta)
     check_positive("factor", factor)
     check_fraction("factor", factor)
-    check_not_negative("max_reductions", max_reductions)
-    check_not_negative("cooldown", cooldown)
+    check_count("max_reductions", max_reductions, least=0)
+    check_count("cooldown", cooldown, least=0)
 
     def init() -> PlateauState:
         return PlateauState(
@@ -171,6 +170,7 @@ def apply_plateau(opt_state: Any, state: EarlyStoppingState) -> Any:
       The optimizer's state with the factor in it.
 
     Raises:
+      TypeError: If ``state`` is no `EarlyStoppingState`.
       ValueError: If there is no `scale_by_plateau` or not exactly one `plateau`.
 
     Examples:
@@ -182,6 +182,7 @@ def apply_plateau(opt_state: Any, state: EarlyStoppingState) -> Any:
       >>> stop.apply_plateau(opt_state, state).lr_scale.item()
       0.5
     """
+    check_kind("state", state, EarlyStoppingState, "an `EarlyStoppingState`")
     held = optax.tree.get_all_with_path(state.rule_state, "lr_scale")
     if len(held) != 1:
         raise ValueError(

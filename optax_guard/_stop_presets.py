@@ -1,8 +1,13 @@
 """Machines that stop where those of Flax, Keras and Lightning do."""
 
-from optax_guard._base import check_choice
+from optax_guard._base import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_kind,
+    check_not_nan,
+)
 from optax_guard._early_stopping import EarlyStopping, early_stopping
-from optax_guard._stop_base import check_not_negative
 from optax_guard._stop_combinators import any_of
 from optax_guard._stop_rules import divergence, target
 from optax_guard._stop_rules import patience as stop_patience
@@ -31,7 +36,7 @@ def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
       >>> bool(stopper.update(1.0, state).should_stop)
       True
     """
-    check_not_negative("patience", patience)
+    check_count("patience", patience, least=0)
     rule = stop_patience(patience + 1, min_delta=min_delta)
     return early_stopping(rule, nonfinite="wait")
 
@@ -74,12 +79,15 @@ def from_keras(
       >>> bool(stopper.update({"val_accuracy": 0.8}, state).should_stop)
       True
     """
-    del restore_best_weights
+    check_kind("monitor", monitor, str, "a string")
+    check_flag("restore_best_weights", restore_best_weights)
+    check_not_nan("min_delta", min_delta)
+    check_count("start_from_epoch", start_from_epoch, least=0)
     check_choice("mode", mode, ("auto", "min", "max"))
     if mode == "auto":
         grows = monitor.endswith(("acc", "accuracy", "auc"))
         mode = "max" if grows else "min"
-    check_not_negative("patience", patience)
+    check_count("patience", patience, least=0)
     rule = stop_patience(max(patience, 1), min_delta=abs(min_delta), baseline=baseline)
     return early_stopping(
         rule, mode=mode, nonfinite="wait", warmup=start_from_epoch, key=monitor
@@ -125,11 +133,16 @@ def from_lightning(
       >>> bool(stopper.update({"val_loss": 0.5}, state).should_stop)
       True
     """
-    check_not_negative("patience", patience)
+    check_kind("monitor", monitor, str, "a string")
+    check_not_nan("min_delta", min_delta)
+    check_count("patience", patience, least=0)
+    check_flag("check_finite", check_finite)
     rules = [stop_patience(max(patience, 1), min_delta=abs(min_delta))]
     if stopping_threshold is not None:
+        check_not_nan("stopping_threshold", stopping_threshold)
         rules.append(target(stopping_threshold, strict=True))
     if divergence_threshold is not None:
+        check_not_nan("divergence_threshold", divergence_threshold)
         rules.append(divergence(divergence_threshold))
     nonfinite = "stop" if check_finite else "wait"
     return early_stopping(any_of(*rules), mode=mode, nonfinite=nonfinite, key=monitor)

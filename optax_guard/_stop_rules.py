@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_guard._base import check_flag, check_not_nan
 from optax_guard._statistics import increment
 from optax_guard._stop_base import (
     Observation,
@@ -92,6 +93,9 @@ def patience(
     check_limits("n", n, steps, seconds)
     check_not_negative("min_delta", min_delta)
     check_not_negative("rel_delta", rel_delta)
+    check_flag("cumulative", cumulative)
+    if baseline is not None:
+        check_not_nan("baseline", baseline)
 
     def init() -> PatienceState:
         mark_dtype = jnp.int32 if seconds is None else jnp.float32
@@ -158,6 +162,9 @@ def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
     Returns:
       A rule without state.
 
+    Raises:
+      ValueError: If it is a Python number and NaN.
+
     Examples:
       >>> from optax_guard import early_stopping, stop
       >>> stopper = early_stopping(stop.target(0.1))
@@ -167,6 +174,8 @@ def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
       >>> bool(state.should_stop), int(state.stopped_at)
       (True, 2)
     """
+    check_not_nan("value", value)
+    check_flag("strict", strict)
 
     def update(observation: Observation, state: tuple[()]) -> tuple[Verdict, tuple[()]]:
         y, goal = observation.raw, observation.sign * as_float(value)
@@ -187,6 +196,9 @@ def divergence(threshold: ArrayLike) -> StopRule:
     Returns:
       A rule without state.
 
+    Raises:
+      ValueError: If it is a Python number and NaN.
+
     Examples:
       >>> from optax_guard import early_stopping, stop
       >>> stopper = early_stopping(stop.divergence(10.0))
@@ -196,6 +208,7 @@ def divergence(threshold: ArrayLike) -> StopRule:
       >>> bool(state.should_stop), int(state.stopped_at)
       (True, 2)
     """
+    check_not_nan("threshold", threshold)
 
     def update(observation: Observation, state: tuple[()]) -> tuple[Verdict, tuple[()]]:
         worse = observation.raw > observation.sign * as_float(threshold)

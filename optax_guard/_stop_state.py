@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from optax_guard._base import check_kind
 from optax_guard._stop_base import StopReason
 
 
@@ -109,6 +110,7 @@ def explain(state: EarlyStoppingState) -> str:
       One line of text. Evaluations are counted from 0.
 
     Raises:
+      TypeError: If the state is no `EarlyStoppingState`.
       ValueError: If the state is that of a population.
 
     Examples:
@@ -119,6 +121,7 @@ def explain(state: EarlyStoppingState) -> str:
       >>> explain(stopper.update(0.4, stopper.init()))
       'stopped at evaluation 0 (TARGET), best 0.4 at evaluation 0. ...'
     """
+    check_kind("state", state, EarlyStoppingState, "an `EarlyStoppingState`")
     if np.shape(state.should_stop):
         raise ValueError(
             "`explain` takes the state of one run, got a population of shape "

@@ -144,10 +144,11 @@ def sweep_max_norm(
 
     given = {"max_norms": max_norms, "learning_rates": learning_rates}
     for name, values in given.items():
+        if np.ndim(values) != 1 or isinstance(values, str):
+            raise TypeError(f"`{name}` must be a list of numbers, got {values!r}.")
         for i, value in enumerate(values):
-            if not math.isinf(value):
-                check_positive(f"{name}[{i}]", value)
-        if not len(values) or len(set(values)) < len(values):
+            check_positive(f"{name}[{i}]", value)
+        if not len(values) or len(set(map(float, values))) < len(values):
             raise ValueError(f"`{name}` must be different numbers, got {values}.")
     check_positive("tolerance", tolerance)
     pairs = [(norm, rate) for norm in max_norms for rate in learning_rates]

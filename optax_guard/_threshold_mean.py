@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._base import as_float, check_count, check_positive
+from optax_guard._base import as_float, check_count, check_flag, check_positive
 from optax_guard._threshold_base import (
     Limits,
     Threshold,
@@ -92,6 +92,7 @@ def relative_to_mean(
     check_above("ratio", ratio, 1, "The mean of the clipped norms could only fall.")
     check_fraction("decay", decay)
     check_count("warmup", warmup)
+    check_flag("restart", restart)
     if warmup_max_norm is not None:
         check_positive("warmup_max_norm", warmup_max_norm)
 

@@ -1,12 +1,12 @@
 """Thresholds by quantile of all norms so far: AutoClip in fixed memory."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_guard._base import check_count, check_flag
 from optax_guard._sketch import (
     SMALLEST_IN_SKETCH,
     sketch_add,
@@ -101,7 +101,8 @@ def quantile(
     check_range("q", q, 0, 1)
     if decay is not None:
         check_fraction("decay", decay)
-    check_range("warmup", warmup, 0, math.inf)
+    check_count("warmup", warmup, least=0)
+    check_flag("include_current", include_current)
     check_static("relative_error", relative_error)
     check_fraction("relative_error", relative_error)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice, check_count, check_positive
+from optax_guard._base import check_choice, check_count, check_flag, check_positive
 from optax_guard._statistics import bounded_square
 from optax_guard._threshold_base import (
     Limits,
@@ -129,6 +129,7 @@ def published_zscore(
     check_positive("sigma", sigma)
     check_fraction("decay", decay)
     check_count("warmup", warmup)
+    check_flag("restart", restart)
     check_choice("clip_to", clip_to, ("limit", "mean", "reciprocal"))
     check_choice("learn", learn, ("limit", "target", "nothing"))
     check_range("min_deviation", min_deviation, 0, math.inf)

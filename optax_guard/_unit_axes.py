@@ -24,7 +24,7 @@ def unit_axes(
         if rule is not None:
             try:
                 axes.append(normalize_axis_tuple(rule, len(shape)))
-            except ValueError as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"`axis` must name axes of each leaf, got {rule} for "
                     f"{path_names(tree)[i]!r} of shape {shape}."

@@ -11,7 +11,13 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._axis_norms import norm_of_norms, ratio
-from optax_guard._base import as_float, check_positive, check_state
+from optax_guard._base import (
+    as_float,
+    check_flag,
+    check_part,
+    check_positive,
+    check_state,
+)
 from optax_guard._clipping import Measurement, clip, factors_for, select
 from optax_guard._group_clipping import (
     check_same_groups,
@@ -110,15 +116,19 @@ def clip_by_unit_norm(
     """
     threshold = as_threshold("max_ratio", max_ratio)
     check_positive("eps", eps)
+    check_flag("record_quantiles", record_quantiles)
 
     def split(tree: Any) -> tuple[Groups, np.ndarray]:
         """The units, and which leaves are excluded: all of such a leaf is one unit."""
         axes = unit_axes(tree, axis, axis_name)
-        excluded = np.array(for_each_leaf("exclude", exclude, tree), bool)
+        excluded = for_each_leaf("exclude", exclude, tree)
+        for each in excluded:
+            check_flag("exclude", each)
         for i, x in enumerate(jax.tree.leaves(tree)):
             if excluded[i]:
                 axes[i] = tuple(range(np.ndim(x)))
-        return each_part(tree, axes, layouts(tree, axis_name)), excluded
+        parts = each_part(tree, axes, layouts(tree, axis_name))
+        return parts, np.array(excluded, bool)
 
     def init(params: optax.Params) -> ClipByUnitNormState:
         groups, _ = split(params)
@@ -159,6 +169,12 @@ def clip_by_unit_norm(
         # A finite norm keeps a finite ratio, which is how it is known to be one.
         ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)
         ratios = jnp.where(jnp.isfinite(norms), ratios, norms)
+        check_part(
+            "clip_by_unit_norm",
+            "threshold and units",
+            state.threshold,
+            lambda: threshold.start(ratios.shape),
+        )
         trigger, target = threshold.limits(ratios, total.value, state.threshold)
         # A traced number could be negative, and would turn the step around.
         trigger = jnp.where(is_excluded, jnp.inf, jnp.maximum(trigger, 0.0))

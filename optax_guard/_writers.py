@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from optax_guard._base import check_kind
+
 _GROUPS = {
     "grad_norm": "grad/norm",
     "grad_norm_mean": "grad/norm_mean",
@@ -41,11 +43,15 @@ def grouped_name(name: str) -> str:
     Returns:
       The name with its group; any other as it is.
 
+    Raises:
+      TypeError: If ``name`` is no string.
+
     Examples:
       >>> from optax_guard.analysis import grouped_name
       >>> [grouped_name(x) for x in ("grad_norm", "grad_norm_1", "val_loss", "mine")]
       ['grad/norm', 'grad/norm_1', 'val/loss', 'mine']
     """
+    check_kind("name", name, str, "a string")
     # `optax_guard.metrics` numbers what a second clip has measured.
     number = re.search(r"_\d+$|$", name)
     suffix = number[0] if number else ""

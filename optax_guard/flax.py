@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from optax_guard._base import check_kind
 from optax_guard._checkpoint import Checkpointer as Checkpointer
 from optax_guard._checkpoint import load_best as load_best
 from optax_guard._fit import FitResult as FitResult
@@ -184,6 +185,7 @@ def update_dynamic_scale(dynamic_scale: DynamicScale, opt_state: Any) -> Dynamic
       >>> update_dynamic_scale(DynamicScale(scale=1024.0), opt_state).scale.item()
       512.0
     """
+    check_kind("dynamic_scale", dynamic_scale, DynamicScale, "a `DynamicScale`")
     reasons = last_reasons(opt_state)
     if not reasons:
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from optax_guard._base import check_iterable, check_kind, check_positive
 from optax_guard._plot_distribution import (
     plot_norm_distribution as plot_norm_distribution,
 )
@@ -83,7 +84,10 @@ def plot_norms(
       'log'
     """
     figure, (above, below) = panels(history, title)
+    check_iterable("rejections", rejections, "what `rejections` returned")
     withheld = list(rejections)
+    for each in withheld:
+        check_kind("rejections", each, Rejection, "what `rejections` returned")
     # Without a clip the threshold is infinite, which is no failure to be marked.
     is_clipped = np.isfinite(column(history, "clip_threshold")).any()
     line(above, history, "grad_norm", "before clipping, largest", LARGEST)
@@ -143,7 +147,14 @@ def plot_runs(
       >>> [text.get_text() for text in figure.axes[0].get_legend().texts]
       ['as it was', 'shorter']
     """
+    check_kind("histories", histories, Mapping, "a dict of rows by name")
+    if max_loss is not None:
+        check_positive("max_loss", max_loss)
+        if max_loss == math.inf:
+            raise ValueError("`max_loss` must be finite, or None for no end, got inf.")
     rows = [row for history in histories.values() for row in history]
+    if not rows:
+        raise ValueError("`histories` must hold at least one row, got none.")
     figure, (above, below) = panels(rows, title)
     top = math.inf if max_loss is None else max_loss
     for i, (name, history) in enumerate(histories.items()):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice, check_count, check_positive
+from optax_guard._base import check_choice, check_count, check_kind, check_positive
 from optax_guard._threshold_base import check_range, check_static, float32
 from optax_guard.threshold import Threshold, as_threshold
 
@@ -233,7 +233,9 @@ def spike(
         raise ValueError(f"`window` must be at least 2, got {window}.")
     if min_history is None:
         min_history = max(2, window // 2)
+    check_count("min_history", min_history)
     check_range("min_history", min_history, 1, window)
+    check_kind("watch", watch, Sequence, "a name or a list of names")
     watched = (watch,) if isinstance(watch, str) else tuple(watch)
     for signal in watched:
         check_choice("watch", signal, ("grad_norm", "value"))

@@ -77,6 +77,24 @@ def trees(
     return st.tuples(kinds, st.lists(values, min_size=total, max_size=total)).map(tree)
 
 
+def structures() -> st.SearchStrategy:
+    """Trees of any form: nested, empty, of scalars, with leaves that do not count."""
+    shapes = st.lists(st.sampled_from([0, 1, 2, 5]), max_size=3).map(tuple)
+    kinds = st.sampled_from([*FLOAT_DTYPES, jnp.complex64, jnp.int32, jnp.bool_])
+    arrays = st.builds(jnp.ones, shapes, kinds)
+    trees = st.recursive(
+        st.one_of(arrays, st.none()),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=2),
+            st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+            st.tuples(inner, inner),
+        ),
+        max_leaves=5,
+    )
+    # Nothing at all is no tree, but an argument that was left out.
+    return trees.filter(lambda tree: tree is not None)
+
+
 def true_norm(tree: Any, ord: float = 2) -> float:
     """The norm in float64, of entries scaled so that nothing overflows or vanishes."""
     flat = [np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)]

@@ -662,8 +662,11 @@ def test_best_without_params_says_what_to_do():
         ({"mode": "up"}, "`mode` must be one of 'min', 'max', got 'up'"),
         ({"nonfinite": "skip"}, "`nonfinite` must be one of 'stop', .* got 'skip'"),
         ({"best_on": "mean"}, "`best_on` must be one of 'raw', .* got 'mean'"),
-        ({"max_nonfinite": -1}, "`max_nonfinite` must not be negative, got -1"),
-        ({"warmup": -1}, "`warmup` must not be negative, got -1"),
+        (
+            {"max_nonfinite": -1},
+            "`max_nonfinite` must be a whole number of at least 0, got -1",
+        ),
+        ({"warmup": -1}, "`warmup` must be a whole number of at least 0, got -1"),
     ],
     ids=["mode", "nonfinite", "best_on", "max_nonfinite", "warmup"],
 )
@@ -673,7 +676,7 @@ def test_bad_options_are_named(options, message):
 
 
 def test_what_is_no_rule_or_smoother_is_refused():
-    with pytest.raises(TypeError, match=r"`early_stopping` takes stop rules .* got 5"):
+    with pytest.raises(TypeError, match=r"`rule` of `early_stopping` must be .* got 5"):
         loose(5)
     with pytest.raises(TypeError, match=r"`smooth` must be a smoother .* got 0\.9"):
         loose(stop.patience(2), smooth=0.9)

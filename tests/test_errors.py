@@ -469,7 +469,7 @@ def test_reading_what_is_not_there_is_refused(build, error, message):
         "number as rule": (
             lambda: loose.early_stopping(3),
             TypeError,
-            r"`early_stopping` takes stop rules .*`stop.patience\(\d\)`, got 3",
+            r"`rule` of `early_stopping` must be .*`stop.patience\(\d\)`, got 3",
         ),
     }
 )

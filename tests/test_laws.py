@@ -14,9 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import optax_guard as og
-from tests.strategies import f32, same_bits, true_norm, types_of
+from tests.strategies import (
+    HUGE,
+    any_float,
+    f32,
+    ordinary,
+    same_bits,
+    sampled,
+    structures,
+    true_norm,
+    types_of,
+)
 
 # The table of factories --------------------------------------------------------
 
@@ -319,6 +331,29 @@ def poisoned(tree: Any, entry: float) -> Any:
     return tree | {"b": tree["b"].at[1, 0].set(entry)}
 
 
+def drawn() -> st.SearchStrategy:
+    """Gradients like those above, of any size and with any entries."""
+    count = sum(math.prod(shape) for shape in SHAPES.values())
+
+    def tree(values: list[float], scale: float) -> dict[str, Any]:
+        leaves, start = {}, 0
+        for name, shape in SHAPES.items():
+            end = start + math.prod(shape)
+            part = np.reshape(values[start:end], shape) * scale
+            with np.errstate(over="ignore"):
+                leaves[name] = jnp.asarray(part.astype(MIXED[name]))
+            start = end
+        return leaves
+
+    values = st.one_of(ordinary(), any_float())
+    # Of norms around the bounds, and of all sizes.
+    return st.builds(
+        tree,
+        st.lists(values, min_size=count, max_size=count),
+        st.sampled_from([1.0, 1e-3, 1e30]),
+    )
+
+
 def close(a: Any, b: Any, rtol: float = 1e-6) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -526,6 +561,72 @@ def test_only_guards_withhold_non_finite_updates(name):
     assert bool(og.find_states(state, og.GuardState)) == is_guard
 
 
+# What a guard clips with is what the clip does alone.
+WITH_ORACLE = [
+    name
+    for name, form in FORMS.items()
+    if form.oracle and ("guard of" not in name or name in ONE_GUARD)
+]
+
+
+@pytest.mark.parametrize("name", [*WITH_ORACLE, "record", "guard"])
+def test_any_first_updates_are_bounded_as_in_float64(name):
+    form, step = FORMS[name], step_of(name)
+
+    # Inside, so that all draws are of one program, which other laws run as well.
+    @settings(sampled, max_examples=8)
+    @given(grads=drawn())
+    def check(grads: Any) -> None:
+        updates, state = step.after([grads])
+        assert types_of(updates) == types_of(grads)
+        entries, norm = flat(grads), true_norm(grads)
+        withheld = og.find_states(state, og.GuardState)
+        if any(guard.num_skipped for guard in withheld):
+            limit = 100.0 if name == "guard with rules" else HUGE
+            assert not norm <= limit * (1 - 1e-6)
+            assert same_bits(updates, jax.tree.map(jnp.zeros_like, grads))
+        elif not norm <= HUGE:
+            assert not withheld or np.isfinite(entries).all()
+            assert np.all(np.isfinite(flat(updates)) | ~np.isfinite(entries))
+        else:
+            expected = bounded(form, grads, form.number)
+            if np.array_equal(expected, entries):
+                assert same_bits(updates, grads)
+            ends = np.cumsum([x.size for x in jax.tree.leaves(updates)])
+            parts = np.split(expected, ends[:-1])
+            for x, wanted in zip(jax.tree.leaves(updates), parts, strict=True):
+                # Where the coefficient is below 2**-100, what is far smaller than the
+                # bound is lost; so is, in half precision, what is no normal number.
+                eps, tiny = map(
+                    float, (jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny)
+                )
+                rtol, atol = max(1e-5, 2 * eps), max(1e-31, tiny)
+                np.testing.assert_allclose(flat(x), wanted, rtol=rtol, atol=atol)
+
+    check()
+
+
+ON_ANY_TREE = [
+    "leaf by zscore",
+    "unit by quantile",
+    "value",
+    "guard with rules",
+    "accumulate",
+    "record",
+]
+
+
+@pytest.mark.parametrize("name", ON_ANY_TREE)
+@settings(sampled, max_examples=6)
+@given(tree=structures())
+def test_types_never_change_on_any_tree(name, tree):
+    tx = FORMS[name].tx
+    state = jax.eval_shape(tx.init, tree)
+    updates, after = jax.eval_shape(tx.update, tree, state, tree)
+    assert types_of(after) == types_of(state)
+    assert types_of(updates) == types_of(jax.eval_shape(lambda x: x, tree))
+
+
 # Laws of programs --------------------------------------------------------------
 
 
@@ -582,7 +683,7 @@ def wide(tree: Any) -> Any:
 
 
 def flat(tree: Any) -> np.ndarray:
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(float)
+    return np.concatenate([np.ravel(x).astype(float) for x in jax.tree.leaves(tree)])
 
 
 def bounded(form: Form, tree: Any, number: float | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,7 +150,8 @@ def test_runs_are_told_apart_and_cut_off_where_asked():
 
 
 def test_notebooks_show_figures_without_pyplot():
-    picture = plot_norms(rows())._repr_png_()
+    figure: Any = plot_norms(rows())
+    picture = figure._repr_png_()
     assert picture.startswith(b"\x89PNG")
 
 

@@ -661,7 +661,7 @@ def test_patience_follows_the_smoothed_value_and_best_the_raw():
         (
             lambda: loose.all_of(5),
             TypeError,
-            r"`all_of` takes stop rules such as `stop.patience\(5\)`, got 5",
+            r"`rule` of `all_of` must be .* such as `stop.patience\(5\)`, got 5",
         ),
         (
             lambda: stop.not_before(stop.patience(3)),
@@ -672,7 +672,7 @@ def test_patience_follows_the_smoothed_value_and_best_the_raw():
         (
             lambda: stop.cooldown(stop.patience(3), -1),
             ValueError,
-            "`n` must not be negative, got -1",
+            "`n` must be a whole number of at least 0, got -1",
         ),
         (
             lambda: stop.monitor("acc", stop.patience(3), mode="up"),

@@ -596,7 +596,10 @@ def test_wrong_table(table, message):
         (lambda: threshold.zscore(max_norm=0), "`max_norm` must be positive"),
         (lambda: threshold.quantile(90), r"`q` must be in \[0, 1\], got 90"),
         (lambda: threshold.quantile(0.5, decay=0), "`decay` must be in"),
-        (lambda: threshold.quantile(0.5, warmup=-1), "`warmup` must be in"),
+        (
+            lambda: threshold.quantile(0.5, warmup=-1),
+            "`warmup` must be a whole number of at least 0",
+        ),
         (lambda: threshold.quantile(0.5, relative_error=1), "`relative_error` must be"),
         (lambda: threshold.relative_to_mean(1.0), "`ratio` must be above 1, got 1.0"),
         (lambda: threshold.relative_to_mean(warmup_max_norm=-1), "`warmup_max_norm`"),
