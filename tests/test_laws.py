@@ -561,11 +561,14 @@ def test_only_guards_withhold_non_finite_updates(name):
     assert bool(og.find_states(state, og.GuardState)) == is_guard
 
 
-# What a guard clips with is what the clip does alone.
+# What a guard clips with is what the clip does alone. Entries that are masked out are
+# neither judged nor bounded: see `test_masking`.
 WITH_ORACLE = [
     name
     for name, form in FORMS.items()
-    if form.oracle and ("guard of" not in name or name in ONE_GUARD)
+    if form.oracle
+    and name != "guard with a mask"
+    and ("guard of" not in name or name in ONE_GUARD)
 ]
 
 
