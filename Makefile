@@ -59,7 +59,7 @@ demo: .venv/installed  ## train on real text with and without the guard (ARGS=--
 
 # Tests of numbers are compiled as XLA does for users; the others with its older
 # generator of code for the CPU, which is several times as quick.
-NUMERIC := $(patsubst %,tests/test_%.py,norms clipping guarding mixed_precision)
+NUMERIC := $(patsubst %,tests/test_%.py,norms clipping mixed_precision)
 PYTEST = $(abspath $(PY)) -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: test
@@ -115,7 +115,7 @@ bench: .venv/installed  ## print the cost of a guarded step beside Optax's (ARGS
 
 .PHONY: test-accelerators
 test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert the cost
-	PYTHONPATH=$(ACCELERATORS) $(PYTEST) tests/accelerators $(ARGS)
+	PYTHONPATH=$(ACCELERATORS) $(PYTEST) --no-loadscope-reorder tests/accelerators $(ARGS)
 
 # In one process: the jobs that it starts have enough of their own.
 .PHONY: test-multihost

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+LONGEST = "TestTrainStep"
 EFFORT = "jax_exec_time_optimization_effort"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes longest: at the end one of two processes would wait for it."""
+    items.sort(key=lambda item: LONGEST not in item.nodeid)
 
 
 @contextlib.contextmanager
