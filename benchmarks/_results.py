@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import time
 from importlib.metadata import version
 from typing import Any
@@ -26,7 +27,12 @@ def write(
         "settings": settings._asdict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json({**about, **content}), indent=1) + "\n")
+    text = json.dumps(as_json({**about, **content}), indent=1)
+    # A list of numbers stands on one line.
+    text = re.sub(
+        r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text
+    )
+    path.write_text(text + "\n")
 
 
 def as_json(value: Any) -> Any:

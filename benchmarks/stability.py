@@ -31,16 +31,13 @@ benchmarks.stability`.
 
 import argparse
 import functools
-import json
 import math
 import os
 import pathlib
-import platform
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -51,12 +48,10 @@ from jax.tree_util import Partial
 
 import optax_guard as og
 from benchmarks import _models, _text_run
-from benchmarks._results import as_json
+from benchmarks._results import FOLDER, write
 from optax_guard.analysis import suggest_max_norm
 from optax_guard.flax import TrainState
 from optax_guard.loops import train_population
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 class Settings(NamedTuple):
@@ -444,7 +439,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="few and short runs")
     size.add_argument("--full", action="store_true", help="longer, and more rates")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL if args.full else Settings()
     started = time.monotonic()
@@ -455,38 +450,23 @@ def main() -> None:
     }
     summary = summarize(found)
     show(summary)
-    seconds = round(time.monotonic() - started)
-    print(f"\nTook {seconds} s.")
-    about = {
-        "versions": {
-            name: version(name) for name in ("jax", "optax", "numpy", "scikit-learn")
-        },
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "seconds": seconds,
-        "settings": settings._asdict(),
-        "learning_rates": {
-            name: rates_of(name, settings).tolist() for name in OPTIMIZERS
-        },
-        "trivial_loss": {name: model.trivial for name, (model, _) in models.items()},
-        "units": "losses and regrets in nats, medians over seeds; widths in decades; "
-        "lists are by learning rate",
-    }
     results = {
         f"{name}, {optimizer}, scale {scale:g}": found[name][i][j]
         for name, (_, scales) in models.items()
         for i, optimizer in enumerate(OPTIMIZERS)
         for j, scale in enumerate(scales)
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(
-        as_json({**about, "summary": summary, "results": results}), indent=1
-    )
-    # A list of numbers on one line.
-    content = re.sub(
-        r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), content
-    )
-    (args.out / "stability.json").write_text(content + "\n")
+    content = {
+        "learning_rates": {
+            name: rates_of(name, settings).tolist() for name in OPTIMIZERS
+        },
+        "trivial_loss": {name: model.trivial for name, (model, _) in models.items()},
+        "units": "losses and regrets in nats, medians over seeds; widths in decades; "
+        "lists are by learning rate",
+        "summary": summary,
+        "results": results,
+    }
+    write(args.out / "stability.json", settings, started, content)
     plot(found, models, settings, args.out / "stability.png")
 
 

@@ -7,6 +7,7 @@ from optax_guard._accumulation import AccumulateState as AccumulateState
 from optax_guard._accumulation import accumulate as accumulate
 from optax_guard._adoption import adopt as adopt
 from optax_guard._adoption import release as release
+from optax_guard._applying import apply_gradients as apply_gradients
 from optax_guard._clipping import ClipByNormState as ClipByNormState
 from optax_guard._clipping import RecordNormState as RecordNormState
 from optax_guard._clipping import clip_by_global_norm as clip_by_global_norm
@@ -22,7 +23,6 @@ from optax_guard._group_clipping import clip_by_group_norm as clip_by_group_norm
 from optax_guard._group_clipping import clip_by_leaf_norm as clip_by_leaf_norm
 from optax_guard._group_stats import GroupStats as GroupStats
 from optax_guard._guarding import GuardState as GuardState
-from optax_guard._guarding import apply_gradients as apply_gradients
 from optax_guard._guarding import guard as guard
 from optax_guard._norm_readout import leaf_norms as leaf_norms
 from optax_guard._norm_readout import norm_quantile as norm_quantile

@@ -23,7 +23,7 @@ class Exploding:
     def update(self, facts: Facts) -> Evidence | None:
         """The evidence, if it holds at this row."""
         f = facts
-        if math.isnan(self._first_val):
+        if math.isnan(self._first_val) and math.isfinite(f.val):
             self._first_val = f.val
         is_large = f.num_norms >= 3 and f.norm > 10 * f.typical_norm
         self._large_in_a_row = self._large_in_a_row + 1 if is_large else 0

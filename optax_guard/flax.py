@@ -8,12 +8,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from optax_guard._applying import apply_gradients
 from optax_guard._base import check_kind
 from optax_guard._checkpoint import Checkpointer as Checkpointer
 from optax_guard._checkpoint import load_best as load_best
 from optax_guard._fit import FitResult as FitResult
 from optax_guard._fit import fit as fit
-from optax_guard._guarding import GuardState, apply_gradients
+from optax_guard._guarding import GuardState
 from optax_guard._rewind import Rewind as Rewind
 from optax_guard._states import find_states
 from optax_guard._verdicts import keep_if_skipped, last_reasons

@@ -9,8 +9,9 @@ _flags = (
     " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
 )
 # Compiling is nearly all that the tests do, and each program runs a few times. XLA's
-# older generator of code for the CPU takes a quarter of the time, but it does not round
-# alike in all branches: `make test` leaves tests of numbers to that of users.
+# older generator of code for the CPU, unoptimised, takes a quarter of the time or less,
+# but it does not round alike in all branches: `make test` compiles tests of numbers as
+# users do.
 if os.environ.get("OPTAX_GUARD_TEST_CODEGEN") == "quick":
     _flags += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _flags
