@@ -1,8 +1,7 @@
 """Where the units of each leaf lie: what one output of a layer depends on."""
 
+import operator
 from typing import Any
-
-from numpy.lib.array_utils import normalize_axis_tuple
 
 from optax_guard._mesh_axes import AxisName, layouts
 from optax_guard._paths import for_each_leaf, path_names
@@ -23,8 +22,8 @@ def unit_axes(
         shape = layout.shape
         if rule is not None:
             try:
-                axes.append(normalize_axis_tuple(rule, len(shape)))
-            except (TypeError, ValueError, OverflowError) as error:
+                axes.append(_normalized(rule, len(shape)))
+            except (TypeError, ValueError, IndexError) as error:
                 raise ValueError(
                     f"`axis` must name axes of each leaf, got {rule} for "
                     f"{path_names(tree)[i]!r} of shape {shape}."
@@ -44,4 +43,12 @@ def unit_axes(
                 f"`axis` must be given for a leaf of more than 5 axes, got None for "
                 f"{path_names(tree)[i]!r} of shape {shape}."
             )
+    return axes
+
+
+def _normalized(axis: Any, ndim: int) -> tuple[int, ...]:
+    named = axis if isinstance(axis, tuple | list) else (axis,)
+    axes = tuple(range(ndim)[operator.index(a)] for a in named)
+    if len(set(axes)) < len(axes):
+        raise ValueError("an axis is named twice")
     return axes
