@@ -374,6 +374,10 @@ def test_plateau_cooldown_counts_no_bad_evaluations():
     assert int(states[-1].stopped_at) == 6
 
 
+def test_plateau_reduces_twice_unless_told_otherwise():
+    assert stop_of(stop.plateau(1), [1.0] * 5) == (3, StopReason.PLATEAU)
+
+
 def test_plateau_cooldown_is_not_spent_on_what_does_not_count():
     rule = stop.plateau(1, factor=0.5, cooldown=2)
     assert rule.init().rest_count == 0
