@@ -141,9 +141,10 @@ CORE := norms clipping guarding judging rejections applying threshold_base \
 .PHONY: coverage
 coverage: .venv/installed-mutants  ## lines and branches of the core that its tests reach
 	OPTAX_GUARD_TEST_CODEGEN=quick $(abspath $(PY)) -m pytest -n 0 -q \
-	  $(addprefix --cov=optax_guard._,$(CORE)) --cov-branch --cov-report=term-missing \
+	  --cov=optax_guard --cov-branch --cov-report= \
 	  $(patsubst %,tests/test_%.py,norms clipping guarding skip threshold sketch \
-	  early_stopping stop_rules errors accumulation) $(ARGS)
+	  early_stopping stop_rules mixed_precision masking bad_input errors) $(ARGS)
+	$(PY) -m coverage report -m --include=$(subst $() ,$(COMMA),$(CORE:%=*/_%.py))
 
 .PHONY: soak
 soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`
