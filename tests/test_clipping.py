@@ -278,10 +278,12 @@ def test_coefficient_that_underflows_gives_the_right_update(size, max_norm):
     np.testing.assert_allclose(out, f32([0.6, -0.8, 0.0]) * f32(max_norm), rtol=3e-6)
 
 
-def test_coefficient_of_a_small_norm_underflows_as_well():
-    # The norm itself, made smaller by 2**-120, would be zero.
-    out, _ = clip_by_traced(1e-35, f32([0.006, -0.008, 0.0]))
-    np.testing.assert_allclose(out, f32([6e-36, -8e-36, 0.0]), rtol=3e-6)
+@pytest.mark.parametrize(("size", "max_norm"), [(0.01, 1e-35), (1.0, 2e-38)])
+def test_coefficient_of_a_norm_of_at_most_one_may_underflow(size, max_norm):
+    # One factor would do neither: the norm itself has no room to be made smaller.
+    grads = f32([0.6, -0.8, 0.0]) * f32(size)
+    out, _ = clip_by_traced(max_norm, grads)
+    np.testing.assert_allclose(out, f32([0.6, -0.8, 0.0]) * f32(max_norm), rtol=3e-6)
 
 
 @pytest.mark.parametrize("max_norm", [10**12, np.int64(10**12), 1e300, 2])

@@ -134,9 +134,9 @@ def test_norm_is_right_on_both_sides_of_every_switch_of_scale(name, size):
 
 
 def test_squares_that_vanish_beside_a_small_entry_are_counted(sums):
-    # Each is below float32; together they are as much as the one that is not.
-    x = np.full(1 << 22, 2.0**-64, np.float32)
-    x[0] = 2.0**-53
+    # Each square is below float32, together they are 1/2048 of the one that is not.
+    x = np.full(1 << 22, 2.0**-63.5, np.float32)
+    x[0] = 2.0**-47
     assert float(norm(x, name=sums).value) == pytest.approx(
         true_norm(x), rel=1e-6, abs=0
     )
