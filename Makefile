@@ -122,6 +122,30 @@ test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert
 test-multihost: .venv/installed  ## run `fit` on several processes of this machine
 	$(PY) -m pytest -n 0 -m multihost tests/multihost $(ARGS)
 
+.venv/installed-mutants: pyproject.toml .venv/installed
+	$(PIP) --group mutants
+	@touch $@
+
+# In a clone of what is committed: a mutant replaces the file while it is tried.
+.PHONY: mutants
+mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_norms)
+	rm -rf build/mutants
+	git clone --quiet . build/mutants
+	cd build/mutants && OPTAX_GUARD_TEST_CODEGEN=quick $(abspath $(PY)) tests/mutants.py $(ARGS)
+
+CORE := norms clipping guarding judging rejections applying threshold_base \
+  threshold_mean threshold_quantile threshold_zscore smoothing sketch early_stopping \
+  stop_state stop_base stop_plateau stop_rules
+
+# The tests of the core: the whole suite says little more, and takes twenty minutes.
+.PHONY: coverage
+coverage: .venv/installed-mutants  ## lines and branches of the core that its tests reach
+	OPTAX_GUARD_TEST_CODEGEN=quick $(abspath $(PY)) -m pytest -n 0 -q \
+	  --cov=optax_guard --cov-branch --cov-report= \
+	  $(patsubst %,tests/test_%.py,norms clipping guarding skip threshold sketch \
+	  early_stopping stop_rules mixed_precision masking bad_input errors) $(ARGS)
+	$(PY) -m coverage report -m --include=$(subst $() ,$(COMMA),$(CORE:%=*/_%.py))
+
 .PHONY: soak
 soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`
 	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 tests/test_soak.py tests/test_faults.py

@@ -91,7 +91,7 @@ def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
     num_bins = sketch.shape[-1]
     # In float32 nothing overflows; beyond 2**24 values a rank is off by 1e-4 at most.
     total = jnp.sum(sketch.astype(jnp.float32), axis=-1)
-    last = jnp.maximum(total - 1, 0.0)
+    last = total - 1
     position = jnp.asarray(q, jnp.float32) * last
     below = jnp.floor(position)
     low, high = (

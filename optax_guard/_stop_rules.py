@@ -135,7 +135,7 @@ def patience(
             starts = significant | (observation.counts & (mark < 0))
             mark = jnp.where(starts, clock, mark)
             limit = steps if seconds is None else seconds
-            stalled = (mark >= 0) & (clock - mark >= jnp.asarray(limit, mark.dtype))
+            stalled = clock - mark >= jnp.asarray(limit, mark.dtype)
         else:
             stalled = bad_count >= as_int(n)
         fired = observation.counts & ~significant & stalled

@@ -581,3 +581,24 @@ def test_gradients_of_another_tree_are_refused(grads):
     for tx in (GUARD, optax.sgd(0.1)):
         with pytest.raises(ValueError, match=message):
             og.apply_gradients(tx, PARAMS, tx.init(PARAMS), grads)
+
+
+def test_parameter_that_is_none_takes_no_part_whatever_its_gradient():
+    params = {"w": jnp.ones(2), "b": None}
+    for tx in (og.guard(optax.sgd(0.1)), optax.sgd(0.1)):
+        for grads in ({"w": jnp.ones(2), "b": jnp.ones(3)}, params):
+            state = tx.init(params)
+            moved: Any = og.apply_gradients(tx, params, state, grads)[0]
+            assert moved["b"] is None
+            assert (moved["w"] < 1).all()
+
+
+def test_updates_of_another_tree_are_told_from_a_state_of_another_tree():
+    tx: Any = og.guard(optax.adam(0.1))
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="`updates` of `guard` must have the struct"):
+        jax.eval_shape(tx.update, OTHER_TREE, state, PARAMS)
+    with pytest.raises(ValueError, match="`state` of `guard` must be that of `inner`"):
+        jax.eval_shape(tx.update, OTHER_TREE, state)
+    with pytest.raises(ValueError, match="`state` of `guard` must be that of `inner`"):
+        jax.eval_shape(tx.update, GRADS, tx.init(OTHER_TREE), PARAMS)

@@ -150,8 +150,16 @@ def test_ties_keep_the_earlier_parameters():
     assert int(state.best_eval) == 1
 
 
+def test_nothing_is_best_before_the_first_value():
+    state = early_stopping(stop.patience(5)).init()
+    assert not state.is_best
+    assert not state.is_significant
+    assert (int(state.best_eval), int(state.best_step)) == (-1, -1)
+
+
 def test_best_step_is_that_of_the_best():
     stopper = early_stopping(stop.patience(5))
+    assert int(feed(stopper, [1.0]).best_step) == -1
     state = stopper.init()
     for step, value in [(100, 3.0), (200, 1.0), (300, 2.0)]:
         state = stopper.update(value, state, step=step)
@@ -568,6 +576,7 @@ def test_explain_tells_how_the_run_stands():
     assert explain(stopper.init()) == "running, no finite value yet"
     state = feed(stopper, [NAN])
     assert explain(state) == "running, no finite value yet, 1 without a better one"
+    assert explain(feed(stopper, [0.5], step=0)).endswith("evaluation 0 (step 0)")
     state = feed(stopper, [0.5, 0.75], step=30)
     assert explain(state) == (
         "running, best 0.5 at evaluation 0 (step 30), 1 without a better one"

@@ -1,6 +1,7 @@
 """The guard: what a rejected step leaves alone, by both mechanisms of platforms."""
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -321,6 +322,8 @@ def test_exhaustion_is_flagged_after_the_stated_number_in_a_row():
         flags.append(bool(state.guard_exhausted))
     assert flags == [False] * 5 + [True, True, False, False]
     assert state.num_skipped == 7
+    default = inspect.signature(og.guard).parameters["max_consecutive_skips"].default
+    assert default == 10
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
 
 
@@ -392,7 +395,10 @@ def test_last_sixteen_rejections_are_kept_with_their_facts():
         grads = {"b": first, "w": jnp.array([1.0, 1.0, 0.0]).at[2].set(last)}
         return tx.update(grads, state, params, value=i * 1.0)[1], None
 
-    state, _ = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(40)))(tx.init(params))
+    state = tx.init(params)
+    for field in "rejected_update", "rejected_leaf":
+        assert (getattr(state.rejections, field) == -1).all()
+    state, _ = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(40)))(state)
     expected = [i for i in range(40) if i % 3 != 0]
     assert state.num_skipped == len(expected)
     rows = og.rejections(state, params)

@@ -94,14 +94,16 @@ def test_norm_is_right_at_every_magnitude(sums):
         entries = f32(np.clip(x, -3, 3) * magnitude)
         # Relative to the whole; entries near zero may be below 1e-25 and vanish.
         assert float(norm(entries, name=sums).value) == pytest.approx(
-            true_norm(entries), rel=1e-6
+            true_norm(entries), rel=1e-6, abs=0
         )
 
 
 @pytest.mark.parametrize("entry", [1e-25, 3e38, -3e38, 2.0**-30, 2.0**63, 2.0**64])
 def test_norm_of_one_entry_is_its_size(sums, entry):
     entries = np.array([0, entry, 0], np.float32)
-    assert float(norm(entries, name=sums).value) == pytest.approx(abs(entry), rel=1e-6)
+    assert float(norm(entries, name=sums).value) == pytest.approx(
+        abs(entry), rel=1e-6, abs=0
+    )
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -127,8 +129,31 @@ def test_norm_is_right_on_both_sides_of_every_switch_of_scale(name, size):
         }
         tree["scale"] = tree["scale"] * value
         assert float(norm(tree, name=name).value) == pytest.approx(
-            true_norm(tree), rel=1e-6
+            true_norm(tree), rel=1e-6, abs=0
         )
+
+
+def test_squares_that_vanish_beside_a_small_entry_are_counted(sums):
+    # Each square is below float32, together they are 1/2048 of the one that is not.
+    x = np.full(1 << 22, 2.0**-63.5, np.float32)
+    x[0] = 2.0**-47
+    assert float(norm(x, name=sums).value) == pytest.approx(
+        true_norm(x), rel=1e-6, abs=0
+    )
+
+
+def test_on_cpu_ordinary_entries_are_looked_at_once(monkeypatch):
+    looks = []
+
+    def switch(index, branches, *operands):
+        looks.append(int(index) + 1)
+        return branches[int(index)](*operands)
+
+    with jax.disable_jit(), sums_of("cpu"):
+        monkeypatch.setattr(jax.lax, "switch", switch)
+        for entry in (1e-8, 1.0, 1e18, 1e-10, 1e20, math.nan):
+            tree_norm(jnp.full(2, entry))
+    assert looks == [1, 1, 1, 2, 2, 2]
 
 
 def test_ordinary_norm_has_the_bits_of_the_plain_sum(sums):
@@ -158,14 +183,16 @@ def test_every_order_is_right(sums, ord, magnitude):
     x = np.random.default_rng(1).normal(size=(50, 5)) * magnitude
     tree = {"a": f32(x[:, :2]), "b": f32(x[:, 2:])}
     got = float(norm(tree, ord, sums).value)
-    assert got == pytest.approx(true_norm(tree, ord), rel=1e-6)
+    assert got == pytest.approx(true_norm(tree, ord), rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("ord", ORDERS)
 def test_norm_up_to_3e38_does_not_overflow(sums, ord):
     count = 1 if ord == math.inf else 100 ** (1 / ord)
     x = np.full(100, 3e38 / count, np.float32)
-    assert float(norm(x, ord, sums).value) == pytest.approx(true_norm(x, ord), rel=1e-6)
+    assert float(norm(x, ord, sums).value) == pytest.approx(
+        true_norm(x, ord), rel=1e-6, abs=0
+    )
 
 
 def test_norm_beyond_float32_is_infinite_not_wrong(sums):
@@ -184,7 +211,7 @@ def test_norm_is_right_in_any_float_dtype(sums, dtype):
         leaf = jnp.asarray(np.clip(x, -limit, limit), jnp.float32).astype(dtype)
         assert norm([leaf], name=sums).value.dtype == jnp.float32
         assert float(norm([leaf], name=sums).value) == pytest.approx(
-            true_norm([np.asarray(leaf.astype(jnp.float32))]), rel=1e-6
+            true_norm([np.asarray(leaf.astype(jnp.float32))]), rel=1e-6, abs=0
         )
 
 
@@ -196,7 +223,7 @@ def test_complex_entries_count_by_their_modulus(sums, magnitude, ord):
     result = norm([z, f32([magnitude])], ord, sums).value
     assert result.dtype == jnp.float32
     expected = true_norm([z, f32([magnitude])], 2 if ord is None else ord)
-    assert float(result) == pytest.approx(expected, rel=1e-6)
+    assert float(result) == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -206,7 +233,7 @@ def test_doubles_are_summed_in_doubles(sums):
         tree = {"double": x * magnitude, "single": np.ones(3, np.float32)}
         result = norm(tree, name=sums).value
         assert result.dtype == jnp.float64
-        assert float(result) == pytest.approx(true_norm(tree), rel=1e-14)
+        assert float(result) == pytest.approx(true_norm(tree), rel=1e-14, abs=0)
     assert norm([x + 1j], name=sums).value.dtype == jnp.float64
     assert norm([np.complex64(x)], name=sums).value.dtype == jnp.float32
     assert norm([f32(x)], name=sums).value.dtype == jnp.float32
@@ -220,9 +247,9 @@ def test_hundreds_of_leaves_add_up():
     leaves = half + [f32(x) for x in rng.normal(size=(400, 3))]
     # One operation at a time: nobody waits for a program of 800 reductions here.
     with jax.disable_jit():
-        assert float(tree_norm(half).value) == pytest.approx(20.0, rel=1e-6)
+        assert float(tree_norm(half).value) == pytest.approx(20.0, rel=1e-6, abs=0)
         result = tree_norm(leaves)
-    assert float(result.value) == pytest.approx(true_norm(leaves), rel=1e-6)
+    assert float(result.value) == pytest.approx(true_norm(leaves), rel=1e-6, abs=0)
     assert result.bad_leaf == -1
 
 
@@ -259,7 +286,7 @@ def test_norm_of_many_leaves_is_right_at_every_magnitude(name):
         tree = many_leaves(0, size)
         # bfloat16 has float32's exponents.
         assert float(norm(tree, name=name).value) == pytest.approx(
-            true_norm(tree), rel=1e-6
+            true_norm(tree), rel=1e-6, abs=0
         )
 
 
@@ -272,7 +299,7 @@ def test_one_leaf_of_many_may_be_of_any_size(name, leaf):
             one = np.full_like(tree[f"layer{layer:02}"][leaf], size)
             tree[f"layer{layer:02}"][leaf] = one
             assert float(norm(tree, name=name).value) == pytest.approx(
-                true_norm(tree), rel=1e-6
+                true_norm(tree), rel=1e-6, abs=0
             )
 
 
@@ -354,7 +381,7 @@ def test_many_leaves_with_different_shardings_in_their_types(explicit_mesh):
         for i in range(130)
     ]
     result = jax.jit(lambda leaves: tree_norm(leaves))(leaves)
-    assert float(result.value) == pytest.approx(true_norm(x), rel=1e-6)
+    assert float(result.value) == pytest.approx(true_norm(x), rel=1e-6, abs=0)
     assert result.bad_leaf == -1
 
 
@@ -376,13 +403,13 @@ def test_many_leaves_of_which_some_vary_over_devices(mesh):
     x[77, 3] = 0
     # What is the same on every device counts once.
     result = mapped(list(x[0::2]), list(x[1::2]))
-    assert float(result.value) == pytest.approx(true_norm(x), rel=1e-6)
+    assert float(result.value) == pytest.approx(true_norm(x), rel=1e-6, abs=0)
 
 
 def test_many_equal_entries_do_not_stop_adding_up(sums):
     # A float32 count stands still at 2**24.
     x = np.ones(2**25, jnp.bfloat16)
-    assert float(norm(x, name=sums).value) == pytest.approx(2**12.5, rel=1e-6)
+    assert float(norm(x, name=sums).value) == pytest.approx(2**12.5, rel=1e-6, abs=0)
 
 
 # What does not count -----------------------------------------------------------

@@ -174,7 +174,7 @@ def test_norms_of_groups_are_merged():
         states.append(tx.update(scaled, tx.init(grads))[1])
     found = norm_quantile(states[0], 1.0, by_group=True, merge=states[1:])
     assert {k: x.item() for k, x in found.items()} == pytest.approx(
-        {"a": 3.0, "b": 6.0}, rel=0.02
+        {"a": 3.0, "b": 6.0}, rel=0.02, abs=0
     )
     other = tx.init(jnp.ones(1))
     with pytest.raises(ValueError, match="`merge` must hold states of the same groups"):
@@ -205,4 +205,4 @@ def test_quantiles_stay_right_beyond_what_float32_counts(q):
         state = sketch_add(state, jnp.float32(norm))
     state = state * 2**28
     expected = np.quantile([1.0, 2.0, 3.0], q, method="nearest")
-    assert sketch_quantile(state, q) == pytest.approx(expected, rel=0.01)
+    assert sketch_quantile(state, q) == pytest.approx(expected, rel=0.01, abs=0)

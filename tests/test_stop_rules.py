@@ -77,6 +77,8 @@ def test_small_gains_add_up_only_if_cumulative():
     assert stop_of(stop.patience(3, min_delta=0.5), gains) is None
     last_event = stop.patience(3, min_delta=0.5, cumulative=False)
     assert stop_of(last_event, gains) == (3, StopReason.PATIENCE)
+    best_not_last = stop.patience(2, cumulative=False)
+    assert stop_of(best_not_last, [3.0, 5.0, 4.0]) == (2, StopReason.PATIENCE)
 
 
 def test_best_moves_with_gains_too_small_to_count():
@@ -92,6 +94,8 @@ def test_patience_in_steps_is_measured_from_the_last_improvement():
     values = [3.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     rule = stop.patience(steps=30)
     assert stop_of(rule, values, extras={"step": steps}) == (4, StopReason.PATIENCE)
+    from_zero = {"step": [0, 15, 30, 45]}
+    assert stop_of(rule, [1.0] * 4, extras=from_zero) == (2, StopReason.PATIENCE)
 
 
 def test_patience_in_seconds_adds_up_the_seconds_between_updates():
@@ -115,6 +119,7 @@ def test_a_baseline_must_be_beaten_within_the_patience():
     assert stop_of(rule, [4.0, 3.0, 2.0, 1.5]) == (2, StopReason.PATIENCE)
     assert stop_of(rule, [4.0, 3.0, 0.5, 1.5, 1.5]) is None
     assert stop_of(rule, [0.0, 0.5, 2.0, 3.0], mode="max") is None
+    assert stop_of(stop.patience(2, baseline=4.0), [3.0, 2.0, 3.0]) is None
 
 
 @pytest.mark.parametrize("cut", range(1, 6))
@@ -367,6 +372,18 @@ def test_plateau_cooldown_counts_no_bad_evaluations():
     states = run(rule, [1.0] * 8)
     assert scales(states) == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert int(states[-1].stopped_at) == 6
+
+
+def test_plateau_reduces_twice_unless_told_otherwise():
+    assert stop_of(stop.plateau(1), [1.0] * 5) == (3, StopReason.PLATEAU)
+
+
+def test_plateau_cooldown_is_not_spent_on_what_does_not_count():
+    rule = stop.plateau(1, factor=0.5, cooldown=2)
+    assert rule.init().rest_count == 0
+    states = run(rule, [1.0, 1.0, NAN, NAN, 1.0, 1.0, 1.0], nonfinite="ignore")
+    rests = [int(optax.tree.get(state, "rest_count")) for state in states]
+    assert rests == [0, 2, 2, 2, 1, 0, 2]
 
 
 def test_plateau_sees_improvement_of_negative_values():
@@ -656,6 +673,16 @@ def test_patience_follows_the_smoothed_value_and_best_the_raw():
             "`factor` must be .*1.0",
         ),
         (lambda: stop.plateau(3, factor=0.0), ValueError, "`factor` must be positive"),
+        (
+            lambda: stop.plateau(3, max_reductions=-1),
+            ValueError,
+            "`max_reductions` must be .* at least 0, got -1",
+        ),
+        (
+            lambda: stop.plateau(3, cooldown=-1),
+            ValueError,
+            "`cooldown` must be .* at least 0, got -1",
+        ),
         (lambda: stop.skip_storm(0), ValueError, "`n` must be .* at least 1, got 0"),
         (lambda: stop.any_of(), ValueError, "`any_of` needs at least one rule"),
         (

@@ -1,6 +1,7 @@
 """Thresholds that tune themselves: as published, and what becomes of bad norms."""
 
 import functools
+import inspect
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import optax_guard as og
 from optax_guard import threshold
 from optax_guard._presets import autoclip, zclip
+from optax_guard._threshold_base import capped
+from optax_guard._threshold_zscore import published_zscore
 from optax_guard.threshold import as_threshold
 from tests.strategies import same_bits, types_of
 
@@ -196,6 +199,41 @@ def test_zero_norm_in_warmup_does_not_freeze_a_leaf():
     np.testing.assert_allclose(clipped[:, 1:], theirs[:, 1:], 1e-5)
 
 
+def test_defaults_are_the_published_ones():
+    def defaults(rule, *names):
+        return [inspect.signature(rule).parameters[name].default for name in names]
+
+    zclip_defaults = defaults(threshold.zscore, "sigma", "decay", "warmup")
+    assert zclip_defaults == [2.5, 0.97, 25]
+    adagc_defaults = defaults(threshold.relative_to_mean, "ratio", "decay", "warmup")
+    assert adagc_defaults == [1.05, 0.98, 100]
+    # AutoClip's limit includes the current norm: a choice of its preset.
+    assert defaults(threshold.quantile, "include_current", "warmup") == [False, 25]
+
+
+def at(rule, **fields):
+    """The initial state, with some fields of scalars replaced."""
+    fields = {name: jnp.float32(value) for name, value in fields.items()}
+    return rule.start(())._replace(**fields)
+
+
+def test_eps_of_zclip_adds_to_the_deviation():
+    rule = published_zscore(
+        2.0,
+        decay=0.9,
+        warmup=1,
+        clip_to="reciprocal",
+        learn="limit",
+        min_deviation=0.0,
+        restart=True,
+        max_norm=None,
+        eps=1.0,
+    )
+    norm, state = jnp.float32(14.0), at(rule, baseline_mean=2.0, baseline_var=9.0)
+    # The z-score is (14 - 2) / (3 + 1) = 3, it becomes 2**2 / 3.
+    assert rule.limits(norm, norm, state) == (2 + 2 * (3 + 1), 2 + 4 / 3 * 3)
+
+
 # Bad norms, lasting changes ------------------------------------------------------
 
 WARMUP = 25
@@ -339,6 +377,35 @@ def test_mean_follows_a_rise_within_two_warmups(unusual):
     trigger = np.asarray(run(norms[None])[1][0])
     updates = int(np.argmax(trigger > 5)) - 100
     assert updates == (2 * WARMUP - unusual if unusual else WARMUP)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mean"),
+    [
+        (threshold.relative_to_mean(), "clipped_mean"),
+        (threshold.zscore(min_deviation=0.0), "baseline_mean"),
+    ],
+    ids=["relative", "zscore"],
+)
+def test_only_norms_below_half_the_mean_or_above_the_limit_are_set_apart(rule, mean):
+    learn = jax.jit(rule.learn)
+    state, lengths = at(rule, **{mean: 2.0}), []
+    for norm in [2.0, 0.99, 0.98, 1.9, 1.1]:
+        state = learn(jnp.float32(norm), jnp.float32(norm), state)
+        lengths.append(int(state.recent_length))
+    assert lengths == [0, 1, 2, 0, 0]
+    assert all(x == 0 for name, x in state._asdict().items() if "recent" in name)
+
+
+def test_norm_clipped_to_zero_teaches_nothing():
+    rule = threshold.relative_to_mean()
+    state = rule.start(())
+    assert same_bits(rule.learn(jnp.float32(1.0), jnp.float32(0.0), state), state)
+
+
+def test_norm_at_a_limit_above_the_cap_is_clipped_to_the_cap():
+    limits = capped(lambda *_: (jnp.float32(4.0), jnp.float32(1.0)), 3.0)
+    assert limits(jnp.float32(4.0), jnp.float32(4.0), ()) == (3.0, 3.0)
 
 
 def test_forgetting_quantile_follows_a_lasting_rise():
