@@ -131,20 +131,20 @@ test-multihost: .venv/installed  ## run `fit` on several processes of this machi
 mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_norms)
 	rm -rf build/mutants
 	git clone --quiet . build/mutants
-	cd build/mutants && OPTAX_GUARD_TEST_CODEGEN=quick $(abspath $(PY)) tests/mutants.py $(ARGS)
+	cd build/mutants && OPTAX_GUARD_TEST_CODEGEN=quick OPTAX_GUARD_TEST_CACHE=$$PWD/cache \
+	  $(abspath $(PY)) tests/mutants.py $(ARGS)
 
 CORE := norms clipping guarding judging rejections applying threshold_base \
-  threshold_mean threshold_quantile threshold_zscore smoothing sketch early_stopping \
+  threshold_mean threshold_quantile threshold_zscore sketch early_stopping smoothing \
   stop_state stop_base stop_plateau stop_rules
+CORE_TESTS := norms clipping guarding skip mixed_precision masking threshold sketch \
+  early_stopping stop_rules bad_input errors
 
-# The tests of the core: the whole suite says little more, and takes twenty minutes.
 .PHONY: coverage
 coverage: .venv/installed-mutants  ## lines and branches of the core that its tests reach
-	OPTAX_GUARD_TEST_CODEGEN=quick $(abspath $(PY)) -m pytest -n 0 -q \
-	  --cov=optax_guard --cov-branch --cov-report= \
-	  $(patsubst %,tests/test_%.py,norms clipping guarding skip threshold sketch \
-	  early_stopping stop_rules mixed_precision masking bad_input errors) $(ARGS)
-	$(PY) -m coverage report -m --include=$(subst $() ,$(COMMA),$(CORE:%=*/_%.py))
+	OPTAX_GUARD_TEST_CODEGEN=quick $(PY) -m pytest -n 0 --cov=optax_guard --cov-branch \
+	  --cov-report= $(CORE_TESTS:%=tests/test_%.py) $(ARGS)
+	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/_%s.py,' $(CORE))"
 
 .PHONY: soak
 soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`

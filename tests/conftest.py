@@ -16,9 +16,12 @@ if os.environ.get("OPTAX_GUARD_TEST_CODEGEN") == "quick":
     _flags += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _flags
 # A program that several tests make anew is compiled once: a quarter of the time. Each
-# process of xdist has a folder of its own, for JAX writes there without a lock.
+# process of xdist has a folder of its own, for JAX writes there without a lock. Mutants
+# are tried one by one, and share theirs.
 _cache = tempfile.TemporaryDirectory(prefix="optax_guard_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "OPTAX_GUARD_TEST_CACHE", _cache.name
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Nothing below changes a result: libtpu, where `make test-accelerators` installed

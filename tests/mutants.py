@@ -10,7 +10,7 @@ from pathlib import Path
 
 import toml
 from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import WorkerOutcome, WorkResult
+from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
 CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 PYTEST = f"{sys.executable} -m pytest -x -q -n 0 -p no:cacheprovider "
@@ -68,9 +68,11 @@ def try_mutants(name: str, most: int, tests: str) -> None:
     with use_db(session) as db:
         results = [r for _, r in db.results if r.worker_outcome == WorkerOutcome.NORMAL]
     outcomes = Counter(
-        "timeout" if r.output == "timeout" else r.test_outcome.value for r in results
+        "timeout" if r.output == "timeout" else str(r.test_outcome).partition(".")[2]
+        for r in results
     )
-    print(*(r.diff for r in results if r.test_outcome.value == "survived"), sep="\n")
+    survived = [r.diff for r in results if r.test_outcome == TestOutcome.SURVIVED]
+    print(*survived, sep="\n")
     print(f"{name}: {made} made, {len(results)} tried, {dict(outcomes)}", flush=True)
 
 

@@ -99,7 +99,7 @@ ANYTHING = set(WRONG)
 
 RIGHT: dict[str, set[str]] = {
     "alpha": POSITIVE,
-    "axis": NOTHING | NO_ITEMS,
+    "axis": NOTHING | {"[]"},
     "axis_name": NOTHING | {"[]"},
     "baseline": NOTHING | NUMBER,
     "batch_size": COUNT,

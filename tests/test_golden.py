@@ -72,7 +72,9 @@ RULES: dict[str, Any] = {
 }
 MACHINES = {
     name: og.early_stopping(
-        rule, key="loss", smooth=og.stop.median(3) if name == "lag" else og.stop.ema(0.5)
+        rule,
+        key="loss",
+        smooth=og.stop.median(3) if name == "lag" else og.stop.ema(0.5),
     )
     for name, rule in RULES.items()
 }
@@ -128,7 +130,7 @@ def advanced(states: Any, steps: range) -> tuple[Any, list[dict[str, Any]]]:
                 jax.tree.map(lambda p, step=step: p + step, PARAMS),
                 step=step,
                 seconds=1.0,
-                train_value=[0.5, 1.0 / (1 + step)],
+                train_value=np.array([0.5, 1.0 / (1 + step)]),
                 opt_state=transforms["guard"],
             )
         told = {
@@ -156,7 +158,7 @@ def run(directory: Path, num_steps: int) -> Any:
     """Two steps an evaluation; the third batch is a NaN."""
     tx = og.guard(optax.adam(0.1), clip=og.threshold.zscore(warmup=2))
     return fit(
-        TrainState.create(apply_fn=None, params=jnp.zeros(3), tx=tx),
+        TrainState.create(apply_fn=train_step, params=jnp.zeros(3), tx=tx),
         train_step,
         lambda step: jnp.float32(np.nan if step == 2 else step % 2),
         num_steps=num_steps,
