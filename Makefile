@@ -87,6 +87,38 @@ elsewhere: .venv/installed
 test-wheel: elsewhere  ## run the tests of numbers with the installed wheel
 	cd $(ELSEWHERE) && PYTHONPATH=site $(PYTEST) $(NUMERIC)
 
+# The lowest versions that pyproject.toml states, and the newest there are.
+.venv-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  stated = p['dependencies'] + sum(p['optional-dependencies'].values(), []); \
+	  print(*(r.replace('>=', '==') for r in stated if '>=' in r), sep='\n')" \
+	  > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip --no-input install --quiet 'pip>=25.1'
+	.venv-lowest/bin/python -m pip --no-input install --quiet --group tests \
+	  --group benchmarks --editable '.[all]' --constraint .venv-lowest/constraints.txt
+	@touch $@
+
+# `make NEWEST=/path/to/python3.14 test-newest` overrides.
+NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(foreach p, \
+  python$(v) $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python), \
+  $(shell $(p) -c 'import venv; print("$(p)")' 2>/dev/null))))
+
+.venv-newest/installed: pyproject.toml
+	@test -n "$(NEWEST)" || { echo "Python >= 3.12 was not found; run make NEWEST=/path/to/python"; exit 1; }
+	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip --no-input install --quiet 'pip>=25.1'
+	.venv-newest/bin/python -m pip --no-input install --quiet --group tests \
+	  --group benchmarks --editable '.[all]'
+	@touch $@
+
+.PHONY: test-lowest test-newest test-matrix
+test-lowest test-newest: test-%: .venv-%/installed
+	OPTAX_GUARD_TEST_CODEGEN=quick .venv-$*/bin/python -m pytest -n $(WORKERS) \
+	  --dist loadgroup $(ARGS)
+
+test-matrix: test-lowest test-newest  ## run the tests with the lowest versions and the newest
+
 # For developers --------------------------------------------------------------
 
 .PHONY: lint

@@ -107,9 +107,9 @@ def only_state(argument: str, tree: Any, cls: type[State]) -> State:
 
 
 def _is_variable(node: Any) -> bool:
-    # What nnx.Optimizer keeps its state in; told by its method, not to import flax.
-    return hasattr(node, "get_value") and hasattr(node, "set_value")
+    # What nnx.Optimizer keeps its state in; told by its methods, not to import flax.
+    return hasattr(node, "get_metadata") and hasattr(node, "copy_from")
 
 
 def _unwrap(node: Any) -> Any:
-    return node.get_value() if _is_variable(node) else node
+    return node[...] if _is_variable(node) else node

@@ -143,7 +143,14 @@ class TrainState(train_state.TrainState):
           A state whose ``step`` is an array, not a Python number as Flax's: its type is
           that of all later ones, and it can be donated.
         """
-        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        state = cls(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=apply_fn,
+            params=params,
+            tx=tx,
+            opt_state=tx.init(_trained(params)),
+            **kwargs,
+        )
         seen: set[int] = set()
 
         def own(leaf: Any) -> Any:
@@ -152,7 +159,6 @@ class TrainState(train_state.TrainState):
             seen.add(id(leaf))
             return leaf
 
-        state = state.replace(step=jnp.zeros((), jnp.int32))
         return jax.tree.map(own, state)
 
 

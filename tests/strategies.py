@@ -1,4 +1,4 @@
-"""Trees of gradients: their dtypes, their values, and how two of them are compared."""
+"""Trees of gradients, how two of them are compared, how versions of JAX differ."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
@@ -134,6 +135,12 @@ def types_of(tree: Any) -> Any:
 
 def _aval(x: Any) -> Any:
     return x if hasattr(x, "weak_type") else jax.typeof(jnp.zeros(x.shape, x.dtype))
+
+
+def unlike_lowest_jax(reason: str) -> pytest.MarkDecorator:
+    """Marks what JAX itself, or its XLA, does not do yet at the lowest version."""
+    is_lowest = jax.__version_info__[:2] == (0, 7)
+    return pytest.mark.xfail(is_lowest, reason=reason, strict=True)
 
 
 def in_force(mesh: jax.sharding.Mesh) -> Any:

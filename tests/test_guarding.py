@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_guard as og
@@ -1006,7 +1007,7 @@ def test_guarded_step_is_exported_for_all_platforms():
         params, state = og.apply_gradients(tx, params, state, grads)
         return params, jax.tree.leaves(state)
 
-    exported = jax.export.export(jax.jit(step), platforms=("cpu", "tpu", "cuda"))(
+    exported = export.export(jax.jit(step), platforms=("cpu", "tpu", "cuda"))(
         params, jax.tree.leaves(state), GOOD[0]
     )
     after, leaves = exported.call(params, jax.tree.leaves(state), GOOD[0])
