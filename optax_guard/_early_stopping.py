@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice, check_count, check_kind
+from optax_guard._base import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_kind,
+    check_leaves,
+)
 from optax_guard._smoothing import Smoother
 from optax_guard._statistics import increment
 from optax_guard._stop_base import (
@@ -21,6 +27,7 @@ from optax_guard._stop_base import (
 from optax_guard._stop_base import StopReason as StopReason
 from optax_guard._stop_inputs import (
     as_scalar,
+    as_series,
     check_needs,
     check_same_params,
     check_same_rule,
@@ -127,7 +134,7 @@ def early_stopping(
         opt_state: Any,
     ) -> EarlyStoppingState:
         check_same_rule(state, rule, smooth)
-        check_same_params("update", params, state.best_params)
+        check_same_params("`params` of `update`", params, state.best_params)
         raw = sign * as_scalar("value", value)
         finite = jnp.isfinite(raw)
         num_evals = increment(state.num_evals, True)
@@ -157,7 +164,9 @@ def early_stopping(
             visible=visible,
             step=step,
             seconds=train_seconds,
-            train_value=None if train_value is None else jnp.ravel(train_value),
+            train_value=None
+            if train_value is None
+            else as_series("train_value", train_value),
             opt_state=opt_state,
         )
         contender = raw if best_on == "raw" else smoothed
@@ -217,21 +226,26 @@ def early_stopping(
             train_value=train_value,
             opt_state=opt_state,
         )
+        if step is not None:
+            check_count("step", step, least=0)
+        check_leaves("params", params)
+        if "opt_state" in rule.needs:
+            check_leaves("opt_state", opt_state)
         value, metrics = split(value, key, rule.keys)
         return compiled_judge(
-            fixed(value),
+            fixed("value", value),
             metrics,
             state,
             params,
-            fixed(step, np.int32),
-            fixed(seconds),
-            fixed(train_value) if "train_value" in rule.needs else None,
+            fixed("step", step, np.int32),
+            fixed("seconds", seconds),
+            fixed("train_value", train_value) if "train_value" in rule.needs else None,
             opt_state if "opt_state" in rule.needs else None,
         )
 
     @jax.jit
     def choose(has_best: jax.Array, best_params: Any, default: Any) -> Any:
-        check_same_params("best", default, best_params)
+        check_same_params("`default` of `best`", default, best_params)
         return _keep_or_take(~has_best, best_params, default)
 
     def best(state: EarlyStoppingState, default: Any) -> Any:
@@ -241,12 +255,14 @@ def early_stopping(
                 "`best` finds no parameters in `state`: it was made by `init()`. Make "
                 "it by `init(params)` and pass `params` to every `update`."
             )
+        check_leaves("default", default)
         return choose(state.best_eval >= 0, state.best_params, default)
 
     def reset(
         state: EarlyStoppingState, *, keep_best: bool = True
     ) -> EarlyStoppingState:
         check_state("reset", state)
+        check_flag("keep_best", keep_best)
         fresh = init()._replace(best_params=state.best_params)
         if not keep_best:
             return fresh

@@ -3,13 +3,14 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from optax_guard._base import check_iterable, check_kind
+from optax_guard._base import check_count, check_iterable, check_kind, check_positive
 from optax_guard._history_readers import NOT_FINITE, read_rows, rename
 
 Row = dict[str, float]
@@ -93,8 +94,11 @@ class History(Sequence[Row]):
             in ``columns`` is not in it; if there are several runs and ``run`` is none.
           FileNotFoundError: If there is no such file, or none in the folder.
         """
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"`max_norm` must be positive, got {max_norm}.")
+        check_kind("path", path, (str, os.PathLike), "a path")
+        check_kind("run", run, (str, type(None)), "a name or None")
+        check_kind("columns", columns, (Mapping, type(None)), "a dict or None")
+        if max_norm is not None:
+            check_positive("max_norm", max_norm)
         history = cls()
         for row in read_rows(path, run=run, columns=columns):
             if max_norm is not None and "grad_norm" in row:
@@ -116,6 +120,7 @@ class History(Sequence[Row]):
           TypeError: If a value is no number.
           ValueError: If a value is an array of another shape, or ``step`` is negative.
         """
+        check_kind("row", row, (Mapping, type(None)), "a dict of numbers or None")
         number = _number("step", step)
         if number != number // 1 or number < 0:
             raise ValueError(f"`step` must be a whole number >= 0, got {number}.")
@@ -149,6 +154,9 @@ class History(Sequence[Row]):
         Raises:
           ValueError: If the arrays are not vectors of one length.
         """
+        check_kind("buffers", buffers, Mapping, "a dict of arrays")
+        if num_rows is not None:
+            check_count("num_rows", num_rows, least=0)
         arrays = {name: np.asarray(x) for name, x in buffers.items()}
         shapes = {name: x.shape for name, x in arrays.items()}
         if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
@@ -164,6 +172,7 @@ class History(Sequence[Row]):
 
     def column(self, name: str) -> np.ndarray:
         """The values of a name, float64[rows]; NaN where a row has none."""
+        check_kind("name", name, str, "a name")
         return np.array([row.get(name, math.nan) for row in self._rows], np.float64)
 
     def __len__(self) -> int:
@@ -271,6 +280,10 @@ def _number(name: str, value: Any) -> float:
         return int(number)
     if not isinstance(number, int | float):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if isinstance(number, int) and abs(number) > sys.float_info.max:
+        raise ValueError(
+            f"`{name}` must fit into a float, got one of {number.bit_length()} bits."
+        )
     return number
 
 

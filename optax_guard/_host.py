@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from optax_guard._base import check_kind
 from optax_guard._progress import Progress
 
 # What a source of batches returns when there are no more.
@@ -139,11 +140,12 @@ def open_display(
     progress: Any, total: int
 ) -> contextlib.AbstractContextManager[Progress | NoDisplay]:
     """The display that was asked for. One of the user's own is left open."""
-    if jax.process_index() != 0:
+    is_flag = isinstance(progress, (bool, np.bool_))
+    if not is_flag and not (hasattr(progress, "advance") and hasattr(progress, "row")):
+        check_kind("progress", progress, bool, "True, False or a display")
+    if jax.process_index() != 0 or (is_flag and not progress):
         return contextlib.nullcontext(NoDisplay())
-    if progress is True:
-        return Progress(total)
-    return contextlib.nullcontext(progress or NoDisplay())
+    return Progress(total) if is_flag else contextlib.nullcontext(progress)
 
 
 def open_source(batches: Any) -> Callable[[int], Any]:

@@ -249,7 +249,7 @@ def _evaluated(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss and gradient norm at each point, float64[points]."""
     num_points = len(points)
-    num_parts = min(_NUM_REPORTS, num_points) if progress else 1
+    num_parts = min(_NUM_REPORTS, num_points) if progress is not False else 1
     batch_size = min(batch_size, -(-num_points // num_parts))
     num_batches = -(-num_points // (num_parts * batch_size))
     per_part = num_batches * batch_size

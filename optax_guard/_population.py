@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_guard._base import check_count
+from optax_guard._base import check_count, check_kind
 from optax_guard._early_stopping import EarlyStoppingState
 from optax_guard._fit import FitResult
 from optax_guard._fit_inputs import tracked
@@ -52,6 +52,7 @@ class PopulationResult(NamedTuple):
 
     def member(self, i: int) -> FitResult:
         """What `train_on_device` would have returned for the i-th member alone."""
+        check_kind("i", i, (int, np.integer), "a whole number")
         if not -len(self.num_rows) <= i < len(self.num_rows):
             raise IndexError(
                 f"`i` must be below the number of members, {len(self.num_rows)}, got "
@@ -140,7 +141,9 @@ def train_population(
     step = _common_step(jax.device_get(steps), num_steps)
     # A smaller batch has to be compiled, which does not pay for the end of the run.
     late = num_steps - (num_steps - step) // 8
-    every = -(-(num_steps - step) // _NUM_REPORTS) if progress else num_steps
+    every = (
+        -(-(num_steps - step) // _NUM_REPORTS) if progress is not False else num_steps
+    )
 
     places, everyone, batch = np.arange(size), lanes, members
     with open_display(progress, num_steps - step) as display:

@@ -44,27 +44,27 @@ def check_same_rule(
         )
 
 
-def check_same_params(where: str, params: Any, kept: Any) -> None:
+def check_same_params(what: str, params: Any, kept: Any) -> None:
     if params is None and kept is not None:
         raise ValueError(
-            f"`params` of `{where}` are missing: `init` was given parameters, so every "
+            f"{what} are missing: `init` was given parameters, so every "
             "call needs those that gave the value. To keep none, call `init()`."
         )
     if kept is None and params is not None:
         raise ValueError(
-            f"`params` of `{where}` have no place in `state`: it was made by `init()`. "
+            f"{what} have no place in `state`: it was made by `init()`. "
             "Make it by `init(params)` to keep the best, or pass none."
         )
     if jax.tree.structure(params) != jax.tree.structure(kept):
         raise ValueError(
-            f"`params` of `{where}` must have the structure given to `init`, "
+            f"{what} must have the structure given to `init`, "
             f"{jax.tree.structure(kept)}, got {jax.tree.structure(params)}."
         )
     pairs = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(kept), strict=True)
     for (path, leaf), old in pairs:
         if (leaf.shape, leaf.dtype) != (old.shape, old.dtype):
             raise ValueError(
-                f"`params` of `{where}` must be like those given to `init`: at "
+                f"{what} must be like those given to `init`: at "
                 f"{jax.tree_util.keystr(path)} {old.dtype}{list(old.shape)}, got "
                 f"{leaf.dtype}{list(leaf.shape)}."
             )
@@ -82,12 +82,28 @@ def as_scalar(name: str, number: jax.Array, dtype: Any = jnp.float32) -> jax.Arr
     return jnp.asarray(number, dtype)
 
 
-def fixed(number: Any, dtype: Any = np.float32) -> Any:
+def as_series(name: str, numbers: jax.Array) -> jax.Array:
+    """Numbers in a row: one, or those of all steps since the last evaluation."""
+    if jnp.iscomplexobj(numbers) or not jnp.size(numbers):
+        raise ValueError(
+            f"`{name}` must be a real number or an array of some, got "
+            f"{jnp.asarray(numbers).dtype}{list(jnp.shape(numbers))}."
+        )
+    return jnp.ravel(numbers)
+
+
+def fixed(name: str, number: Any, dtype: Any = np.float32) -> Any:
     """Gives numbers of the host one dtype, so that no call traces anew."""
     if number is None or isinstance(number, jax.Array) or np.iscomplexobj(number):
         return number
+    array = np.asarray(number)
+    if not jnp.issubdtype(array.dtype, jnp.number):
+        kind = type(number).__name__
+        raise TypeError(
+            f"`{name}` must be a number, got {number!r:.99} of type {kind}."
+        )
     with np.errstate(over="ignore"):  # 1e39 is infinite in float32, and judged so.
-        return np.asarray(number).astype(dtype)
+        return array.astype(dtype)
 
 
 def split(
@@ -95,6 +111,8 @@ def split(
 ) -> tuple[Any, dict[str, Any]]:
     """Takes the judged value and the monitored ones out of what `update` was given."""
     if not isinstance(value, Mapping):
+        if value is None:
+            raise TypeError("`value` must be a number or a dict of some, got None.")
         if keys:
             raise ValueError(
                 f"`value` must be a dict with the keys that `monitor` names, "
@@ -112,4 +130,4 @@ def split(
                 f"`value` has no key {name!r}, which the machine monitors; it has "
                 f"{sorted(value)}."
             )
-    return value[key], {name: fixed(value[name]) for name in keys}
+    return value[key], {name: fixed("value", value[name]) for name in keys}

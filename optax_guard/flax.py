@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard._applying import apply_gradients
-from optax_guard._base import check_kind
+from optax_guard._base import check_kind, check_leaves, check_transformation
 from optax_guard._checkpoint import Checkpointer as Checkpointer
 from optax_guard._checkpoint import load_best as load_best
 from optax_guard._fit import FitResult as FitResult
@@ -142,7 +142,12 @@ class TrainState(train_state.TrainState):
         Returns:
           A state whose ``step`` is an array, not a Python number as Flax's: its type is
           that of all later ones, and it can be donated.
+
+        Raises:
+          TypeError: If ``tx`` is no transformation, or a leaf of ``params`` no array.
         """
+        check_transformation("tx", tx)
+        check_leaves("params", params)
         state = cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,

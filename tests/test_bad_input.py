@@ -5,11 +5,13 @@ must pass; all else must raise a `TypeError` or a `ValueError` from this package
 names the argument. `pytest -s` prints what was tried.
 """
 
+import functools
 import inspect
 import math
 import traceback
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -183,9 +185,20 @@ RIGHT: dict[str, set[str]] = {
     "warmup_steps": COUNT,
     "window": COUNT,
     "z_thresh": POSITIVE,
+    "progress": FLAG,
     # Where the same name means something else, or one of several is needed.
     "adagc.beta": FRACTION,
+    "analysis.Diagnosis.update.row": {"{}"},
+    "analysis.History.append.row": NOTHING | {"{}"},
+    "analysis.History.append.scalars.scalar": NUMBER | {"True", "nan"},
+    "analysis.History.append.step": COUNT | {"0", "2**40", "True"},
+    "analysis.History.column.name": TEXT,
+    "analysis.History.extend.num_rows": NOTHING | COUNT | {"0"},
     "analysis.History.path": NOTHING,
+    "analysis.History.read.columns": NOTHING | {"{}"},
+    "analysis.History.read.max_norm": NOTHING | POSITIVE,
+    "analysis.History.read.path": set(),
+    "analysis.History.read.run": NOTHING,
     "analysis.diagnose.history": NO_ITEMS,
     "analysis.grouped_name.name": TEXT,
     "analysis.landscape.exclude": NOTHING,
@@ -201,12 +214,23 @@ RIGHT: dict[str, set[str]] = {
     "analysis.sweep_max_norm.max_norms": {"[1]"},
     "analysis.table.history": NO_ITEMS,
     "clip_by_value.min_value": NOTHING | {"0", "-1", "0.5"},
+    "early_stopping.best.default": set(),
+    "early_stopping.reset.keep_best": FLAG,
+    "early_stopping.update.params": NOTHING,
+    "early_stopping.update.seconds": NUMBER | {"nan"},
+    "early_stopping.update.step": FROM_ZERO,
+    "early_stopping.update.train_value": NUMBER
+    | {"nan", "vector", "vector of jax", "[1]"},
+    "early_stopping.update.value": NUMBER | {"nan"},
     "early_stopping.key": NOTHING | TEXT,
     "early_stopping.warmup": FROM_ZERO,
     "find_states.cls": {"class"},
     "find_states.tree": ANYTHING,
     "flax.Checkpointer.continue_stopped": FLAG,
     "flax.Checkpointer.directory": TEXT,
+    "flax.TrainState.create.apply_fn": ANYTHING,
+    "flax.TrainState.create.tx": ANY_TX,
+    "flax.TrainState.create.params": TREES | NOTHING,
     "flax.fit.batches": {"vector", "vector of jax", "[1]"},
     "flax.fit.checkpointer": NOTHING,
     "flax.fit.learning_rate": NOTHING,
@@ -214,6 +238,7 @@ RIGHT: dict[str, set[str]] = {
     "from_keras.min_delta": NUMBER,
     "from_lightning.min_delta": NUMBER,
     "loops.train_population.members": {"vector", "vector of jax", "[1]"},
+    "loops.PopulationResult.member.i": {"0", "-1"},
     "norm_quantile.q": {"0", "0.5", "vector", "vector of jax", "[]", "[1]"},
     "plotting.plot_norm_distribution.max_norms": {"[]", "[1]", "vector"}
     | {"vector of jax"},
@@ -245,6 +270,7 @@ RIGHT: dict[str, set[str]] = {
 ALSO = {
     "analysis.landscape.exclude": "params",
     "adopt.params": "old_opt_state",
+    "analysis.Diagnosis.update.row": "history",
     "apply_gradients.opt_state": "state",
     "apply_gradients.params": "grads",
     "find_state.cls": "tree",
@@ -376,6 +402,73 @@ CALLS: dict[str, dict[str, Any]] = {
     "threshold.quantile": {"q": 0.5},
     "threshold.as_threshold": {"name": "x", "value": 1.0},
 }
+# Methods, and functions of any number of rules.
+ALL_NEEDS = og.early_stopping(
+    og.stop.any_of(
+        og.stop.budget(steps=9, seconds=9.0),
+        og.stop.overfitting(2),
+        og.stop.skip_storm(9),
+    )
+)
+
+
+@functools.wraps(analysis.History.read)
+def read(**call: Any) -> Any:
+    Path("run.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
+    return analysis.History.read(**call)
+
+
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "analysis.Diagnosis.update": (
+        lambda row: analysis.Diagnosis().update(row),
+        {"row": ROWS[0]},
+    ),
+    "analysis.History.append": (
+        lambda step, row: analysis.History().append(step, row),
+        {"step": 1, "row": None},
+    ),
+    "analysis.History.append.scalars": (
+        lambda scalar: analysis.History().append(1, scalar=scalar),
+        {"scalar": 1.0},
+    ),
+    "analysis.History.extend": (
+        lambda buffers, num_rows: analysis.History().extend(buffers, num_rows),
+        {"buffers": {"step": np.ones(1)}, "num_rows": None},
+    ),
+    "analysis.History.column": (
+        lambda name: analysis.History().column(name),
+        {"name": "a"},
+    ),
+    "analysis.History.read": (read, {"path": "run.jsonl"}),
+    "flax.TrainState.create": (
+        og_flax.TrainState.create,
+        {"apply_fn": str, "params": PARAMS, "tx": GUARD},
+    ),
+    "flax.TrainState.apply_gradients": (
+        lambda grads: TRAIN_STATE.apply_gradients(grads=grads),
+        {"grads": GRADS},
+    ),
+    "loops.PopulationResult.member": (lambda i: POPULATION.member(i), {"i": 0}),
+    "early_stopping.update": (
+        ALL_NEEDS.update,
+        {
+            "value": 1.0,
+            "state": ALL_NEEDS.init(),
+            "step": 1,
+            "seconds": 1.0,
+            "train_value": 1.0,
+            "opt_state": STATE,
+        },
+    ),
+    "early_stopping.best": (
+        STOPPER.best,
+        {"state": STOPPER.init(PARAMS), "default": PARAMS},
+    ),
+    "early_stopping.reset": (STOPPER.reset, {"state": STOPPER.init(PARAMS)}),
+    "stop.all_of.rules": (lambda rule: og.stop.all_of(RULE, rule), {"rule": RULE}),
+    "stop.any_of.rules": (lambda rule: og.stop.any_of(RULE, rule), {"rule": RULE}),
+}
+CALLS |= {name: call for name, (_, call) in METHODS.items()}
 # Named tuples, enumerations, errors and the like are what functions return; whoever
 # builds one is trusted. The loops' display is one of the user's own.
 HELD = ("flax.TrainState", "skip.SkipRule", "threshold.Threshold")
@@ -386,7 +479,7 @@ DEAR += ("flax.", "loops.", "plotting.")
 
 def callables() -> dict[str, Any]:
     """Every public function, and the classes that users make."""
-    return {
+    return {name: method for name, (method, _) in METHODS.items()} | {
         name: value
         for name, value in public_names().items()
         if inspect.isfunction(value)
@@ -404,7 +497,7 @@ NAMES = callables()
 def arguments(name: str) -> list[str]:
     parameters = inspect.signature(NAMES[name]).parameters.values()
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    return [p.name for p in parameters if p.kind not in kinds and p.name != "progress"]
+    return [p.name for p in parameters if p.kind not in kinds]
 
 
 def right_for(name: str, argument: str) -> set[str]:
@@ -450,10 +543,10 @@ def is_documented(error: Exception, names: list[str]) -> bool:
     if any(words in text for words in OF_OTHERS):
         return True
     where = traceback.extract_tb(error.__traceback__)[-1].filename
-    return (
-        isinstance(error, (TypeError, ValueError, FileNotFoundError))
-        and where.startswith(str(PACKAGE))
-        and any(f"`{name}" in text for name in names)
+    is_named = any(f"`{name}" in text for name in names)
+    return where.startswith(str(PACKAGE)) and (
+        isinstance(error, FileNotFoundError)
+        or (isinstance(error, (TypeError, ValueError, IndexError)) and is_named)
     )
 
 

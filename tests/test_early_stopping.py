@@ -655,7 +655,7 @@ def test_params_unlike_those_of_init_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         with_params(params)
     stopper = plain()
-    with pytest.raises(ValueError, match=f"`params` of `best`.*{message}"):
+    with pytest.raises(ValueError, match=f"`default` of `best`.*{message}"):
         stopper.best(stopper.init({"w": jnp.ones(3)}), params)
 
 
