@@ -86,7 +86,8 @@ def clip_by_leaf_norm(
       layer_axis: The axis of stacked leaves along which layers lie, as ``nn.scan``
         makes them: each layer is clipped by its own norm. A number for all leaves, or a
         function from the path of a leaf (``"blocks/mlp/kernel"``) to its axis, ``None``
-        where it is not stacked.
+        where it is not stacked. ``optax.inject_hyperparams`` takes a function for a
+        schedule and traces a number, unless told ``static_args="layer_axis"``.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
       axis_name: As for ``clip_by_global_norm``. Layers that lie on different devices
@@ -146,6 +147,7 @@ def clip_by_group_norm(
         the group), a schedule, one of ``optax_guard.threshold`` or a table.
       labels: A function from the path of a leaf (``"encoder/attention/kernel"``) to its
         label; or a tree of labels like the parameters, or like the top of their tree.
+        Under ``optax.inject_hyperparams`` name it in ``static_args``.
       record_quantiles: Whether to keep a sketch of the norms of each group, 5.6 kB
         each, for ``norm_quantile(state, q, by_group=True)``.
       axis_name: As for ``clip_by_global_norm``.

@@ -84,7 +84,8 @@ def clip_by_unit_norm(
         rank 2 and 3; all but the last of rank 4 and 5.
       exclude: Which leaves are never clipped, only watched (the paper's last layer): a
         function from the path of a leaf to a bool, or a tree of bools like the
-        parameters, or like the top of their tree.
+        parameters, or like the top of their tree. Under ``optax.inject_hyperparams``
+        name this and ``axis`` in ``static_args``.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
       axis_name: As for ``clip_by_global_norm``. Units that lie on different devices

@@ -230,3 +230,33 @@ def test_errors_name_the_argument():
         og.clip_by_unit_norm(0.1, axis_name="data").init(jnp.ones((1, 6)))
     with pytest.raises(ValueError, match="`state` holds no norms of leaves"):
         og.leaf_norms(og.record_norm().init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("make", "number", "static"),
+    [
+        (
+            og.clip_by_leaf_norm,
+            {"max_norm": 1.0},
+            {"layer_axis": lambda path: 0 if path == "layers" else None},
+        ),
+        (
+            og.clip_by_group_norm,
+            {},
+            {"max_norms": {"a": 1.0}, "labels": lambda path: "a"},
+        ),
+        (
+            og.clip_by_unit_norm,
+            {"max_ratio": 0.1},
+            {"axis": (0,), "exclude": lambda path: path == "bias"},
+        ),
+    ],
+    ids=["leaf", "group", "unit"],
+)
+def test_what_is_no_hyperparameter_can_be_static(make, number, static):
+    tx = optax.inject_hyperparams(make, static_args=tuple(static))(**number, **static)
+    plain = make(**number, **static)
+    found, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
+    expected, _ = jax.jit(plain.update)(GRADS, plain.init(PARAMS), PARAMS)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
