@@ -1,6 +1,23 @@
-"""Reading optimized programs: what is copied where there is a choice."""
+"""Reading programs: their operations, and what is copied where there is a choice."""
 
 import re
+from typing import Any
+
+import jax
+
+
+def primitives(jaxpr: Any) -> list[str]:
+    """The names of all operations of a traced program, in its inner ones too."""
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation.primitive.name)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += primitives(inner)
+    return found
 
 
 def computations(text: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_guard as og
+from tests.hlo import primitives
 from tests.strategies import (
     HUGE,
     any_float,
@@ -638,20 +639,6 @@ def test_step_is_traced_once(name):
     step = step_of(name)
     step.after([SMALL, LARGE, poisoned(LARGE, math.nan)])
     assert step.traces == 1
-
-
-def primitives(jaxpr: Any) -> set[str]:
-    """The names of all operations of a program, in its inner ones too."""
-    found = set()
-    for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found |= primitives(inner)
-    return found
 
 
 def talks_to_the_host(name: str) -> bool:
