@@ -120,6 +120,8 @@ def test_a_baseline_must_be_beaten_within_the_patience():
     assert stop_of(rule, [4.0, 3.0, 0.5, 1.5, 1.5]) is None
     assert stop_of(rule, [0.0, 0.5, 2.0, 3.0], mode="max") is None
     assert stop_of(stop.patience(2, baseline=4.0), [3.0, 2.0, 3.0]) is None
+    # To reach it is not to beat it.
+    assert stop_of(rule, [4.0, 3.0, 1.0]) == (2, StopReason.PATIENCE)
 
 
 @pytest.mark.parametrize("cut", range(1, 6))
