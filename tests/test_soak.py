@@ -48,7 +48,8 @@ def gradients(step, params, kind, leaf):
     faulty = []
     for i, p in enumerate(leaves):
         fresh = jax.random.uniform(jax.random.fold_in(key, i), p.shape, minval=0.5)
-        grad = jnp.where(kind == 1, 0.0, fresh + 1e-3 * p)
+        # Parameters grow for as long as the run is; the norm must not.
+        grad = jnp.where(kind == 1, 0.0, fresh + 1e-3 * jnp.tanh(p))
         bad = jnp.where(kind == SPIKE, grad * VALUES[kind], VALUES[kind])
         faulty.append(jnp.where((kind > 1) & (leaf == i), bad, grad))
     return jax.tree.unflatten(structure, faulty)
