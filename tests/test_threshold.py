@@ -699,3 +699,12 @@ def test_state_is_as_small_as_it_says():
     for error in (0.01, 0.05):
         rule = threshold.quantile(0.5, relative_error=error)
         assert 0.9 < size(rule) / (220 / error) < 1.1
+
+
+@pytest.mark.parametrize("other", [math.inf, math.nan, 0.0])
+def test_early_share_of_a_leaf_is_no_zero_beside_a_norm_that_tells_nothing(other):
+    rule = og.threshold.relative_to_mean(warmup_max_norm=1.0)
+    tx: Any = og.clip_by_leaf_norm(rule)
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([other])}
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
