@@ -708,3 +708,15 @@ def test_early_share_of_a_leaf_is_no_zero_beside_a_norm_that_tells_nothing(other
     grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([other])}
     updates, _ = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
+
+
+def test_row_that_restarts_is_as_long_as_the_warmup_and_alone_makes_the_mean():
+    tx: Any = og.clip_by_global_norm(og.threshold.zscore(warmup=3))
+    state = tx.init(jnp.zeros(1))
+    means = []
+    for norm in [1.0, 1.0, 1.0, 1.0, 10.0, 10.0, 10.0]:
+        state = tx.update(jnp.array([norm]), state)[1]
+        means.append(float(state.threshold.baseline_mean))
+    np.testing.assert_allclose(means[:4], [0, 0, 1, 1], rtol=1e-6)
+    assert max(means[4:6]) < 2
+    np.testing.assert_allclose(means[6], 10, rtol=1e-6)
