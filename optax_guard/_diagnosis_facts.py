@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from optax_guard._history import Completer
+from optax_guard._history_rows import Completer
 
 # Rows, or evaluations, that a look back goes over.
 RECENT = 20

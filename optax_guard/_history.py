@@ -3,17 +3,15 @@
 import json
 import math
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from optax_guard._base import check_count, check_iterable, check_kind, check_positive
-from optax_guard._history_readers import NOT_FINITE, read_rows, rename
-
-Row = dict[str, float]
+from optax_guard._base import check_count, check_kind, check_positive
+from optax_guard._history_readers import read_rows, rename
+from optax_guard._history_rows import Row, number_of
 
 
 class History(Sequence[Row]):
@@ -90,8 +88,10 @@ class History(Sequence[Row]):
           The rows, in memory only.
 
         Raises:
+          TypeError: If an argument is of another type.
           ValueError: If the file is broken, naming file and line; if ``run`` or a name
-            in ``columns`` is not in it; if there are several runs and ``run`` is none.
+            in ``columns`` is not in it; if there are several runs and ``run`` is none;
+            if ``max_norm`` is not positive.
           FileNotFoundError: If there is no such file, or none in the folder.
         """
         check_kind("path", path, (str, os.PathLike), "a path")
@@ -117,15 +117,16 @@ class History(Sequence[Row]):
           **scalars: More of them.
 
         Raises:
-          TypeError: If a value is no number.
-          ValueError: If a value is an array of another shape, or ``step`` is negative.
+          TypeError: If a value is no number, or ``row`` no dict.
+          ValueError: If a value is an array of another shape or too large for a float,
+            or ``step`` is negative.
         """
         check_kind("row", row, (Mapping, type(None)), "a dict of numbers or None")
-        number = _number("step", step)
+        number = number_of("step", step)
         if number != number // 1 or number < 0:
             raise ValueError(f"`step` must be a whole number >= 0, got {number}.")
         named = {**(row or {}), **scalars}
-        numbers = {name: _number(name, value) for name, value in named.items()}
+        numbers = {name: number_of(name, value) for name, value in named.items()}
         row = {"step": 0, **rename(numbers)} | {"step": int(number)}
         if self._path is not None:
             try:
@@ -152,6 +153,7 @@ class History(Sequence[Row]):
           num_rows: How many rows of the buffers were filled; all if ``None``.
 
         Raises:
+          TypeError: If ``buffers`` is no dict, or ``num_rows`` no number.
           ValueError: If the arrays are not vectors of one length.
         """
         check_kind("buffers", buffers, Mapping, "a dict of arrays")
@@ -201,90 +203,6 @@ class History(Sequence[Row]):
         if rows and rows[-1]["step"] == row["step"]:
             row = {**rows.pop(), **row}
         rows.append(row)
-
-
-class Completer:
-    """Brings rows, one after the other, into the form that all readers expect.
-
-    Names are those of `COLUMN_NAMES`. What follows from other values is filled in:
-    ``clipped_norm`` and ``clip_rate`` from norm and threshold. Rates of
-    `optax_guard.metrics`, which are shares of all ``num_updates`` so far, become shares
-    of the updates since the row before, as those of `fit` are. What has been completed
-    stays as it is if it is completed again.
-    """
-
-    def __init__(self):
-        self._index = 0
-        self._counts: dict[str, float] = {}
-
-    def __call__(self, row: Mapping[str, Any]) -> Row:
-        """A row, completed."""
-        if not isinstance(row, Mapping):
-            raise TypeError(
-                "`history` must be a `History` or rows, each a dict of numbers, got a "
-                f"`{type(row).__name__}` as row {self._index}."
-            )
-        # Names such as the run's are of no interest here.
-        full = {
-            name: _number(name, value)
-            for name, value in row.items()
-            if not isinstance(value, str) or value in NOT_FINITE
-        }
-        full = {"step": self._index, **rename(full)}
-        self._index += 1
-        if "num_updates" in full:
-            self._rates_since_last(full)
-        norm, limit = full.get("grad_norm"), full.get("clip_threshold")
-        if norm is None or not math.isfinite(norm):
-            return full
-        if limit is not None and not math.isnan(limit):
-            full.setdefault("clipped_norm", min(norm, limit))
-        if "clipped_norm" in full:
-            # Below the rounding of bfloat16 nothing was clipped.
-            is_clipped = full["clipped_norm"] < norm * (1 - 2**-7)
-            full.setdefault("clip_rate", float(is_clipped))
-        return full
-
-    def _rates_since_last(self, row: Row) -> None:
-        counts = {"num_updates": row.pop("num_updates")}
-        for name in ("clip_rate", "nonfinite_rate", "skip_rate"):
-            if name in row:
-                counts[name] = row[name] * counts["num_updates"]
-        before, self._counts = self._counts, counts
-        num_new = counts["num_updates"] - before.get("num_updates", 0)
-        if before and num_new > 0:
-            for name in counts.keys() & before.keys() - {"num_updates"}:
-                # Rates are rounded to float32, which leaves a count off by a little.
-                share = (counts[name] - before[name]) / num_new
-                row[name] = min(1.0, max(0.0, round(share, 6)))
-
-
-def as_rows(history: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The completed rows of a `History` or of a list of dicts."""
-    check_iterable("history", history, "a `History` or rows")
-    return list(map(Completer(), history))
-
-
-def _number(name: str, value: Any) -> float:
-    # JSON's way to write them, in rows that were read by other means.
-    if isinstance(value, str) and value in NOT_FINITE:
-        return NOT_FINITE[value]
-    array = np.asarray(value)
-    if array.shape:
-        raise ValueError(
-            f"`{name}` must be a scalar, got an array of shape {array.shape}. Take its "
-            "mean, or use `extend` for buffers of rows."
-        )
-    number = array.item()
-    if isinstance(number, bool):
-        return int(number)
-    if not isinstance(number, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if isinstance(number, int) and abs(number) > sys.float_info.max:
-        raise ValueError(
-            f"`{name}` must fit into a float, got one of {number.bit_length()} bits."
-        )
-    return number
 
 
 def _line(row: Row) -> str:

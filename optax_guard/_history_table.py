@@ -5,7 +5,7 @@ from typing import Any
 
 from optax_guard import _progress
 from optax_guard._base import check_flag
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 
 _KEYS = (*_progress.COLUMNS, "value", "learning_rate")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from optax_guard import _plotting_marks as marks
 from optax_guard._base import check_positive
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 from optax_guard._suggest import FEWEST, suggest_max_norm
 
 QUANTILES = (0.5, 0.9, 0.99)

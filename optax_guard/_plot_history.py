@@ -9,7 +9,7 @@ import numpy as np
 from optax_guard import _plotting_marks as marks
 from optax_guard._base import check_kind
 from optax_guard._findings import Finding, Severity
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 from optax_guard._stop_state import EarlyStoppingState
 
 # Key -> label, style.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from optax_guard import _plotting_marks as marks
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 from optax_guard._leaf_columns import LEAF_NORM, UPDATE_RATIO, leaf_table
 
 _HEADINGS = {

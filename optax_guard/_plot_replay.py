@@ -5,7 +5,7 @@ from typing import Any
 
 from optax_guard import _plotting_marks as marks
 from optax_guard._base import check_kind
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 from optax_guard._replay import Replayed, evaluations_of
 from optax_guard._stop_base import StopReason
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optax_guard import _plotting_marks as marks
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 from optax_guard._replay import evaluations_of
 from optax_guard._stop_state import EarlyStoppingState
 

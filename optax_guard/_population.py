@@ -1,12 +1,13 @@
 """Populations: many runs in one program, each stopping at its own time."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from optax_guard._base import check_count, check_kind
+from optax_guard._base import check_count
 from optax_guard._early_stopping import EarlyStoppingState
 from optax_guard._fit import FitResult
 from optax_guard._fit_inputs import tracked
@@ -51,8 +52,19 @@ class PopulationResult(NamedTuple):
     best_batch_stats: Any = None
 
     def member(self, i: int) -> FitResult:
-        """What `train_on_device` would have returned for the i-th member alone."""
-        check_kind("i", i, (int, np.integer), "a whole number")
+        """What `train_on_device` would have returned for the i-th member alone.
+
+        Args:
+          i: Index of the member, from 0, or from -1 backwards.
+
+        Raises:
+          TypeError: If it is no whole number.
+          IndexError: If there is no such member.
+        """
+        try:
+            i = operator.index(i)
+        except TypeError as error:
+            raise TypeError(f"`i` must be a whole number, got {i!r}.") from error
         if not -len(self.num_rows) <= i < len(self.num_rows):
             raise IndexError(
                 f"`i` must be below the number of members, {len(self.num_rows)}, got "

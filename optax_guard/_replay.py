@@ -9,7 +9,7 @@ import numpy as np
 
 from optax_guard._base import check_iterable, check_kind
 from optax_guard._early_stopping import early_stopping
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 from optax_guard._stop_base import StopReason, StopRule, sign_of
 from optax_guard._stop_state import EarlyStopping
 

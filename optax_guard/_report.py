@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from optax_guard._diagnosis import diagnose
 from optax_guard._files import fresh
 from optax_guard._findings import Finding, Severity
-from optax_guard._history import History, Row
+from optax_guard._history import History
 from optax_guard._history_readers import find_file
+from optax_guard._history_rows import Row
 from optax_guard._history_table import table
 from optax_guard._leaf_columns import has_leaves
 from optax_guard._report_html import page

@@ -81,8 +81,10 @@ class EarlyStopping(NamedTuple):
         state carries copies of the best ones.
       update: ``update(value, state, params=None, *, step=None, seconds=None,
         train_value=None, opt_state=None) -> state``: tells the machine the value of
-        an evaluation, and the parameters it was computed with. ``seconds`` is the
-        training time since the update before.
+        an evaluation, and the parameters it was computed with. ``step`` counts steps,
+        below 2**31; ``seconds`` is the training time since the update before;
+        ``train_value`` is a number, or an array of those since then. What is no number
+        raises a ``TypeError``, what is none of these a ``ValueError``.
       best: ``best(state, default) -> params``: the best parameters, or ``default``
         if there was no finite value.
       reset: ``reset(state, *, keep_best=True) -> state``: lets a stopped run go on.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_guard._base import check_number
-from optax_guard._history import as_rows
+from optax_guard._history_rows import as_rows
 
 QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 # Fewer say nothing of a tail.

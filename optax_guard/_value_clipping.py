@@ -1,7 +1,5 @@
-"""Clipping by value, and how far it turns a step."""
+"""Clipping by value."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +14,12 @@ from optax_guard._base import (
     check_number,
     check_positive,
     check_state,
-    is_inexact,
 )
 from optax_guard._clipping import Measurement, clip, map_inexact
-from optax_guard._leaf_runs import add_pairwise
-from optax_guard._mesh_axes import AxisName, by_axes, mesh_axes
-from optax_guard._norms import accumulator_dtype, not_folded, tree_norm
+from optax_guard._mesh_axes import AxisName
+from optax_guard._norms import tree_norm
 from optax_guard._statistics import NormStats, init_stats, update_stats
+from optax_guard._value_effect import Bounds, effect_of_clipping
 
 
 class ClipByValueState(NamedTuple):
@@ -125,7 +122,7 @@ def clip_by_value(
         del params, extra_args
         check_state("clip_by_value", state, ClipByValueState)
         norm = tree_norm(updates, None, axis_name)
-        effect = _effect_of_clipping(updates, bounds, norm.value, axis_name)
+        effect = effect_of_clipping(updates, bounds, norm.value, axis_name)
         is_finite = jnp.isfinite(norm.value)
         stats = update_stats(
             state.stats,
@@ -146,152 +143,7 @@ def clip_by_value(
     return clip(init, measure, rescale)
 
 
-_Bounds = Callable[[Any], tuple[jax.Array, jax.Array]]
-_ROW_LENGTH = 1024
-# Scales for two sums of squares, as in `_norms`, and for two sums of products of a raw
-# entry with a clipped one, which is smaller: a large product has a large raw entry.
-_UP, _DOWN = 2.0**32, 2.0**-64
-_PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN = 2.0**64, 2.0**-100, 2.0**-28
-
-
-class _Effect(NamedTuple):
-    norm: jax.Array
-    entries_clipped: jax.Array
-    cosine: jax.Array
-
-
-def _effect_of_clipping(
-    updates: optax.Updates, bounds: _Bounds, norm: jax.Array, axis_name: AxisName
-) -> _Effect:
-    """Norm after clipping, share of entries changed, cosine between before and after.
-
-    Right to rounding from 1e-25 to 3e38, before and after, like the norm.
-    """
-    leaves = [_real(x) for x in jax.tree.leaves(updates) if is_inexact(x)]
-    # A record has no derivative.
-    leaves, norm = lax.stop_gradient((leaves, norm))
-    if not leaves:
-        return _Effect(norm, jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
-    limits = lax.stop_gradient([bounds(x.dtype) for x in leaves])
-    dtype = accumulator_dtype(leaves)
-    parts, size = [], 0
-    for names, members in by_axes(mesh_axes(updates, axis_name)):
-        own = [leaves[i] for i in members]
-        sums = _sum_terms(own, [limits[i] for i in members], dtype)
-        parts.append(lax.psum(sums, names) if names else sums)
-        size += sum(x.size for x in own) * lax.axis_size(names)
-    totals = map(add_pairwise, zip(*parts, strict=True))
-    small, big, product, big_product, num_clipped = totals
-    after = jnp.where(
-        jnp.isfinite(small), jnp.sqrt(small) * (1 / _UP), jnp.sqrt(big) * (1 / _DOWN)
-    )
-    has_direction = (norm > 0) & (after > 0)
-    before = jnp.where(has_direction, norm, 1.0)
-    length = jnp.where(has_direction, after, 1.0)
-    # Divided in two steps: XLA would make one of them, by a product that may overflow.
-    by_norm = lax.optimization_barrier(
-        (product / before, big_product / (before * _RAW_DOWN))
-    )
-    cosine = jnp.where(
-        jnp.isfinite(product),
-        by_norm[0] / length * (1 / _PRODUCT_UP),
-        by_norm[1] / (length * _CLIPPED_DOWN),
-    )
-    cosine = jnp.where(has_direction, jnp.clip(cosine, -1.0, 1.0), 0.0)
-    is_clipped = num_clipped > 0
-    cosine = jnp.where(is_clipped, cosine, 1.0)
-    return _Effect(
-        norm=jnp.where(is_clipped, after, norm),
-        entries_clipped=(num_clipped / float(max(size, 1))).astype(jnp.float32),
-        cosine=jnp.where(jnp.isfinite(norm), cosine, jnp.nan).astype(jnp.float32),
-    )
-
-
-# Jitted for callers outside of `jit`: there, every call would compile it anew.
-@functools.partial(jax.jit, static_argnums=2, inline=True)
-def _sum_terms(
-    leaves: list[jax.Array], limits: Any, dtype: Any
-) -> tuple[jax.Array, ...]:
-    """Totals over all entries of what `_terms` gives for each."""
-    scales = not_folded(dtype, _UP, _DOWN, _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
-
-    def total(
-        reduce: Callable[..., Any], add: Callable[..., Any], *leaves: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        pairs = zip(leaves, limits, strict=True)
-        sums = [reduce(_terms(x, low, high, scales)) for x, (low, high) in pairs]
-        return tuple(add(list(zip(*sums, strict=True))))
-
-    # Reductions of one operand are one fusion on TPU and GPU. On CPU each would read
-    # the operand again, several times slower in all than one reduction to many sums.
-    return lax.platform_dependent(
-        *leaves,
-        cpu=functools.partial(total, _sum_at_once, _add_rows),
-        default=functools.partial(
-            total, functools.partial(map, jnp.sum), functools.partial(map, add_pairwise)
-        ),
-    )
-
-
-def _terms(
-    x: jax.Array, low: jax.Array, high: jax.Array, scales: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    """For each entry: square of the clipped one and its product with the raw one.
-
-    Each at two scales, and then 1 where clipping changes the entry.
-    """
-    up, down, product_up, raw_down, clipped_down = scales
-    dtype = up.dtype
-    raw = x.astype(dtype)
-    # Not the selection of `_clip`, which makes XLA for GPUs spill partial sums.
-    after = jnp.minimum(jnp.maximum(raw, low.astype(dtype)), high.astype(dtype))
-    return (
-        (after * up) * (after * up),
-        (after * down) * (after * down),
-        raw * (after * product_up),
-        (raw * raw_down) * (after * clipped_down),
-        ((after < raw) | (after > raw)).astype(dtype),
-    )
-
-
-def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Sums of several arrays of one shape in one loop.
-
-    That loop adds one by one, so it runs over rows: rounding grows with their length.
-    """
-    if any(jax.typeof(terms[0]).sharding.spec):
-        # With a sharding in its type an array cannot be made flat without moving it.
-        return tuple(map(jnp.sum, terms))
-    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-
-    def add(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(p + q for p, q in zip(a, b, strict=True))
-
-    size = terms[0].size
-    rows = size // _ROW_LENGTH
-    flat = [x.reshape(-1) for x in terms]
-    tail = [x[rows * _ROW_LENGTH :] for x in flat]
-    sums = lax.reduce(tuple(tail), zeros, add, (0,))
-    if rows:
-        main = [x[: rows * _ROW_LENGTH].reshape(rows, -1) for x in flat]
-        by_row = lax.reduce(tuple(main), zeros, add, (1,))
-        sums = add(sums, tuple(map(jnp.sum, by_row)))
-    return sums
-
-
-def _add_rows(rows: list[tuple[jax.Array, ...]]) -> jax.Array:
-    """The sum of each row, by a product with ones.
-
-    XLA on CPU makes one kernel of a tree of additions, and of the sum of scalars put
-    together too, in a time that grows with the square of their number.
-    """
-    # Columns first, those of one leaf: fewer, larger pieces to put together.
-    columns = jnp.stack([jnp.stack(x) for x in zip(*rows, strict=True)], axis=1)
-    ones = jnp.ones(columns.shape[1], columns.dtype)
-    return jnp.matmul(columns, ones, precision=lax.Precision.HIGHEST)
-
-
-def _clip(x: jax.Array, bounds: _Bounds, is_symmetric: bool) -> jax.Array:
+def _clip(x: jax.Array, bounds: Bounds, is_symmetric: bool) -> jax.Array:
     if jnp.iscomplexobj(x):
         parts = (_clip(part, bounds, is_symmetric) for part in (x.real, x.imag))
         return lax.complex(*parts)
@@ -302,9 +154,3 @@ def _clip(x: jax.Array, bounds: _Bounds, is_symmetric: bool) -> jax.Array:
         # bound, and that flushes denormals.
         return jnp.where(jnp.abs(x) > high, jnp.where(x > 0, high, low), x)
     return jnp.where((x > high) | (x < low), jnp.where(x > high, high, low), x)
-
-
-def _real(x: Any) -> jax.Array:
-    """The entries as reals: a complex array gains an axis of length two."""
-    x = jnp.asarray(x)
-    return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x

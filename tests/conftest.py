@@ -44,9 +44,9 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import jax  # noqa: E402 - the environment comes first
-import pytest  # noqa: E402
+import pytest  # noqa: E402 - as JAX, which its plugins import
 
-from tests.strategies import in_force  # noqa: E402
+from tests.strategies import in_force  # noqa: E402 - imports JAX
 
 # A tool, which needs packages of its own.
 collect_ignore = ["mutants.py"]

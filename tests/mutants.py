@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import tomllib
-from collections import Counter
 from pathlib import Path
 
 import toml
@@ -70,13 +69,14 @@ def try_mutants(name: str, most: int, tests: str) -> None:
     run("cosmic-ray", "exec", config, session)
     with use_db(session) as db:
         results = [r for _, r in db.results if r.worker_outcome == WorkerOutcome.NORMAL]
-    outcomes = Counter(
-        "timeout" if r.output == "timeout" else str(r.test_outcome).partition(".")[2]
-        for r in results
-    )
     survived = [r.diff for r in results if r.test_outcome == TestOutcome.SURVIVED]
+    num_late = sum(r.output == "timeout" for r in results)
     print(*survived, sep="\n")
-    print(f"{name}: {made} made, {len(results)} tried, {dict(outcomes)}", flush=True)
+    print(
+        f"{name}: {made} made, {len(results)} tried, {len(survived)} survived, "
+        f"{num_late} not in time",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

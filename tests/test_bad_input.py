@@ -2,7 +2,8 @@
 
 Each argument of each function is given each value of `WRONG`. What is right for it
 must pass; all else must raise a `TypeError` or a `ValueError` from this package that
-names the argument. `pytest -s` prints what was tried.
+names the argument; for what is not there an `IndexError` or a `FileNotFoundError`.
+`pytest -s` prints what was tried.
 """
 
 import functools
@@ -154,6 +155,7 @@ RIGHT: dict[str, set[str]] = {
     "path": NOTHING,
     "patience": FROM_ZERO,
     "percentile": {"0", "3", "0.5", "2.5"},
+    "progress": FLAG,
     "q": {"0", "0.5"},
     "record_quantiles": FLAG,
     "rejections": NO_ITEMS,
@@ -185,7 +187,6 @@ RIGHT: dict[str, set[str]] = {
     "warmup_steps": COUNT,
     "window": COUNT,
     "z_thresh": POSITIVE,
-    "progress": FLAG,
     # Where the same name means something else, or one of several is needed.
     "adagc.beta": FRACTION,
     "analysis.Diagnosis.update.row": {"{}"},
@@ -544,9 +545,10 @@ def is_documented(error: Exception, names: list[str]) -> bool:
         return True
     where = traceback.extract_tb(error.__traceback__)[-1].filename
     is_named = any(f"`{name}" in text for name in names)
-    return where.startswith(str(PACKAGE)) and (
-        isinstance(error, FileNotFoundError)
-        or (isinstance(error, (TypeError, ValueError, IndexError)) and is_named)
+    return (
+        isinstance(error, (TypeError, ValueError, IndexError, FileNotFoundError))
+        and where.startswith(str(PACKAGE))
+        and (is_named or "There is no file or folder" in text)
     )
 
 

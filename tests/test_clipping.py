@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 
 import optax_guard as og
+from tests.hlo import computations
 from tests.strategies import (
     FLOAT_DTYPES,
     any_float,
@@ -753,6 +754,16 @@ def test_derivative_through_a_value_clip_is_finite(size):
         return jnp.sum(out) + state.stats.grad_norm
 
     assert np.isfinite(jax.jit(jax.grad(total))(f32(size)))
+
+
+def test_kernels_of_a_value_clip_do_not_grow_with_its_sums():
+    """XLA on CPU takes a time that grows with the square of a kernel's additions."""
+    tx = og.clip_by_value(1.0)
+    grads = [jnp.ones(2500) for _ in range(64)]
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
+    kernels = computations(compiled.as_text()).values()
+    # The norm adds its leaves; sums for the cosine would be four more of these.
+    assert max(text.count(" add(") for text in kernels) < len(grads)
 
 
 @unlike_lowest_jax("XLA widens all leaves once")

@@ -354,7 +354,8 @@ def test_members_stop_at_their_own_time_and_come_back_in_order():
     # The same but for the last size: two go on until it is too late to pack.
     run(rng.permutation(np.r_[rng.integers(1, 9, 5), 10, 11, 46, 47]))
     assert len(traces) == 5
-    one = first.member(3)
+    # As `argmin` of a column gives it.
+    one = first.member(jnp.asarray(3))
     assert len(one.history) == first.num_rows[3]
     assert one.history[-1]["step"] == one.state.step
     assert one.stop.best_eval.shape == ()
