@@ -1,49 +1,127 @@
 """The safety layer of a JAX training step: clip, guard, watch, stop, explain."""
 
-from optax_guard import skip as skip
-from optax_guard import stop as stop
-from optax_guard import threshold as threshold
+import importlib
+from typing import TYPE_CHECKING
+
+from optax_guard import skip, stop, threshold
 from optax_guard._accumulation import AccumulateState as AccumulateState
-from optax_guard._accumulation import accumulate as accumulate
-from optax_guard._adoption import adopt as adopt
-from optax_guard._adoption import release as release
-from optax_guard._applying import apply_gradients as apply_gradients
+from optax_guard._accumulation import accumulate
+from optax_guard._adoption import adopt, release
+from optax_guard._applying import apply_gradients
 from optax_guard._clipping import ClipByNormState as ClipByNormState
 from optax_guard._clipping import RecordNormState as RecordNormState
-from optax_guard._clipping import clip_by_global_norm as clip_by_global_norm
-from optax_guard._clipping import record_norm as record_norm
-from optax_guard._early_stopping import EarlyStopping as EarlyStopping
-from optax_guard._early_stopping import EarlyStoppingState as EarlyStoppingState
-from optax_guard._early_stopping import StopReason as StopReason
-from optax_guard._early_stopping import early_stopping as early_stopping
-from optax_guard._early_stopping import explain as explain
+from optax_guard._clipping import (
+    clip_by_global_norm,
+    record_norm,
+)
+from optax_guard._early_stopping import (
+    EarlyStopping,
+    StopReason,
+    early_stopping,
+    explain,
+)
 from optax_guard._group_clipping import ClipByGroupNormState as ClipByGroupNormState
 from optax_guard._group_clipping import ClipByLeafNormState as ClipByLeafNormState
-from optax_guard._group_clipping import clip_by_group_norm as clip_by_group_norm
-from optax_guard._group_clipping import clip_by_leaf_norm as clip_by_leaf_norm
+from optax_guard._group_clipping import (
+    clip_by_group_norm,
+    clip_by_leaf_norm,
+)
 from optax_guard._group_stats import GroupStats as GroupStats
 from optax_guard._guarding import GuardState as GuardState
-from optax_guard._guarding import guard as guard
-from optax_guard._norm_readout import leaf_norms as leaf_norms
-from optax_guard._norm_readout import norm_quantile as norm_quantile
-from optax_guard._presets import adagc as adagc
-from optax_guard._presets import autoclip as autoclip
-from optax_guard._presets import zclip as zclip
-from optax_guard._readout import GuardExhaustedError as GuardExhaustedError
-from optax_guard._readout import Rejection as Rejection
-from optax_guard._readout import metrics as metrics
-from optax_guard._readout import raise_if_exhausted as raise_if_exhausted
-from optax_guard._readout import rejections as rejections
+from optax_guard._guarding import guard
+from optax_guard._norm_readout import leaf_norms, norm_quantile
+from optax_guard._presets import adagc, autoclip, zclip
+from optax_guard._public import publish
+from optax_guard._readout import (
+    GuardExhaustedError,
+    Rejection,
+    metrics,
+    raise_if_exhausted,
+    rejections,
+)
 from optax_guard._rejections import RejectionLog as RejectionLog
-from optax_guard._states import find_state as find_state
-from optax_guard._states import find_states as find_states
+from optax_guard._states import find_state, find_states
 from optax_guard._statistics import NormStats as NormStats
-from optax_guard._stop_presets import from_flax as from_flax
-from optax_guard._stop_presets import from_keras as from_keras
-from optax_guard._stop_presets import from_lightning as from_lightning
+from optax_guard._stop_presets import from_flax, from_keras, from_lightning
+from optax_guard._stop_state import EarlyStoppingState as EarlyStoppingState
 from optax_guard._unit_clipping import ClipByUnitNormState as ClipByUnitNormState
-from optax_guard._unit_clipping import clip_by_unit_norm as clip_by_unit_norm
+from optax_guard._unit_clipping import clip_by_unit_norm
 from optax_guard._value_clipping import ClipByValueState as ClipByValueState
-from optax_guard._value_clipping import clip_by_value as clip_by_value
-from optax_guard._verdicts import keep_if_skipped as keep_if_skipped
-from optax_guard.skip import SkipReason as SkipReason
+from optax_guard._value_clipping import clip_by_value
+from optax_guard._verdicts import keep_if_skipped
+from optax_guard.skip import SkipReason
+
+__all__ = [
+    "EarlyStopping",
+    "GuardExhaustedError",
+    "Rejection",
+    "SkipReason",
+    "StopReason",
+    "accumulate",
+    "adagc",
+    "adopt",
+    "analysis",
+    "apply_gradients",
+    "autoclip",
+    "clip_by_global_norm",
+    "clip_by_group_norm",
+    "clip_by_leaf_norm",
+    "clip_by_unit_norm",
+    "clip_by_value",
+    "early_stopping",
+    "explain",
+    "find_state",
+    "find_states",
+    "flax",
+    "from_flax",
+    "from_keras",
+    "from_lightning",
+    "guard",
+    "keep_if_skipped",
+    "leaf_norms",
+    "loops",
+    "metrics",
+    "norm_quantile",
+    "plotting",
+    "raise_if_exhausted",
+    "record_norm",
+    "rejections",
+    "release",
+    "skip",
+    "stop",
+    "threshold",
+    "zclip",
+]
+# Classes that are met in states and never constructed by users.
+_STATES = [
+    "AccumulateState",
+    "ClipByGroupNormState",
+    "ClipByLeafNormState",
+    "ClipByNormState",
+    "ClipByUnitNormState",
+    "ClipByValueState",
+    "EarlyStoppingState",
+    "GroupStats",
+    "GuardState",
+    "NormStats",
+    "RecordNormState",
+    "RejectionLog",
+]
+
+
+if TYPE_CHECKING:
+    from optax_guard import analysis, flax, loops, plotting
+else:
+
+    def __getattr__(name: str):
+        """Imports a module with further requirements when it is first used."""
+        if name in ("analysis", "flax", "loops", "plotting"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_STATES]
+
+
+publish(__name__, _STATES)

@@ -1,23 +1,45 @@
 """What a run's record says: history, table, diagnosis, replay, threshold, writers."""
 
-from optax_guard._diagnosis import Diagnosis as Diagnosis
-from optax_guard._diagnosis import diagnose as diagnose
-from optax_guard._findings import Finding as Finding
-from optax_guard._findings import FindingCode as FindingCode
-from optax_guard._findings import Severity as Severity
-from optax_guard._history import History as History
-from optax_guard._history_readers import COLUMN_NAMES as COLUMN_NAMES
-from optax_guard._history_table import table as table
-from optax_guard._landscape import Landscape as Landscape
-from optax_guard._landscape import landscape as landscape
-from optax_guard._leaf_columns import leaf_columns as leaf_columns
-from optax_guard._replay import Replayed as Replayed
-from optax_guard._replay import replay as replay
-from optax_guard._replay import replay_table as replay_table
-from optax_guard._suggest import Suggestion as Suggestion
-from optax_guard._suggest import suggest_max_norm as suggest_max_norm
-from optax_guard._sweep import Sweep as Sweep
-from optax_guard._sweep import Trial as Trial
-from optax_guard._sweep import sweep_max_norm as sweep_max_norm
-from optax_guard._writers import GroupedWriter as GroupedWriter
-from optax_guard._writers import grouped_name as grouped_name
+from optax_guard._diagnosis import Diagnosis, diagnose
+from optax_guard._findings import Finding, FindingCode, Severity
+from optax_guard._history import History
+from optax_guard._history_readers import COLUMN_NAMES
+from optax_guard._history_table import table
+from optax_guard._landscape import Landscape, landscape
+from optax_guard._leaf_columns import leaf_columns
+from optax_guard._public import publish
+from optax_guard._replay import Replayed, replay, replay_table
+from optax_guard._suggest import Suggestion, suggest_max_norm
+from optax_guard._sweep import Sweep, Trial, sweep_max_norm
+from optax_guard._writers import GroupedWriter, grouped_name
+
+__all__ = [
+    "COLUMN_NAMES",
+    "Diagnosis",
+    "Finding",
+    "FindingCode",
+    "GroupedWriter",
+    "History",
+    "Landscape",
+    "Replayed",
+    "Severity",
+    "Suggestion",
+    "Sweep",
+    "Trial",
+    "diagnose",
+    "grouped_name",
+    "landscape",
+    "leaf_columns",
+    "replay",
+    "replay_table",
+    "suggest_max_norm",
+    "sweep_max_norm",
+    "table",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+publish(__name__)

@@ -10,14 +10,11 @@ import jax.numpy as jnp
 
 from optax_guard._applying import apply_gradients
 from optax_guard._base import check_kind, check_leaves, check_transformation
-from optax_guard._checkpoint import Checkpointer as Checkpointer
-from optax_guard._checkpoint import load_best as load_best
-from optax_guard._fit import FitResult as FitResult
-from optax_guard._fit import fit as fit
 from optax_guard._guarding import GuardState
-from optax_guard._rewind import Rewind as Rewind
+from optax_guard._public import publish
 from optax_guard._states import find_states
 from optax_guard._verdicts import keep_if_skipped, last_reasons
+from optax_guard.loops import Checkpointer, FitResult, Rewind, fit, load_best
 from optax_guard.skip import is_nonfinite
 
 try:
@@ -30,6 +27,16 @@ except ImportError as error:
         "`optax_guard.flax` needs Flax: pip install 'optax-guard[flax]'",
         name=error.name,
     ) from error
+
+__all__ = [
+    "Checkpointer",
+    "FitResult",
+    "Rewind",
+    "TrainState",
+    "fit",
+    "load_best",
+    "update_dynamic_scale",
+]
 
 
 class TrainState(train_state.TrainState):
@@ -217,3 +224,10 @@ def _has_overwritten(tree: Any) -> bool:
 
 def _trained(tree: Any) -> Any:
     return tree["params"] if _has_overwritten(tree) else tree
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+publish(__name__)

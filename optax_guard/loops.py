@@ -1,5 +1,26 @@
-"""Training loops that run on the device: one run, or a population of them."""
+"""Training loops: `fit` on the host; on the device one run, or a population."""
 
-from optax_guard._device_loop import train_on_device as train_on_device
-from optax_guard._population import PopulationResult as PopulationResult
-from optax_guard._population import train_population as train_population
+from optax_guard._checkpoint import Checkpointer, load_best
+from optax_guard._device_loop import train_on_device
+from optax_guard._fit import FitResult, fit
+from optax_guard._population import PopulationResult, train_population
+from optax_guard._public import publish
+from optax_guard._rewind import Rewind
+
+__all__ = [
+    "Checkpointer",
+    "FitResult",
+    "PopulationResult",
+    "Rewind",
+    "fit",
+    "load_best",
+    "train_on_device",
+    "train_population",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+publish(__name__)

@@ -15,13 +15,13 @@ from optax_guard._base import check_iterable, check_kind, check_positive
 from optax_guard._plot_distribution import (
     plot_norm_distribution as plot_norm_distribution,
 )
-from optax_guard._plot_history import plot_history as plot_history
-from optax_guard._plot_landscape import plot_landscape as plot_landscape
-from optax_guard._plot_leaves import plot_leaves as plot_leaves
-from optax_guard._plot_population import plot_population as plot_population
-from optax_guard._plot_replay import plot_replay as plot_replay
-from optax_guard._plot_stopping import plot_early_stopping as plot_early_stopping
-from optax_guard._plot_sweep import plot_sweep as plot_sweep
+from optax_guard._plot_history import plot_history
+from optax_guard._plot_landscape import plot_landscape
+from optax_guard._plot_leaves import plot_leaves
+from optax_guard._plot_population import plot_population
+from optax_guard._plot_replay import plot_replay
+from optax_guard._plot_stopping import plot_early_stopping
+from optax_guard._plot_sweep import plot_sweep
 from optax_guard._plotting_marks import (
     AFTER,
     LARGEST,
@@ -42,8 +42,22 @@ from optax_guard._plotting_marks import (
     panels,
     value_key,
 )
+from optax_guard._public import publish
 from optax_guard._readout import Rejection
 from optax_guard._stop_state import EarlyStoppingState
+
+__all__ = [
+    "plot_early_stopping",
+    "plot_history",
+    "plot_landscape",
+    "plot_leaves",
+    "plot_norm_distribution",
+    "plot_norms",
+    "plot_population",
+    "plot_replay",
+    "plot_runs",
+    "plot_sweep",
+]
 
 
 def plot_norms(
@@ -181,3 +195,10 @@ def _top_of_norms(history: Sequence[Row], withheld: Sequence[Rejection]) -> floa
     limits = column(history, "clip_threshold")
     known = np.concatenate([taken, limits[np.isfinite(limits)]])
     return 10 * float(known.max()) if known.size else 10.0
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+publish(__name__)

@@ -12,8 +12,23 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._base import check_choice, check_count, check_kind, check_positive
+from optax_guard._public import publish
 from optax_guard._threshold_base import check_range, check_static, float32
 from optax_guard.threshold import Threshold, as_threshold
+
+__all__ = [
+    "Signals",
+    "SkipReason",
+    "SkipRule",
+    "is_nonfinite",
+    "norm_above",
+    "spike",
+]
+# Classes that are met in states and never constructed by users.
+_STATES = [
+    "SpikeState",
+    "SpikeWindow",
+]
 
 
 class SkipReason(enum.IntEnum):
@@ -303,3 +318,10 @@ def spike(
 
 def _empty_window(size: int) -> SpikeWindow:
     return SpikeWindow(jnp.zeros(size, jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_STATES]
+
+
+publish(__name__, _STATES)

@@ -1,27 +1,88 @@
 """Stop rules for `early_stopping`, combinators of them, and smoothing."""
 
-from optax_guard._smoothing import Smoother as Smoother
-from optax_guard._smoothing import ema as ema
-from optax_guard._smoothing import median as median
-from optax_guard._stop_base import Observation as Observation
-from optax_guard._stop_base import StopRule as StopRule
-from optax_guard._stop_base import Verdict as Verdict
-from optax_guard._stop_combinators import all_of as all_of
-from optax_guard._stop_combinators import any_of as any_of
-from optax_guard._stop_combinators import cooldown as cooldown
-from optax_guard._stop_combinators import held_for as held_for
-from optax_guard._stop_combinators import monitor as monitor
-from optax_guard._stop_combinators import not_before as not_before
-from optax_guard._stop_guard import skip_storm as skip_storm
-from optax_guard._stop_lag import lag as lag
-from optax_guard._stop_lag import overfitting as overfitting
-from optax_guard._stop_plateau import apply_plateau as apply_plateau
-from optax_guard._stop_plateau import plateau as plateau
-from optax_guard._stop_plateau import scale_by_plateau as scale_by_plateau
-from optax_guard._stop_prechelt import generalization_loss as generalization_loss
-from optax_guard._stop_prechelt import progress_quotient as progress_quotient
-from optax_guard._stop_prechelt import successive_rises as successive_rises
-from optax_guard._stop_rules import budget as budget
-from optax_guard._stop_rules import divergence as divergence
-from optax_guard._stop_rules import patience as patience
-from optax_guard._stop_rules import target as target
+from optax_guard._public import publish
+from optax_guard._smoothing import MedianState as MedianState
+from optax_guard._smoothing import MovingAverageState as MovingAverageState
+from optax_guard._smoothing import Smoother, ema, median
+from optax_guard._stop_base import Observation, StopRule, Verdict
+from optax_guard._stop_combinators import CooldownState as CooldownState
+from optax_guard._stop_combinators import HeldForState as HeldForState
+from optax_guard._stop_combinators import (
+    all_of,
+    any_of,
+    cooldown,
+    held_for,
+    monitor,
+    not_before,
+)
+from optax_guard._stop_guard import SkipStormState as SkipStormState
+from optax_guard._stop_guard import skip_storm
+from optax_guard._stop_lag import LagState as LagState
+from optax_guard._stop_lag import OverfittingState as OverfittingState
+from optax_guard._stop_lag import lag, overfitting
+from optax_guard._stop_plateau import PlateauScaleState as PlateauScaleState
+from optax_guard._stop_plateau import PlateauState as PlateauState
+from optax_guard._stop_plateau import apply_plateau, plateau, scale_by_plateau
+from optax_guard._stop_prechelt import (
+    GeneralizationLossState as GeneralizationLossState,
+)
+from optax_guard._stop_prechelt import ProgressQuotientState as ProgressQuotientState
+from optax_guard._stop_prechelt import SuccessiveRisesState as SuccessiveRisesState
+from optax_guard._stop_prechelt import (
+    generalization_loss,
+    progress_quotient,
+    successive_rises,
+)
+from optax_guard._stop_rules import PatienceState as PatienceState
+from optax_guard._stop_rules import budget, divergence, patience, target
+
+__all__ = [
+    "Observation",
+    "Smoother",
+    "StopRule",
+    "Verdict",
+    "all_of",
+    "any_of",
+    "apply_plateau",
+    "budget",
+    "cooldown",
+    "divergence",
+    "ema",
+    "generalization_loss",
+    "held_for",
+    "lag",
+    "median",
+    "monitor",
+    "not_before",
+    "overfitting",
+    "patience",
+    "plateau",
+    "progress_quotient",
+    "scale_by_plateau",
+    "skip_storm",
+    "successive_rises",
+    "target",
+]
+# Classes that are met in states and never constructed by users.
+_STATES = [
+    "CooldownState",
+    "GeneralizationLossState",
+    "HeldForState",
+    "LagState",
+    "MedianState",
+    "MovingAverageState",
+    "OverfittingState",
+    "PatienceState",
+    "PlateauScaleState",
+    "PlateauState",
+    "ProgressQuotientState",
+    "SkipStormState",
+    "SuccessiveRisesState",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_STATES]
+
+
+publish(__name__, _STATES)

@@ -9,15 +9,28 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._base import as_float, check_number, check_positive, is_number
+from optax_guard._public import publish
 from optax_guard._statistics import increment
-from optax_guard._threshold_base import Limits
-from optax_guard._threshold_base import Threshold as Threshold
+from optax_guard._threshold_base import Limits, Threshold
 from optax_guard._threshold_mean import RelativeToMeanState as RelativeToMeanState
-from optax_guard._threshold_mean import relative_to_mean as relative_to_mean
+from optax_guard._threshold_mean import relative_to_mean
 from optax_guard._threshold_quantile import QuantileState as QuantileState
-from optax_guard._threshold_quantile import quantile as quantile
+from optax_guard._threshold_quantile import quantile
 from optax_guard._threshold_zscore import ZScoreState as ZScoreState
-from optax_guard._threshold_zscore import zscore as zscore
+from optax_guard._threshold_zscore import zscore
+
+__all__ = [
+    "Threshold",
+    "quantile",
+    "relative_to_mean",
+    "zscore",
+]
+# Classes that are met in states and never constructed by users.
+_STATES = [
+    "QuantileState",
+    "RelativeToMeanState",
+    "ZScoreState",
+]
 
 _KINDS: dict[str, Callable[..., Threshold]] = {
     "zscore": zscore,
@@ -114,3 +127,10 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Threshold:
             f"{', '.join(map(repr, missing))}."
         )
     return factory(**options)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_STATES]
+
+
+publish(__name__, _STATES)

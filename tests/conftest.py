@@ -1,8 +1,12 @@
 """Set before JAX is imported: the CPU as eight devices, and no search for others."""
 
+import ast
+import doctest
+import inspect
 import os
 import tempfile
 from importlib.metadata import version
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One module of LLVM a program: to split programs this small costs a fifth of the time.
@@ -47,6 +51,24 @@ import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402 - as JAX, which its plugins import
 
 from tests.strategies import in_force  # noqa: E402 - imports JAX
+
+_find_module = doctest.DocTestFinder._from_module  # pyright: ignore
+
+
+def _stands_in(finder: doctest.DocTestFinder, module: Any, value: Any) -> bool:
+    """Whether the code of a function or a class stands in the file of a module.
+
+    Doctest goes by `__module__`, which here is the public module.
+    """
+    if inspect.isfunction(value):
+        return inspect.unwrap(value).__globals__ is vars(module)
+    if inspect.isclass(value) and "." not in value.__qualname__:
+        body = ast.parse(inspect.getsource(module)).body
+        return any(value.__name__ == getattr(node, "name", None) for node in body)
+    return _find_module(finder, module, value)
+
+
+doctest.DocTestFinder._from_module = _stands_in  # pyright: ignore
 
 # A tool, which needs packages of its own.
 collect_ignore = ["mutants.py"]

@@ -1,0 +1,86 @@
+"""What users see of the package: where names come from, what `dir` and `help` list."""
+
+import doctest
+import inspect
+import pickle
+import pydoc
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+
+import jax.numpy as jnp
+import optax
+
+import optax_guard as og
+from tests.public import public_modules, public_names
+
+MODULES = public_modules()
+NAMES = public_names()
+over_modules = pytest.mark.parametrize("name", MODULES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_objects_name_a_public_module(name):
+    value = NAMES[name]
+    if inspect.isfunction(value) or inspect.isclass(value):
+        module = MODULES[value.__module__.removeprefix("optax_guard").lstrip(".")]
+        assert getattr(module, value.__qualname__) is value
+
+
+def test_a_pickle_names_no_private_module():
+    tx = og.guard(optax.adam(0.1), clip=og.threshold.zscore(), skip=og.skip.spike())
+    stopper = og.early_stopping(og.stop.plateau(2), smooth=og.stop.median(3))
+    states = tx.init(jnp.ones(2)), stopper.init(jnp.ones(2))
+    text = pickle.dumps(states)
+    assert b"optax_guard._" not in text
+    assert b"optax_guard\x94" in text
+    assert pickle.loads(text)[0].num_skipped == 0
+
+
+@pytest.mark.parametrize("name", [n for n, x in NAMES.items() if inspect.isfunction(x)])
+def test_the_source_of_a_function_is_found(name):
+    function = inspect.unwrap(NAMES[name])
+    assert f"def {function.__name__}(" in inspect.getsource(function)
+
+
+@over_modules
+def test_dir_lists_public_names_and_nothing_else(name):
+    module = MODULES[name]
+    states = getattr(module, "_STATES", [])
+    assert dir(module) == sorted([*module.__all__, *states])
+    assert len(set(dir(module))) == len(dir(module))
+    assert all(x.isidentifier() and not x.startswith("_") for x in dir(module))
+
+
+def test_help_lists_the_functions():
+    text = pydoc.plain(pydoc.render_doc(og))
+    for name, value in NAMES.items():
+        if "." not in name and inspect.isfunction(value):
+            assert f"    {name}(" in text, name
+
+
+def test_modules_with_extras_are_imported_on_first_use():
+    program = (
+        "import sys, optax_guard as og\n"
+        "names = ['analysis', 'flax', 'loops', 'plotting']\n"
+        "assert not any(f'optax_guard.{name}' in sys.modules for name in names)\n"
+        "found = [getattr(og, name).__name__ for name in names]\n"
+        "assert found == [f'optax_guard.{name}' for name in names]\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="'optax_guard' has no attribute 'gard'"):
+        getattr(og, "gard")  # noqa: B009 - type checkers know that it is absent
+
+
+def test_examples_are_found_where_their_code_stands():
+    """Doctest goes by `__module__`; `conftest.py` by the file."""
+    found = doctest.DocTestFinder().find(og, "optax_guard")
+    assert not any(test.examples for test in found)
+    code = sys.modules[inspect.unwrap(og.guard).__globals__["__name__"]]
+    assert any(
+        test.name.endswith(".guard") for test in doctest.DocTestFinder().find(code)
+    )
