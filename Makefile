@@ -160,15 +160,15 @@ test-multihost: .venv/installed  ## run `fit` on several processes of this machi
 
 # In a clone of what is committed: a mutant replaces the file while it is tried.
 .PHONY: mutants
-mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_norms)
+mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_norms/tree_norm)
 	rm -rf build/mutants
 	git clone --quiet . build/mutants
 	cd build/mutants && OPTAX_GUARD_TEST_CODEGEN=quick OPTAX_GUARD_TEST_CACHE=$$PWD/cache \
 	  $(abspath $(PY)) tests/mutants.py $(ARGS)
 
-CORE := norms clipping guarding judging rejections applying threshold_base \
-  threshold_mean threshold_quantile threshold_zscore sketch early_stopping smoothing \
-  stop_state stop_base stop_plateau stop_rules
+CORE := _norms/* _clipping/parts _clipping/global_norm _guarding/guard \
+  _guarding/judging _guarding/step threshold/* stop/_stopper stop/_state stop/_rule \
+  stop/_rules stop/_plateau stop/_smoothing
 CORE_TESTS := norms clipping guarding skip mixed_precision masking threshold sketch \
   early_stopping stop_rules bad_input errors
 
@@ -176,7 +176,7 @@ CORE_TESTS := norms clipping guarding skip mixed_precision masking threshold ske
 coverage: .venv/installed-mutants  ## lines and branches of the core that its tests reach
 	OPTAX_GUARD_TEST_CODEGEN=quick $(PY) -m pytest -n 0 --cov=optax_guard --cov-branch \
 	  --cov-report= $(CORE_TESTS:%=tests/test_%.py) $(ARGS)
-	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/_%s.py,' $(CORE))"
+	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/%s.py,' $(CORE))"
 
 .PHONY: soak
 soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`

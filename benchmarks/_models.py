@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from benchmarks import _text_run
-from optax_guard._demo_text import load_text
+from optax_guard._cli.demo_text import load_text
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 

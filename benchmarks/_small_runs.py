@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from optax_guard._demo_text import load_text
+from optax_guard._cli.demo_text import load_text
 
 CONTEXT, EMBEDDING, HIDDEN = 6, 12, 64
 NUM_DIGITS = 10

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import optax_guard as og
-from optax_guard._demo_text import load_text
+from optax_guard._cli.demo_text import load_text
 
 
 class Settings(NamedTuple):

@@ -40,7 +40,7 @@ from benchmarks._small_runs import (
     init_layers,
     loss_of,
 )
-from optax_guard._demo_text import load_text
+from optax_guard._cli.demo_text import load_text
 from optax_guard.analysis import FindingCode, Severity, diagnose
 from optax_guard.flax import TrainState
 from optax_guard.loops import train_population

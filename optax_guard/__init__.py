@@ -4,52 +4,43 @@ import importlib
 from typing import TYPE_CHECKING
 
 from optax_guard import skip, stop, threshold
-from optax_guard._accumulation import AccumulateState as AccumulateState
-from optax_guard._accumulation import accumulate
-from optax_guard._adoption import adopt, release
-from optax_guard._applying import apply_gradients
-from optax_guard._clipping import ClipByNormState as ClipByNormState
-from optax_guard._clipping import RecordNormState as RecordNormState
-from optax_guard._clipping import (
-    clip_by_global_norm,
-    record_norm,
-)
-from optax_guard._early_stopping import (
-    EarlyStopping,
-    StopReason,
-    early_stopping,
-    explain,
-)
-from optax_guard._group_clipping import ClipByGroupNormState as ClipByGroupNormState
-from optax_guard._group_clipping import ClipByLeafNormState as ClipByLeafNormState
-from optax_guard._group_clipping import (
-    clip_by_group_norm,
-    clip_by_leaf_norm,
-)
-from optax_guard._group_stats import GroupStats as GroupStats
-from optax_guard._guarding import GuardState as GuardState
-from optax_guard._guarding import guard
-from optax_guard._norm_readout import leaf_norms, norm_quantile
-from optax_guard._presets import adagc, autoclip, zclip
-from optax_guard._public import publish
-from optax_guard._readout import (
+from optax_guard._clipping.global_norm import ClipByNormState as ClipByNormState
+from optax_guard._clipping.global_norm import RecordNormState as RecordNormState
+from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
+from optax_guard._clipping.groups import ClipByGroupNormState as ClipByGroupNormState
+from optax_guard._clipping.groups import ClipByLeafNormState as ClipByLeafNormState
+from optax_guard._clipping.groups import clip_by_group_norm, clip_by_leaf_norm
+from optax_guard._clipping.presets import adagc, autoclip, zclip
+from optax_guard._clipping.units import ClipByUnitNormState as ClipByUnitNormState
+from optax_guard._clipping.units import clip_by_unit_norm
+from optax_guard._clipping.value import ClipByValueState as ClipByValueState
+from optax_guard._clipping.value import clip_by_value
+from optax_guard._guarding.accumulation import AccumulateState as AccumulateState
+from optax_guard._guarding.accumulation import accumulate
+from optax_guard._guarding.adoption import adopt, release
+from optax_guard._guarding.guard import GuardState as GuardState
+from optax_guard._guarding.guard import guard
+from optax_guard._guarding.judging import RejectionLog as RejectionLog
+from optax_guard._guarding.readout import (
     GuardExhaustedError,
     Rejection,
     metrics,
     raise_if_exhausted,
     rejections,
 )
-from optax_guard._rejections import RejectionLog as RejectionLog
-from optax_guard._states import find_state, find_states
-from optax_guard._statistics import NormStats as NormStats
-from optax_guard._stop_presets import from_flax, from_keras, from_lightning
-from optax_guard._stop_state import EarlyStoppingState as EarlyStoppingState
-from optax_guard._unit_clipping import ClipByUnitNormState as ClipByUnitNormState
-from optax_guard._unit_clipping import clip_by_unit_norm
-from optax_guard._value_clipping import ClipByValueState as ClipByValueState
-from optax_guard._value_clipping import clip_by_value
-from optax_guard._verdicts import keep_if_skipped
+from optax_guard._guarding.step import apply_gradients
+from optax_guard._guarding.undoing import keep_if_skipped
+from optax_guard._norms.readout import leaf_norms, norm_quantile
+from optax_guard._norms.statistics import GroupStats as GroupStats
+from optax_guard._norms.statistics import NormStats as NormStats
+from optax_guard._public import publish
+from optax_guard._trees import find_state, find_states
 from optax_guard.skip import SkipReason
+from optax_guard.stop._presets import from_flax, from_keras, from_lightning
+from optax_guard.stop._rule import StopReason
+from optax_guard.stop._state import EarlyStopping, explain
+from optax_guard.stop._state import EarlyStoppingState as EarlyStoppingState
+from optax_guard.stop._stopper import early_stopping
 
 __all__ = [
     "EarlyStopping",

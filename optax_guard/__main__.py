@@ -65,7 +65,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from optax_guard import _demo
+        from optax_guard._cli import demo as _demo
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _OPTIONAL:
@@ -128,7 +128,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from optax_guard import _report
+    from optax_guard._cli import report as _report
 
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -188,7 +188,7 @@ def _add_replay(
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from optax_guard import _replay_command
+    from optax_guard._cli import replay as _replay_command
 
     try:
         history, replayed = _replay_command.play(

@@ -21,5 +21,5 @@ def publish(module: str, states: Sequence[str] = ()) -> None:
         value = namespace.get(name)  # A module that is imported on first use is absent.
         if not (inspect.isfunction(value) or inspect.isclass(value)):
             continue
-        if value.__module__.startswith("optax_guard._"):
+        if "._" in value.__module__:
             value.__module__ = module

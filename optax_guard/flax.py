@@ -8,15 +8,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from optax_guard._applying import apply_gradients
-from optax_guard._base import check_kind, check_leaves, check_transformation
-from optax_guard._guarding import GuardState
-from optax_guard._public import publish
-from optax_guard._states import find_states
-from optax_guard._verdicts import keep_if_skipped, last_reasons
-from optax_guard.loops import Checkpointer, FitResult, Rewind, fit, load_best
-from optax_guard.skip import is_nonfinite
-
 try:
     from flax import struct
     from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -27,6 +18,18 @@ except ImportError as error:
         "`optax_guard.flax` needs Flax: pip install 'optax-guard[flax]'",
         name=error.name,
     ) from error
+
+from optax_guard._checks import check_kind, check_leaves, check_transformation
+from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.step import apply_gradients
+from optax_guard._guarding.undoing import keep_if_skipped, last_reasons
+from optax_guard._public import publish
+from optax_guard._trees import find_states
+from optax_guard.loops._checkpoint import Checkpointer, load_best
+from optax_guard.loops._fit import fit
+from optax_guard.loops._result import FitResult
+from optax_guard.loops._rewind import Rewind
+from optax_guard.skip import is_nonfinite
 
 __all__ = [
     "Checkpointer",

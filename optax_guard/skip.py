@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._base import check_choice, check_count, check_kind, check_positive
+from optax_guard._checks import (
+    check_choice,
+    check_count,
+    check_kind,
+    check_positive,
+    check_range,
+    check_static,
+)
 from optax_guard._public import publish
-from optax_guard._threshold_base import check_range, check_static, float32
-from optax_guard.threshold import Threshold, as_threshold
+from optax_guard.threshold._base import Threshold, float32
+from optax_guard.threshold._coerce import as_threshold
 
 __all__ = [
     "Signals",

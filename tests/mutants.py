@@ -51,7 +51,8 @@ def choose(db: WorkDB, path: Path, most: int) -> int:
 def try_mutants(name: str, most: int, tests: str) -> None:
     """Prints the mutants of a module that survived, and how many did not."""
     path = Path("optax_guard", f"{name}.py")
-    config, session = f"build/{name}.toml", f"build/{name}.sqlite"
+    file = name.replace("/", "-")
+    config, session = f"build/{file}.toml", f"build/{file}.sqlite"
     filters = {"operators-filter": {"exclude-operators": CONFIG["exclude-operators"]}}
     settings = {
         "module-path": str(path),

@@ -15,8 +15,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 import optax_guard as og
-from optax_guard import _demo, _demo_report
 from optax_guard.__main__ import main
+from optax_guard._cli import demo as _demo
+from optax_guard._cli import demo_report as _demo_report
 
 TINY = _demo.Recipe(
     num_steps=30,

@@ -13,12 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard import stop
-from optax_guard._early_stopping import (
-    EarlyStoppingState,
-    StopReason,
-    early_stopping,
-    explain,
-)
+from optax_guard.stop._rule import StopReason
+from optax_guard.stop._state import EarlyStoppingState, explain
+from optax_guard.stop._stopper import early_stopping
 
 NAN, INF = math.nan, math.inf
 loose: Any = early_stopping

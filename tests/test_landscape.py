@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from optax_guard._directions import random_direction
-from optax_guard._landscape import _of_points
 from optax_guard.analysis import landscape
+from optax_guard.analysis._directions import random_direction
+from optax_guard.analysis._landscape import _of_points
 
 RNG = np.random.default_rng(0)
 PARAMS = {

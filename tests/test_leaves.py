@@ -203,7 +203,7 @@ def population(num_members):
 
 @pytest.mark.parametrize("num_members", [3, 12])
 def test_population_shows_every_member_until_it_stops(num_members):
-    from optax_guard._population import PopulationResult
+    from optax_guard.loops._population import PopulationResult
 
     values, found = population(num_members)
     result = PopulationResult(state=None, best_params=None, stop=None, **found)

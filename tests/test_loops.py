@@ -13,9 +13,9 @@ from jax.tree_util import Partial
 
 import optax_guard as og
 from optax_guard import stop
-from optax_guard._device_loop import _run
 from optax_guard.flax import TrainState, fit
 from optax_guard.loops import train_on_device, train_population
+from optax_guard.loops._device import _run
 from tests.hlo import choices_in_loops, computations, copies
 
 # loss = mean((w - x)^2) with w of shape (2,): the gradient is w - x.

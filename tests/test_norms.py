@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_guard import _norms
-from optax_guard._norms import leaves_of_part, tree_norm
+from optax_guard._norms import tree_norm as _norms
+from optax_guard._norms.tree_norm import leaves_of_part, tree_norm
 from tests.strategies import SHAPES, f32, magnitudes, sampled, trees, true_norm
 
 ORDERS = (1, 2, math.inf, 3, 2.5)

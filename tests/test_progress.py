@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from optax_guard._progress import Progress
+from optax_guard._records.progress import Progress
 
 pytest.importorskip("rich")
 
@@ -85,7 +85,7 @@ def test_terminal_has_a_bar_below_the_rows(monkeypatch):
 def test_without_rich_the_error_names_the_extra():
     program = (
         "import sys; sys.modules['rich'] = None\n"
-        "from optax_guard._progress import Progress\n"
+        "from optax_guard._records.progress import Progress\n"
         "try: Progress(1)\n"
         "except ImportError as error: print(error)"
     )

@@ -4,6 +4,7 @@ import doctest
 import inspect
 import pickle
 import pydoc
+import re
 import subprocess
 import sys
 
@@ -36,7 +37,7 @@ def test_a_pickle_names_no_private_module():
     stopper = og.early_stopping(og.stop.plateau(2), smooth=og.stop.median(3))
     states = tx.init(jnp.ones(2)), stopper.init(jnp.ones(2))
     text = pickle.dumps(states)
-    assert b"optax_guard._" not in text
+    assert not re.search(rb"optax_guard[.\w]*\._", text)
     assert b"optax_guard\x94" in text
     assert pickle.loads(text)[0].num_skipped == 0
 

@@ -10,7 +10,7 @@ import pytest
 
 import optax_guard as og
 from optax_guard.__main__ import main
-from optax_guard._rule_text import parse_rule
+from optax_guard._cli.replay import parse_rule
 from optax_guard.analysis import History, replay, replay_table
 from tests.strategies import f32
 

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import optax_guard as og
-from optax_guard import _checkpoint
 from optax_guard.flax import Checkpointer, Rewind, TrainState, fit, load_best
+from optax_guard.loops import _checkpoint
 
 START = np.array([1.0, -1.0])
 RATE = 0.1

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_guard import _findings, _report_html
 from optax_guard.__main__ import main
+from optax_guard._cli import report_html as _report_html
+from optax_guard._records import findings as _findings
 from optax_guard.analysis import History, diagnose, table
 from tests.public import PACKAGE
 
@@ -182,7 +183,7 @@ def test_hostile_rules_are_refused(tmp_path, monkeypatch, capsys, rule):
 def checkpoint(tmp_path_factory) -> Path:
     """What `fit` saves, of the smallest state."""
     pytest.importorskip("orbax.checkpoint")
-    from optax_guard import _orbax
+    from optax_guard.loops import _orbax
 
     args = _orbax.import_orbax("").args
     path = tmp_path_factory.mktemp("run") / "checkpoint"

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import optax_guard as og
-from optax_guard._norm_readout import norm_quantile
-from optax_guard._sketch import (
+from optax_guard._norms.readout import norm_quantile
+from optax_guard._norms.sketch import (
     sketch_add,
     sketch_init,
     sketch_merge,

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from optax_guard import stop
-from optax_guard._early_stopping import StopReason, early_stopping
-from optax_guard._stop_presets import from_flax, from_keras, from_lightning
+from optax_guard.stop._presets import from_flax, from_keras, from_lightning
+from optax_guard.stop._rule import StopReason
+from optax_guard.stop._stopper import early_stopping
 
 CASES = json.loads((Path(__file__).parent / "data" / "stop_cases.json").read_text())
 COPIED = [case for case in CASES if "compat" not in case]

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optax_guard import stop
-from optax_guard._early_stopping import StopReason, early_stopping
+from optax_guard.stop._rule import StopReason
+from optax_guard.stop._stopper import early_stopping
 
 NAN, INF = math.nan, math.inf
 
@@ -337,7 +338,7 @@ def test_skip_storm_counts_skips_since_the_last_evaluation(states, index):
 
 
 def test_skip_storm_reads_a_real_guard():
-    from optax_guard._guarding import guard
+    from optax_guard._guarding.guard import guard
 
     tx = guard(optax.adam(0.1), max_consecutive_skips=2)
     params = {"w": jnp.ones(2)}

@@ -15,10 +15,10 @@ import pytest
 
 import optax_guard as og
 from optax_guard import threshold
-from optax_guard._presets import autoclip, zclip
-from optax_guard._threshold_base import capped
-from optax_guard._threshold_zscore import published_zscore
-from optax_guard.threshold import as_threshold
+from optax_guard._clipping.presets import autoclip, zclip
+from optax_guard.threshold._base import capped
+from optax_guard.threshold._coerce import as_threshold
+from optax_guard.threshold._zscore import published_zscore
 from tests.strategies import same_bits, types_of
 
 DATA = Path(__file__).parent / "data"

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 import optax_guard as og
 from benchmarks.accelerators import COMPILERS, Case, Platform, has_compiler
 from optax_guard import stop
-from optax_guard._device_loop import _run
+from optax_guard.loops._device import _run
 from tests.hlo import choices_in_loops
 
 PLATFORMS = [

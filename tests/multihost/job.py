@@ -22,14 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import optax_guard as og
-from optax_guard.flax import (
-    Checkpointer,
-    FitResult,
-    Rewind,
-    TrainState,
-    fit,
-    load_best,
-)
+from optax_guard.flax import Checkpointer, FitResult, Rewind, TrainState, fit, load_best
 
 NUM_STEPS, EVAL_EVERY = 14, 2
 EXAMPLES, FEATURES, CLASSES = 16, 8, 4
@@ -224,7 +217,7 @@ def preempted_unsaved(job: Job, folder: pathlib.Path) -> dict[str, Any]:
 
 def timed(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     stopper = og.early_stopping(og.stop.budget(seconds=2.5))
-    with mock.patch("optax_guard._fit.time") as clock:
+    with mock.patch("optax_guard.loops._fit.time") as clock:
         clock.monotonic = clock_of_process()
         return job.found(job.fit(None, stopper=stopper))
 

@@ -1,0 +1,105 @@
+"""`optax-guard replay`: where stop rules would have stopped a recorded run."""
+
+import ast
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optax_guard import stop
+from optax_guard._cli.report import fresh
+from optax_guard._records.history import History
+from optax_guard.analysis._replay import Replayed, replay, replay_table
+from optax_guard.stop._rule import StopRule
+
+DEFAULT_RULES = tuple(f"patience({n})" for n in (1, 2, 3, 5, 8, 13, 20))
+
+
+def play(
+    path: Path, texts: Sequence[str], *, key: str | None, mode: str, **how: Any
+) -> tuple[History, list[Replayed]]:
+    """Reads a run and plays it to the rules; ``how`` as for `History.read`."""
+    history = History.read(path, **how)
+    rules = {text: parse_rule(text) for text in texts or DEFAULT_RULES}
+    return history, replay(history, rules, key=key, mode=mode)
+
+
+def as_json(replayed: Sequence[Replayed]) -> str:
+    """One JSON object; what is not finite is null."""
+    return json.dumps(
+        {
+            "rules": [
+                {
+                    name: None if isinstance(x, float) and not math.isfinite(x) else x
+                    for name, x in (one._asdict() | {"reason": one.reason.name}).items()
+                }
+                for one in replayed
+            ]
+        },
+        allow_nan=False,
+    )
+
+
+def write(
+    history: History, replayed: Sequence[Replayed], out: Path, *, key: str | None
+) -> list[Path]:
+    """Writes the table, and the figure if matplotlib is there, into the folder."""
+    text = fresh(out / "replay.txt")
+    text.write_text(replay_table(replayed) + "\n", encoding="utf-8")
+    try:
+        from optax_guard.plotting._stopping import plot_replay
+    except ImportError:
+        return [text]
+    picture = fresh(out / "replay.png")
+    plot_replay(history, replayed, key=key).savefig(picture)
+    return [text, picture]
+
+
+def parse_rule(text: str) -> StopRule:
+    """The rule that a call such as ``any_of(patience(5), target(0.1))`` describes.
+
+    Args:
+      text: A call of a rule or a combinator of `optax_guard.stop`, whose arguments are
+        numbers, strings or such calls.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If it is anything else, or the rule refuses its arguments.
+
+    Examples:
+      >>> parse_rule("patience(5, min_delta=0.01)").needs
+      frozenset()
+    """
+    try:
+        rule = _value(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"`rule` must be a call, got {text!r}.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`rule` {text!r}: {error}") from error
+    if not isinstance(rule, StopRule):
+        raise ValueError(f"`rule` must be a call of a rule, got {text!r}.")
+    return rule
+
+
+def _value(node: ast.AST) -> Any:
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+    known = {
+        name: function
+        for name, function in vars(stop).items()
+        if inspect.isfunction(function)
+        and inspect.signature(function).return_annotation is StopRule
+    }
+    if name not in known:
+        raise ValueError(f"no rule {name!r}; there are {', '.join(sorted(known))}.")
+    if any(isinstance(x, ast.Starred) for x in node.args) or any(
+        keyword.arg is None for keyword in node.keywords
+    ):
+        raise ValueError("arguments must be written out, without stars.")
+    arguments = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+    return known[name](*map(_value, node.args), **arguments)

@@ -1,0 +1,212 @@
+"""Clipping as three parts: ``init``, ``measure`` (scalars), ``rescale`` (elementwise).
+
+``measure`` reads the updates once and decides; ``rescale`` is elementwise and fuses
+into whatever consumes the updates. A clip alone runs one after the other; a guard
+rescales only inside the branch that takes the step.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from optax_guard._checks import check_choice, check_part, check_positive, check_state
+from optax_guard._clipping.parts import Measurement, clip, factors_for, rescaled
+from optax_guard._norms.mesh_axes import AxisName
+from optax_guard._norms.statistics import NormStats, init_stats, update_stats
+from optax_guard._norms.tree_norm import tree_norm
+from optax_guard._trees import map_inexact, select
+from optax_guard.threshold._base import Threshold
+from optax_guard.threshold._coerce import as_threshold
+
+
+class ClipByNormState(NamedTuple):
+    """State of ``clip_by_global_norm``.
+
+    Attributes:
+      stats: What was seen of the norm, a ``NormStats``.
+      threshold: The threshold's own state; () for a constant.
+    """
+
+    stats: NormStats
+    threshold: Any
+
+
+class RecordNormState(NamedTuple):
+    """State of ``record_norm``.
+
+    Attributes:
+      stats: What was seen of the norm, a ``NormStats``.
+      threshold: Always ().
+    """
+
+    stats: NormStats
+    threshold: Any
+
+
+def clip_by_global_norm(
+    max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
+    *,
+    ord: ArrayLike | None = None,
+    axis_name: AxisName = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips updates by their global norm, and records the norm.
+
+    Bounds the length of a step and keeps its direction: updates :math:`g` with
+    :math:`\|g\| > c` become :math:`g \, c / \|g\|`, all others come back bit for bit.
+    The norm is over all floating entries of the tree, in float32 (float64 if a leaf
+    is), right from entries of 1e-25 to a norm of 3e38. Leaves that are not floating do
+    not count and are left alone. Non-finite updates pass unscaled and are counted:
+    withholding them is the work of ``guard``.
+
+    Args:
+      max_norm: Largest norm :math:`c` that passes unchanged, in units of the gradient;
+        positive, may be traced, a schedule, one of ``optax_guard.threshold`` or a table
+        for one, ``{"kind": "zscore", "sigma": 2.5}``. A schedule is called with the
+        number of finite updates before this one (in a guard: of updates taken).
+      ord: Which norm: ``None`` for the Euclidean; 1, 2, ``inf`` or any positive
+        number. Other than 1, 2 and ``inf`` cost a second read of the updates.
+      axis_name: How the updates are split over devices in manual SPMD, that is under
+        ``jax.shard_map`` or ``jax.pmap``; not for arrays sharded under ``jax.jit``. A
+        mesh axis or several, for all leaves. Or, for leaves that differ (experts,
+        tensor parallelism), the tree of ``PartitionSpec`` that is in ``in_specs`` of
+        ``shard_map``, or a function from the path of a leaf to its spec, its axes or
+        ``None``: each leaf is added up over its own axes and counts once on all
+        others, with an all-reduce for each distinct set of axes. With names for all,
+        a leaf counts once that does not vary over an axis by its type, which
+        ``shard_map`` tells unless ``check_vma=False``. Where it tells, an axis that is
+        left out is an error, not a norm of the device's own part. ``()`` says that
+        each device is to go its own way. ``optax.inject_hyperparams`` takes a function
+        for a schedule, unless told ``static_args="axis_name"``.
+      nonfinite: ``"propagate"`` or ``"zero"``: what becomes of updates with a NaN or
+        infinite entry. Note that momentum and weight decay move parameters on zeros
+        too.
+
+    Returns:
+      A transformation whose state is a ``ClipByNormState``. Post-clipping norms exceed
+      ``max_norm`` by rounding at most.
+
+    Raises:
+      ValueError: If ``max_norm`` or ``ord`` is a Python number and not positive, or
+        ``nonfinite`` is unknown; in ``update``, if ``axis_name`` leaves out an axis
+        over which a leaf varies.
+      TypeError: If ``max_norm`` or ``axis_name`` is none of the above.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = optax.chain(og.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> state = tx.init({"w": jnp.zeros(2)})
+      >>> updates, state = tx.update({"w": jnp.array([3.0, 4.0])}, state)
+      >>> og.find_state(state, og.ClipByNormState).stats.grad_norm.item()
+      5.0
+
+    References:
+      Pascanu et al., `On the difficulty of training recurrent neural networks
+      <https://arxiv.org/abs/1211.5063>`_, 2013
+    """
+    threshold = as_threshold("max_norm", max_norm)
+    if ord is not None:
+        check_positive("ord", ord)
+        if isinstance(ord, Tracer):
+            raise TypeError(
+                "`ord` must be known while tracing, because it chooses the reduction, "
+                f'got {ord}. Under `inject_hyperparams` pass `static_args="ord"`.'
+            )
+        ord = float(np.asarray(ord))
+    check_choice("nonfinite", nonfinite, ("propagate", "zero"))
+
+    def init(params: optax.Params) -> ClipByNormState:
+        del params
+        return ClipByNormState(init_stats(), threshold.start(()))
+
+    def measure(
+        updates: optax.Updates,
+        state: ClipByNormState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Measurement, ClipByNormState]:
+        del params, extra_args
+        check_state("clip_by_global_norm", state, ClipByNormState)
+        norm = tree_norm(updates, ord, axis_name)
+        is_finite = jnp.isfinite(norm.value)
+        check_part(
+            "clip_by_global_norm",
+            "threshold",
+            state.threshold,
+            lambda: threshold.start(()),
+        )
+        trigger, target = threshold.limits(norm.value, norm.value, state.threshold)
+        # A traced number could be negative, and would turn the step around.
+        trigger, target = jnp.maximum(trigger, 0.0), jnp.maximum(target, 0.0)
+        is_clipped = is_finite & (norm.value > trigger)
+        clipped_norm = jnp.where(is_clipped, target, norm.value)
+        stats = update_stats(state.stats, norm.value, clipped_norm, trigger, is_clipped)
+        learned = threshold.learn(norm.value, clipped_norm, state.threshold)
+        kept = select(is_finite, learned, state.threshold)
+        factors = is_finite, factors_for(is_clipped, target, norm.value)
+        return Measurement(norm, is_finite, factors), ClipByNormState(stats, kept)
+
+    def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
+        is_finite, factors = measured.factors
+
+        def leaf(x: jax.Array) -> jax.Array:
+            result = rescaled(x, factors)
+            if nonfinite == "zero":
+                result = jnp.where(is_finite, result, jnp.zeros_like(x))
+            return result
+
+        return map_inexact(leaf, updates)
+
+    return clip(init, measure, rescale)
+
+
+def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
+    """Records the global norm of updates and changes nothing.
+
+    For watching a run before choosing a threshold, and for the norm at a second place
+    of a chain, such as the optimizer's output.
+
+    Args:
+      axis_name: As for ``clip_by_global_norm``.
+
+    Returns:
+      A transformation whose state is a ``RecordNormState``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> tx = og.record_norm()
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> updates, state.stats.norm_mean.item()
+      (Array([3., 4.], dtype=float32), 5.0)
+    """
+
+    def init(params: optax.Params) -> RecordNormState:
+        del params
+        return RecordNormState(init_stats(), ())
+
+    def measure(
+        updates: optax.Updates,
+        state: RecordNormState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Measurement, RecordNormState]:
+        del params, extra_args
+        check_state("record_norm", state, RecordNormState)
+        norm = tree_norm(updates, None, axis_name)
+        stats = update_stats(
+            state.stats, norm.value, norm.value, jnp.array(jnp.inf), jnp.zeros((), bool)
+        )
+        is_finite = jnp.isfinite(norm.value)
+        return Measurement(norm, is_finite, ()), RecordNormState(stats, ())
+
+    def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
+        del measured
+        return updates
+
+    return clip(init, measure, rescale)

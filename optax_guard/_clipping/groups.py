@@ -1,0 +1,362 @@
+"""Clipping in groups that share a norm: leaves, layers of stacked leaves, labels."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_guard._checks import check_flag, check_part, check_state
+from optax_guard._clipping.parts import (
+    Factors,
+    Measurement,
+    clip,
+    factors_for,
+    rescaled,
+)
+from optax_guard._norms.axis_norms import norm_of_norms, ratio
+from optax_guard._norms.groups import (
+    Groups,
+    axes_without,
+    by_label,
+    each_part,
+    names_of_parts,
+)
+from optax_guard._norms.mesh_axes import AxisName, layouts, mesh_axes, own
+from optax_guard._norms.statistics import (
+    GroupStats,
+    NormStats,
+    init_group_stats,
+    init_stats,
+    update_group_stats,
+    update_stats,
+)
+from optax_guard._norms.tree_norm import TreeNorm
+from optax_guard._trees import select
+from optax_guard.threshold._base import Limits, Threshold
+from optax_guard.threshold._coerce import as_threshold
+
+
+class ClipByLeafNormState(NamedTuple):
+    """State of ``clip_by_leaf_norm``.
+
+    Attributes:
+      stats: What was seen of the global norm, a ``NormStats``. Its ``clip_threshold``
+        is the global norm at which the last updates, made longer or shorter as a
+        whole, would just not have been clipped.
+      group_stats: What was seen of the norm of each leaf, a ``GroupStats``.
+      threshold: The threshold's own state, for all leaves; () for a constant.
+    """
+
+    stats: NormStats
+    group_stats: GroupStats
+    threshold: Any
+
+
+class ClipByGroupNormState(NamedTuple):
+    """State of ``clip_by_group_norm``.
+
+    Attributes:
+      stats: What was seen of the global norm, as in ``ClipByLeafNormState``.
+      group_stats: What was seen of the norm of each group, a ``GroupStats``.
+      threshold: For each label its threshold's own state; () for a constant.
+    """
+
+    stats: NormStats
+    group_stats: GroupStats
+    threshold: Any
+
+
+def clip_by_leaf_norm(
+    max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
+    *,
+    layer_axis: int | Callable[[str], int | None] | None = None,
+    record_quantiles: bool = False,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each leaf of the updates by its own norm, and records all of them.
+
+    A leaf :math:`g_i` with :math:`\|g_i\| > c_i` becomes
+    :math:`g_i \, c_i / \|g_i\|`; all others come back bit for bit. One tensor that
+    explodes does not shrink the steps of the others, but the direction of the whole
+    step changes, unlike with ``clip_by_global_norm``. A threshold that adapts does so
+    for each leaf. Norms are right as those of ``clip_by_global_norm`` are; a leaf that
+    is not finite passes unscaled and is counted.
+
+    Args:
+      max_norm: As for ``clip_by_global_norm``. With ``threshold.quantile`` the state
+        has a sketch for every leaf, 23 kB each by default.
+      layer_axis: The axis of stacked leaves along which layers lie, as ``nn.scan``
+        makes them: each layer is clipped by its own norm. A number for all leaves, or a
+        function from the path of a leaf (``"blocks/mlp/kernel"``) to its axis, ``None``
+        where it is not stacked. ``optax.inject_hyperparams`` takes a function for a
+        schedule and traces a number, unless told ``static_args="layer_axis"``.
+      record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
+        for ``norm_quantile(state, q, by_group=True)``.
+      axis_name: As for ``clip_by_global_norm``. Layers that lie on different devices
+        need a ``PartitionSpec``; names are taken to split each layer.
+
+    Returns:
+      A transformation whose state is a ``ClipByLeafNormState``. ``leaf_norms(state)``
+      gives the norms by path. To only watch, let ``max_norm`` be infinite.
+
+    Raises:
+      ValueError: If ``max_norm`` is a Python number and not positive, or ``layer_axis``
+        is no axis of a leaf.
+      TypeError: If ``max_norm`` is none of the above.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> tx = og.clip_by_leaf_norm(1.0)
+      >>> grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["a"], updates["b"]
+      (Array([0.6, 0.8], dtype=float32), Array([0.5], dtype=float32))
+      >>> {path: norm.item() for path, norm in og.leaf_norms(state).items()}
+      {'a': 5.0, 'b': 0.5}
+    """
+    threshold = as_threshold("max_norm", max_norm)
+    check_flag("record_quantiles", record_quantiles)
+
+    def split(tree: Any) -> tuple[Groups, Any]:
+        axes = axes_without(tree, layer_axis)
+        whole = layouts(tree, axis_name)
+        return each_part(tree, axes, whole), names_of_parts(tree, axes, whole)
+
+    return _clip_groups(
+        "clip_by_leaf_norm",
+        ClipByLeafNormState,
+        split,
+        threshold,
+        record_quantiles,
+        axis_name,
+    )
+
+
+def clip_by_group_norm(
+    max_norms: Mapping[str, Any],
+    labels: Any,
+    *,
+    record_quantiles: bool = False,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips groups of leaves, each by its own norm and with its own threshold.
+
+    Groups are made by labels, as in ``optax.partition``. Whatever holds for a leaf in
+    ``clip_by_leaf_norm`` holds here for a group.
+
+    Args:
+      max_norms: For each label a threshold: a positive number (infinite to only watch
+        the group), a schedule, one of ``optax_guard.threshold`` or a table.
+      labels: A function from the path of a leaf (``"encoder/attention/kernel"``) to its
+        label; or a tree of labels like the parameters, or like the top of their tree.
+        Under ``optax.inject_hyperparams`` name it in ``static_args``.
+      record_quantiles: Whether to keep a sketch of the norms of each group, 5.6 kB
+        each, for ``norm_quantile(state, q, by_group=True)``.
+      axis_name: As for ``clip_by_global_norm``.
+
+    Returns:
+      A transformation whose state is a ``ClipByGroupNormState``.
+
+    Raises:
+      ValueError: If a threshold is a Python number and not positive; at ``init``, if a
+        leaf has a label without a threshold or a threshold's label has no leaf.
+      TypeError: If ``max_norms`` is not a dict with strings as keys, or a threshold is
+        none of the above.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> tx = og.clip_by_group_norm(
+      ...     {"embedding": 0.1, "rest": og.threshold.zscore()},
+      ...     lambda path: "embedding" if "embed" in path else "rest",
+      ... )
+      >>> grads = {"embed": jnp.array([3.0, 4.0]), "head": jnp.array([2.0])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["embed"], updates["head"]
+      (Array([0.06, 0.08], dtype=float32), Array([2.], dtype=float32))
+    """
+    if not isinstance(max_norms, Mapping) or not all(
+        isinstance(label, str) for label in max_norms
+    ):
+        raise TypeError(
+            "`max_norms` must be a dict from labels, which are strings, to thresholds, "
+            f"got {max_norms!r}."
+        )
+    if not max_norms:
+        raise ValueError("`max_norms` must have a label at least, got none.")
+    check_flag("record_quantiles", record_quantiles)
+    thresholds = {
+        label: as_threshold(f"max_norms[{label!r}]", max_norms[label])
+        for label in sorted(max_norms)
+    }
+
+    def split(tree: Any) -> tuple[Groups, Any]:
+        known = list(thresholds)
+        return by_label(tree, labels, known), dict.fromkeys(known)
+
+    return _clip_groups(
+        "clip_by_group_norm",
+        ClipByGroupNormState,
+        split,
+        _side_by_side(thresholds),
+        record_quantiles,
+        axis_name,
+    )
+
+
+def _side_by_side(thresholds: Mapping[str, Threshold]) -> Threshold:
+    """One threshold for the vector of the groups' norms."""
+
+    def start(shape: tuple[int, ...]) -> dict[str, Any]:
+        del shape
+        return {label: each.start(()) for label, each in thresholds.items()}
+
+    def limits(norm: jax.Array, global_norm: jax.Array, state: Any) -> Limits:
+        both = [
+            each.limits(norm[i], global_norm, state[label])
+            for i, (label, each) in enumerate(thresholds.items())
+        ]
+        triggers, targets = zip(*both, strict=True)
+        return jnp.stack(triggers), jnp.stack(targets)
+
+    def learn(norm: jax.Array, clipped_norm: jax.Array, state: Any) -> dict[str, Any]:
+        return {
+            label: each.learn(norm[i], clipped_norm[i], state[label])
+            for i, (label, each) in enumerate(thresholds.items())
+        }
+
+    return Threshold(start, limits, learn)
+
+
+def _clip_groups(
+    factory: str,
+    make_state: type[ClipByLeafNormState] | type[ClipByGroupNormState],
+    split: Callable[[Any], tuple[Groups, Any]],
+    threshold: Threshold,
+    record_quantiles: bool,
+    axis_name: AxisName,
+) -> optax.GradientTransformationExtraArgs:
+    def init(params: optax.Params) -> Any:
+        _, names = split(params)
+        group_stats = init_group_stats(names, record_quantiles)
+        state = threshold.start(group_stats.group_norm.shape)
+        return make_state(init_stats(), group_stats, state)
+
+    def measure(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Measurement, Any]:
+        del params, extra_args
+        check_state(factory, state, make_state)
+        groups, names = split(updates)
+        check_same_groups(factory, names, state.group_stats)
+        over = mesh_axes(updates, axis_name)
+        parts = groups.norms(groups.floating(updates), over)
+        norms = _group_norms(parts, groups.group_of_part, state.group_stats)
+        total = total_norm(parts, groups.leaf_of_part)
+        check_part(
+            factory, "threshold", state.threshold, lambda: threshold.start(norms.shape)
+        )
+        trigger, target = threshold.limits(norms, total.value, state.threshold)
+        # A traced number could be negative, and would turn the step around.
+        trigger = jnp.broadcast_to(jnp.maximum(trigger, 0.0), norms.shape)
+        target = jnp.maximum(target, 0.0)
+        is_clipped = jnp.isfinite(norms) & (norms > trigger)
+        clipped_norms = jnp.where(is_clipped, target, norms)
+        is_finite = jnp.isfinite(total.value)
+        learned = threshold.learn(norms, clipped_norms, state.threshold)
+        new_state = make_state(
+            update_total(state.stats, total, norms, clipped_norms, trigger, is_clipped),
+            update_group_stats(
+                state.group_stats,
+                state.stats.num_updates,
+                norms,
+                clipped_norms,
+                trigger,
+                is_clipped,
+            ),
+            select(is_finite, learned, state.threshold),
+        )
+        factors = factors_for(is_clipped, target, norms)
+        return Measurement(total, is_finite, factors), new_state
+
+    def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
+        return rescale_groups(updates, split(updates)[0], measured.factors)
+
+    return clip(init, measure, rescale)
+
+
+def check_same_groups(factory: str, names: Any, stats: GroupStats) -> None:
+    """Raises unless the updates form the groups that the state was made for."""
+    if jax.tree.structure(names) != jax.tree.structure(stats.group_names):
+        raise ValueError(
+            f"`updates` of `{factory}` must have the structure of the parameters given "
+            f"to `init`, got the groups {names} for {stats.group_names}."
+        )
+
+
+def total_norm(norms: jax.Array, leaf_of_part: np.ndarray) -> TreeNorm:
+    """The global norm from those of all parts."""
+    if not norms.size:
+        return TreeNorm(jnp.zeros((), norms.dtype), jnp.full((), -1, jnp.int32))
+    is_bad = ~jnp.isfinite(norms)
+    first = jnp.asarray(leaf_of_part, jnp.int32)[jnp.argmax(is_bad)]
+    return TreeNorm(norm_of_norms(norms), jnp.where(jnp.any(is_bad), first, -1))
+
+
+def update_total(
+    stats: NormStats,
+    total: TreeNorm,
+    norms: jax.Array,
+    clipped_norms: jax.Array,
+    triggers: jax.Array,
+    is_clipped: jax.Array,
+) -> NormStats:
+    """Adds one update to the statistics of the global norm."""
+    is_any = jnp.any(is_clipped)
+    after = jnp.where(is_any, norm_of_norms(clipped_norms), total.value)
+    margin = jnp.min(margin_of(norms, triggers), initial=jnp.inf)
+    threshold = jnp.where(jnp.isfinite(margin), total.value * margin, jnp.inf)
+    return update_stats(stats, total.value, after, threshold, is_any)
+
+
+def _group_norms(
+    parts: jax.Array, group_of_part: np.ndarray, stats: GroupStats
+) -> jax.Array:
+    groups = np.arange(len(stats.group_norm))
+    if np.array_equal(group_of_part, groups):
+        return parts
+    # Not a sum by index, whose order is not fixed on every device.
+    is_member = group_of_part == groups[:, None]
+    return norm_of_norms(jnp.where(is_member, parts, 0.0), axis=1)
+
+
+def margin_of(norms: jax.Array, triggers: jax.Array) -> jax.Array:
+    """How many times longer each could be without being clipped."""
+    usable = jnp.isfinite(norms) & (norms > 0)
+    return jnp.where(usable, ratio(triggers, jnp.where(usable, norms, 1.0)), jnp.inf)
+
+
+def rescale_groups(
+    updates: optax.Updates, groups: Groups, factors: Factors
+) -> optax.Updates:
+    """Multiplies every part of the updates by the factors of its group."""
+    leaves, structure = jax.tree.flatten(updates)
+    each = zip(groups.indices, groups.members, groups.dims, strict=True)
+    for i, members, dims in each:
+        of_leaf = Factors(*(own(pick(vector, members), dims) for vector in factors))
+        leaves[i] = rescaled(jnp.asarray(leaves[i]), of_leaf)
+    return structure.unflatten(leaves)
+
+
+def pick(vector: jax.Array, members: np.ndarray) -> jax.Array:
+    """The entries of a leaf's groups, in a shape that broadcasts to the leaf's."""
+    if members.size == 0:
+        return jnp.zeros(members.shape, vector.dtype)
+    first, last = int(members.flat[0]), int(members.flat[-1])
+    return vector[first : last + 1].reshape(members.shape)

@@ -1,0 +1,129 @@
+"""Putting the optimizer state of a run in progress into a guard, and taking it out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from optax_guard._checks import check_leaves, check_transformation
+from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.guard import GuardState
+from optax_guard._transformation import part_of
+from optax_guard._trees import first_difference, opt_state_of, outermost_states
+
+
+def adopt(
+    tx: optax.GradientTransformation, params: optax.Params, old_opt_state: Any
+) -> Any:
+    """The state of a guarded optimizer that goes on from an unguarded one's.
+
+    Guard, clip and thresholds start afresh; the state of the optimizer inside is
+    ``old_opt_state``. On clean data below the threshold the run goes on as it would
+    have without the guard.
+
+    Args:
+      tx: The ``guard``, or the ``accumulate`` around one, from now on.
+      params: The parameters that belong to ``old_opt_state``.
+      old_opt_state: State of the optimizer that is now inside of ``tx``. Outer parts of
+        a chain that have no state, such as ``optax.clip_by_global_norm`` in
+        ``chain(clip_by_global_norm(c), adamw)``, are left out where ``tx`` has none of
+        them, as in ``guard(adamw, clip=c)``. Restore a checkpoint of it with a target,
+        the unguarded optimizer's ``init(params)``.
+
+    Returns:
+      State of ``tx``. It holds the arrays of ``old_opt_state`` themselves, where and
+      how they are sharded: to donate one is to donate the other. Under ``jit`` donate
+      ``old_opt_state``, or they are copied.
+
+    Raises:
+      TypeError: If ``tx`` has no guard outermost, or a leaf is no array.
+      ValueError: If ``old_opt_state`` does not fit; the message names the first leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> params, adam = jnp.ones(2), optax.adam(0.1)
+      >>> updates, opt_state = adam.update(jnp.ones(2), adam.init(params), params)
+      >>> opt_state = og.adopt(og.guard(adam, clip=1.0), params, opt_state)
+      >>> opt_state.num_skipped.item(), og.release(opt_state)[0].count.item()
+      (0, 1)
+    """
+    check_transformation("tx", tx)
+    check_leaves("params", params)
+    check_leaves("old_opt_state", old_opt_state)
+    around = part_of(tx, "adopt")
+    if around is None:
+        raise TypeError(
+            "`tx` must be a `guard`, or an `accumulate` around one, not inside of "
+            f"another transformation, got {tx!r}."
+        )
+    expected = release(jax.eval_shape(tx.init, params))
+    fitting = jax.tree.structure(expected)
+    for state in _without_outer_parts(old_opt_state):
+        if jax.tree.structure(state) == fitting:
+            break
+    else:
+        state = old_opt_state
+    if difference := first_difference(state, expected):
+        raise ValueError(
+            "`old_opt_state` must be the state of the optimizer inside of `tx`, for "
+            f"these `params`: {difference}. {_advice(old_opt_state)}"
+        )
+    return around(params, state)
+
+
+def release(opt_state: Any) -> Any:
+    """The state of the optimizer inside of a guard, to go on without the guard.
+
+    The reverse of ``adopt``.
+
+    Args:
+      opt_state: State of a ``guard`` or of an ``accumulate`` around one, whose group at
+        hand is given up; a ``TrainState`` or an ``nnx.Optimizer`` with such a state.
+
+    Returns:
+      The state of ``inner``, of the last step that was taken. The arrays are those in
+      ``opt_state``, not copies.
+
+    Raises:
+      ValueError: If ``opt_state`` is that of anything else; the state of a guard inside
+        another transformation is found by ``find_state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> adam = optax.adam(0.1)
+      >>> opt_state = og.release(og.guard(adam, clip=1.0).init(jnp.ones(2)))
+      >>> updates, opt_state = adam.update(jnp.ones(2), opt_state)
+    """
+    found = outermost_states(opt_state, (AccumulateState, GuardState))
+    whole = len(jax.tree.leaves(opt_state_of(opt_state)))
+    if len(found) != 1 or len(jax.tree.leaves(found[0])) != whole:
+        raise ValueError(
+            "`opt_state` must be the state of a `guard`, or of an `accumulate` around "
+            f"one, with nothing around it, got a `{type(opt_state).__name__}` with "
+            f"{len(found)} of them."
+        )
+    [state] = found
+    if isinstance(state, AccumulateState):
+        state = state.guard_state
+    return state.wrapped_state
+
+
+def _without_outer_parts(state: Any) -> Iterator[Any]:
+    """The state of a chain, and of what is left of it without its first parts."""
+    yield state
+    while type(state) is tuple and state and isinstance(state[0], optax.EmptyState):
+        state = state[1:]
+        yield state
+        if len(state) == 1:
+            yield state[0]
+
+
+def _advice(old: Any) -> str:
+    for name in ("wrapped_state", "guard_state", "inner_state", "inner_opt_state"):
+        if hasattr(old, name):
+            return f"Take it out of what was around it: `old_opt_state.{name}`."
+    return (
+        "If that optimizer was part of a chain, build `tx` around the same chain; if "
+        "it was restored from a checkpoint, restore it with its own target."
+    )

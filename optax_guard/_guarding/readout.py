@@ -1,0 +1,253 @@
+"""Reading the state: scalars to log, and what was withheld."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._clipping.global_norm import ClipByNormState, RecordNormState
+from optax_guard._clipping.groups import ClipByGroupNormState, ClipByLeafNormState
+from optax_guard._clipping.units import ClipByUnitNormState
+from optax_guard._clipping.value import ClipByValueState
+from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.judging import NUM_REJECTIONS
+from optax_guard._norms.tree_norm import leaves_of_part
+from optax_guard._trees import find_states, only_state, path_names
+from optax_guard.skip import SkipReason
+
+# Every state that carries a `NormStats` as `stats`.
+_WATCHING = (
+    ClipByNormState,
+    ClipByValueState,
+    ClipByLeafNormState,
+    ClipByGroupNormState,
+    ClipByUnitNormState,
+    RecordNormState,
+)
+
+
+class GuardExhaustedError(RuntimeError):
+    """The guard has withheld too many steps in a row; see ``raise_if_exhausted``."""
+
+
+class Rejection(NamedTuple):
+    """One withheld step, on the host.
+
+    Attributes:
+      update: Index of the step among all that the guard has seen, from 0.
+      grad_norm: Its global norm before clipping, in units of the gradient.
+      value: Its loss; NaN if ``value=`` was not given to ``update``.
+      reason: Why it was withheld.
+      leaf: Path of the first leaf whose gradient's norm is not finite, or of a run of
+        neighbours that holds it; its index among the gradients if they are not known to
+        be those of the parameters; ``None`` if all were finite.
+    """
+
+    update: int
+    grad_norm: float
+    value: float
+    reason: SkipReason
+    leaf: str | int | None
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """The scalars worth logging, from wherever they are in the optimizer state.
+
+    Works on the host and inside a jitted step; the arrays are copies, so a state that
+    is donated afterwards does not take them along.
+
+    Args:
+      state: An optimizer state, a Flax ``TrainState`` or an ``nnx.Optimizer``.
+
+    Returns:
+      A dict of scalars. From a clip or ``record_norm``: ``grad_norm``,
+      ``clipped_norm``, ``clip_threshold``, ``norm_mean``, ``norm_std``, ``norm_max``
+      (units of the gradient), ``num_updates``, and shares of all updates in [0, 1]:
+      ``clip_rate``, ``nonfinite_rate``; from ``clip_by_value`` also
+      ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
+      ``units_clipped``. From a guard: ``num_skipped``,
+      ``skip_rate``, ``skip_streak``, ``skip_reason`` (a ``SkipReason``),
+      ``guard_exhausted``, ``num_vanished`` (see ``GuardState``). From ``accumulate``:
+      ``num_dropped`` micro-batches, and their share ``drop_rate``. Where there are
+      several, the first in ``find_states``' order has these names, the next
+      ``grad_norm_1`` and so on.
+
+    Raises:
+      ValueError: If nothing of this library is in ``state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), clip=1.0)
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> m = og.metrics(state)
+      >>> m["grad_norm"].item(), m["clipped_norm"].item(), m["clip_rate"].item()
+      (5.0, 1.0, 1.0)
+    """
+    watching = find_states(state, _WATCHING)
+    guards = find_states(state, GuardState)
+    if not watching:
+        raise ValueError(
+            "`state` holds no state of this library. Wrap the optimizer in `guard`, or "
+            "chain `clip_by_global_norm` or `record_norm` before it."
+        )
+    return _as_scalars(watching, guards, find_states(state, AccumulateState))
+
+
+def rejections(state: Any, params: Any = None) -> list[Rejection]:
+    """The last withheld steps, at most 16, oldest first. Waits for the device.
+
+    Args:
+      state: An optimizer state with one guard in it, a ``TrainState`` or an
+        ``nnx.Optimizer``.
+      params: The parameters that the guard was initialised with, to name leaves by
+        their path; taken from ``state.params`` if it has them.
+
+    Returns:
+      A list of ``Rejection``.
+
+    Raises:
+      ValueError: If there is not exactly one guard in ``state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> params = {"head": {"bias": jnp.zeros(1), "kernel": jnp.zeros(2)}}
+      >>> grads = {"head": {"bias": jnp.ones(1), "kernel": jnp.array([1.0, jnp.inf])}}
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> updates, state = tx.update(grads, tx.init(params))
+      >>> [(r.update, r.reason.name, r.leaf) for r in og.rejections(state, params)]
+      [(0, 'NONFINITE', 'head/kernel')]
+    """
+    guard_state = only_state("state", state, GuardState)
+    params = getattr(state, "params", None) if params is None else params
+    log, total = jax.device_get((guard_state.rejections, guard_state.num_skipped))
+    if np.shape(total):
+        raise ValueError(
+            "`state` must be that of one run, got a population of shape "
+            f"{np.shape(total)}. Take one: `jax.tree.map(lambda x: x[i], state)`."
+        )
+    order = np.arange(max(0, int(total) - NUM_REJECTIONS), int(total)) % NUM_REJECTIONS
+    return [
+        Rejection(
+            update=int(log.rejected_update[i]),
+            grad_norm=float(log.rejected_norm[i]),
+            value=float(log.rejected_value[i]),
+            reason=SkipReason(int(log.rejected_reason[i])),
+            leaf=_leaf_name(
+                int(log.rejected_leaf[i]), int(log.rejected_num_leaves[i]), params
+            ),
+        )
+        for i in order
+    ]
+
+
+def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
+    """Raises if the guard has withheld too many steps in a row. Waits for the device.
+
+    Args:
+      metrics: What ``metrics(state)`` returned.
+
+    Raises:
+      GuardExhaustedError: If a ``guard_exhausted`` in it is true.
+      ValueError: If there is none.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), max_consecutive_skips=1)
+      >>> updates, state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))
+      >>> og.raise_if_exhausted(og.metrics(state))
+      Traceback (most recent call last):
+      ...
+      optax_guard.GuardExhaustedError: The guard withheld the last 1 step(s)...
+    """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            "`metrics` must be the dict that `optax_guard.metrics` returns for a "
+            f"state, got a `{type(metrics).__name__}`."
+        )
+    flags = {k: v for k, v in metrics.items() if k.startswith("guard_exhausted")}
+    if not flags:
+        raise ValueError(
+            "`metrics` must hold `guard_exhausted`, as `optax_guard.metrics` returns "
+            f"it for an optimizer with a guard, got the keys {sorted(metrics)}."
+        )
+    for name, flag in flags.items():
+        if np.any(flag):
+            suffix = name.removeprefix("guard_exhausted")
+            worst = np.argmax(metrics["skip_streak" + suffix])
+            reason = SkipReason(int(np.ravel(metrics["skip_reason" + suffix])[worst]))
+            streak = int(np.ravel(metrics["skip_streak" + suffix])[worst])
+            raise GuardExhaustedError(
+                f"The guard withheld the last {streak} step(s) in a row, the last for "
+                f"{reason.name}. Parameters and optimizer state are those of the last "
+                "good step. Look at `rejections(opt_state, params)` for the leaf and "
+                "the steps, and at the batches of those steps; a lower learning rate "
+                "or threshold helps only if the gradients were growing before."
+            )
+
+
+def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
+    if index < 0:
+        return None
+    paths = path_names(params)
+    if len(paths) != num_leaves:
+        # A part of the parameters, as under a mask: which part is not known here.
+        return index
+    run = leaves_of_part(params, index)
+    return paths[run[0]] if len(run) == 1 else f"{paths[run[0]]} to {paths[run[-1]]}"
+
+
+@jax.jit
+def _as_scalars(watching: Any, guards: Any, accumulating: Any) -> dict[str, jax.Array]:
+    named: dict[str, jax.Array] = {}
+
+    def add(i: int, **values: jax.Array) -> None:
+        suffix = f"_{i}" if i else ""
+        # A copy: an output that is only an input passed on would be donated with it.
+        named.update({k + suffix: jnp.copy(v) for k, v in values.items()})
+
+    for i, state in enumerate(watching):
+        stats = state.stats
+        add(
+            i,
+            grad_norm=stats.grad_norm,
+            clipped_norm=stats.clipped_norm,
+            clip_threshold=stats.clip_threshold,
+            norm_mean=stats.norm_mean,
+            norm_std=jnp.sqrt(stats.norm_var),
+            norm_max=stats.norm_max,
+            num_updates=stats.num_updates,
+            clip_rate=_share(stats.num_clipped, stats.num_updates),
+            nonfinite_rate=_share(stats.num_nonfinite, stats.num_updates),
+        )
+        if isinstance(state, ClipByValueState):
+            add(
+                i,
+                entries_clipped=state.entries_clipped,
+                update_cosine=state.update_cosine,
+            )
+        if isinstance(state, ClipByUnitNormState):
+            add(i, units_clipped=state.units_clipped)
+    for i, state in enumerate(guards):
+        add(
+            i,
+            num_skipped=state.num_skipped,
+            skip_rate=_share(state.num_skipped, state.clip_state.stats.num_updates),
+            skip_streak=state.skip_streak,
+            skip_reason=state.skip_reason,
+            guard_exhausted=state.guard_exhausted,
+            num_vanished=state.num_vanished,
+        )
+    for i, state in enumerate(accumulating):
+        add(
+            i,
+            num_dropped=state.num_dropped,
+            drop_rate=_share(state.num_dropped, state.num_micro_batches),
+        )
+    return named
+
+
+def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
+    return part.astype(jnp.float32) / jnp.maximum(whole, 1).astype(jnp.float32)

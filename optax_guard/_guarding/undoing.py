@@ -1,0 +1,86 @@
+"""What became of the last step, by the records of whatever withholds steps."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.step import cast_like, take_or_keep
+from optax_guard._trees import outermost_states
+from optax_guard.skip import SkipReason
+
+
+def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
+    """What else a step has changed, undone if the guard withheld the step.
+
+    For batch statistics, moving averages of parameters, a loss scale: whatever the
+    forward pass of a bad batch has spoilt outside of ``params`` and ``opt_state``.
+
+    Args:
+      opt_state: Optimizer state after the step, with a guard in it.
+      new: A tree of arrays, after the step.
+      old: The same tree before the step.
+
+    Returns:
+      ``old``, bit for bit, if the last step was withheld, else ``new``. With several
+      guards (as under ``optax.partition``), ``old`` if any of them withheld its step.
+
+    Raises:
+      ValueError: If there is no guard in ``opt_state``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1))
+      >>> updates, opt_state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))
+      >>> og.keep_if_skipped(opt_state, new=jnp.array([jnp.nan]), old=jnp.array([2.0]))
+      Array([2.], dtype=float32)
+    """
+    reasons = last_reasons(opt_state)
+    if not reasons:
+        raise ValueError(
+            "`opt_state` must hold a `GuardState`, found none. Wrap the optimizer in "
+            "`guard`, and pass the state after its update."
+        )
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            "`new` and `old` must have the same structure, got "
+            f"{jax.tree.structure(new)} and {jax.tree.structure(old)}."
+        )
+    new, old = jax.tree.map(jnp.asarray, (new, old))
+    return take_or_keep(
+        functools.reduce(jnp.maximum, reasons) == SkipReason.NONE,
+        lambda new, old: new,
+        lambda like, new, old: cast_like(old, like),
+        new,
+        old,
+    )
+
+
+def last_reasons(tree: Any) -> list[jax.Array]:
+    """Of each guard and accumulator, why it left the last call's batch out, if it did.
+
+    A guard inside of an accumulation judges only the calls that close a group; of the
+    others its record tells nothing.
+    """
+    reasons = []
+    for state in outermost_states(
+        tree, (AccumulateState, GuardState, optax.MultiStepsState)
+    ):
+        if isinstance(state, GuardState):
+            reasons += [state.skip_reason, *last_reasons(state.wrapped_state)]
+        elif isinstance(state, AccumulateState):
+            inner = last_reasons(state.guard_state)
+            reasons += [state.drop_reason, *_at(state.group_seen == 0, inner)]
+        else:
+            inner = last_reasons(state.inner_opt_state)
+            reasons += _at(jnp.asarray(state.mini_step) == 0, inner)
+    return reasons
+
+
+def _at(is_judged: jax.Array, reasons: list[jax.Array]) -> list[jax.Array]:
+    none = jnp.int32(SkipReason.NONE)
+    return [jnp.where(is_judged, reason, none) for reason in reasons]

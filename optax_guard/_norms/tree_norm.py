@@ -1,0 +1,294 @@
+"""Norms of whole trees: right in any float dtype and at any size, in one read."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_guard._norms.leaf_runs import (
+    Part,
+    Runs,
+    add_pairwise,
+    add_up,
+    combine,
+    earliest,
+    first_bad,
+    first_true,
+    part_size,
+    parts_of,
+    split,
+)
+from optax_guard._norms.mesh_axes import AxisName, Names, mesh_axes
+from optax_guard._trees import dtype_of, is_inexact, path_names
+
+# Sums of squares are kept twice, of entries scaled up and of entries scaled down, so
+# that one read of the gradients is right for small and for huge ones (the idea of
+# Blue, "A portable Fortran program to find the Euclidean norm", ACM TOMS 1978). Both
+# scales are powers of two: on ordinary values the bits are those of the plain sum.
+_SCALES = {
+    jnp.dtype("float32"): (2.0**32, 2.0**-64),
+    jnp.dtype("float64"): (2.0**256, 2.0**-512),
+}
+# Below this, squares in the plain sum may have been flushed to zero.
+_SMALLEST_PLAIN_SUM = 2.0**-60
+
+
+class TreeNorm(NamedTuple):
+    """A norm of a tree, and where it stopped being finite.
+
+    Attributes:
+      value: float[], the norm; float32, or float64 if a leaf is.
+      bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
+        norm is not finite, because an entry is not or because it overflows; -1 if there
+        is none. In a tree of more than 128 leaves, index of the first floating leaf in
+        the run of neighbours that holds it: 32 of them, or 1/128 of a larger tree.
+    """
+
+    value: jax.Array
+    bad_leaf: jax.Array
+
+
+def accumulator_dtype(leaves: Sequence[Any]) -> Any:
+    """Float32, or float64 if a leaf is a double."""
+    is_double = any(jnp.finfo(dtype_of(leaf)).bits == 64 for leaf in leaves)
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+
+def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNorm:
+    """Norm of all floating entries of ``tree``.
+
+    Args:
+      tree: Any pytree; leaves that are not floating do not count.
+      ord: ``None`` or 2, 1, ``inf`` or another positive number.
+      axis_name: Mesh axes over which ``tree`` is split under ``shard_map`` or ``pmap``.
+
+    Returns:
+      The norm, 0 for a tree without floating entries.
+    """
+    all_leaves = jax.tree.leaves(tree)
+    indices = [i for i, leaf in enumerate(all_leaves) if is_inexact(leaf)]
+    leaves = [jnp.asarray(all_leaves[i]) for i in indices]
+    paths = path_names(tree)
+    if not leaves:
+        return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
+    parts = parts_of(mesh_axes(tree, axis_name), indices, len(all_leaves))
+    if ord is None or ord == 2:
+        value, bad = _euclidean(leaves, parts, _roles([paths[i] for i in indices]))
+    elif ord == 1:
+        value, bad = _sum_norm(leaves, parts)
+    elif ord == np.inf:
+        value, bad = _max_norm(leaves, parts)
+    else:
+        value, bad = _power_norm(leaves, parts, ord)
+    return TreeNorm(value, bad)
+
+
+def leaves_of_part(tree: Any, first: int) -> list[int]:
+    """Indices of the leaves that a ``bad_leaf`` of ``first`` stands for."""
+    leaves = jax.tree.leaves(tree)
+    size = part_size(len(leaves))
+    end = first // size * size + size
+    return [i for i, x in enumerate(leaves[:end]) if i >= first and is_inexact(x)]
+
+
+# Jitted for callers outside of `jit`: there, every call would compile its branches.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _euclidean(
+    leaves: list[jax.Array], parts: tuple[Part, ...], roles: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    dtype = accumulator_dtype(leaves)
+    up, down = _SCALES[dtype]
+    sums, bad = [], []
+    for part in parts:
+        # Two reductions over one operand are one fusion on TPU and GPU, but cost many
+        # times one on CPU, where a rare second look is cheap instead.
+        *own, own_bad = lax.platform_dependent(
+            *part.of(leaves),
+            cpu=functools.partial(_squares_cpu, dtype, part.runs),
+            default=functools.partial(
+                _squares, dtype, part.runs, tuple(part.of(roles))
+            ),
+        )
+        # The mark of a bad leaf travels in the same all-reduce.
+        of_all, own_bad = add_up(part, tuple(own), own_bad)
+        sums.append(of_all)
+        bad.append(own_bad)
+    small, big = map(add_pairwise, zip(*sums, strict=True))
+    scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
+    return jnp.where(jnp.isfinite(small), *scaled_back), earliest(bad)
+
+
+@_euclidean.defjvp
+def _euclidean_jvp(
+    parts: tuple[Part, ...], roles: tuple[str, ...], primals: Any, tangents: Any
+) -> Any:
+    # The derivative of the sums is 0 * inf where one of them overflows or vanishes;
+    # that of the norm is the unit vector, and by convention zero at zero.
+    (leaves,), (dots,) = primals, tangents
+    value, bad = _euclidean(leaves, parts, roles)
+    usable = jnp.isfinite(value) & (value > 0)
+    # XLA may divide by multiplying with the inverse, which vanishes for a huge norm.
+    scale = jnp.where(value > 1, 2.0**-64, 1.0).astype(value.dtype)
+    length = jnp.where(usable, value * scale, 1.0)
+
+    def along(x: jax.Array, dot: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(x):
+            return along(x.real, dot.real) + along(x.imag, dot.imag)
+        unit = jnp.where(usable, x.astype(value.dtype) * scale / length, 0.0)
+        return jnp.sum(unit * dot.astype(value.dtype))
+
+    slopes = [along(x, dot) for x, dot in zip(leaves, dots, strict=True)]
+    slope = add_pairwise(
+        [_psum(add_pairwise(part.of(slopes)), part.axes) for part in parts]
+    )
+    return (value, bad), (slope, np.zeros((), jax.dtypes.float0))
+
+
+def _psum(x: jax.Array, axes: Names) -> jax.Array:
+    return lax.psum(x, axes) if axes else x
+
+
+def _squares(
+    dtype: Any, runs: Runs, roles: tuple[str, ...], *leaves: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sum of squares of entries scaled up, and down; the first bad leaf."""
+    up, down = not_folded(dtype, *_SCALES[dtype])
+    members = split(list(zip(roles, leaves, strict=True)), runs)
+    groups = [_alike(run) for run in members]
+
+    def sums(scale: jax.Array) -> list[jax.Array]:
+        return [
+            add_pairwise([_sum_squares(x, dtype, scale) for x in g]) for g in groups
+        ]
+
+    totals = sums(down)
+    return add_pairwise(sums(up)), add_pairwise(totals), first_bad(totals, runs)
+
+
+def _roles(paths: list[str]) -> tuple[str, ...]:
+    """What a leaf is in its layer: its path without the number of the layer."""
+    return tuple(re.sub(r"\d+", "*", path, count=1) for path in paths)
+
+
+def _alike(run: list[tuple[str, jax.Array]]) -> list[list[jax.Array]]:
+    """Leaves of a run that one reduction adds up.
+
+    A GPU takes two kernels or three to reduce one leaf; with hundreds of leaves that is
+    more kernels than the optimizer has. So leaves of one type are added entry by entry
+    first. Under `jit` their type does not tell how they are sharded, and to add those
+    that are sharded differently would move them; the same leaf of another layer is
+    sharded alike. From five leaves on, XLA for GPUs begins to write the sum to memory.
+    """
+    groups: dict[Any, list[jax.Array]] = {}
+    for role, leaf in run:
+        groups.setdefault((role, jax.typeof(leaf)), []).append(leaf)
+    return [g[i : i + 4] for g in groups.values() for i in range(0, len(g), 4)]
+
+
+def _squares_cpu(
+    dtype: Any, runs: Runs, *leaves: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same numbers from a plain sum, and from a second look where that fails."""
+    up, down = not_folded(dtype, *_SCALES[dtype])
+    # Here one vector compiles faster than many scalars.
+    total = _sum_vector(jnp.stack([_sum_squares([x], dtype, 1.0) for x in leaves]))
+    too_small = total < _SMALLEST_PLAIN_SUM
+    scale = jnp.where(too_small, up, down)
+
+    def enough(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del leaves
+        # A constant would not vary over the devices of `shard_map` as `rescaled` does.
+        none = jnp.where(too_small, 0, -1).astype(jnp.int32)
+        return total * up * up, total * down * down, none
+
+    def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        sums = jnp.stack([_sum_squares([x], dtype, scale) for x in leaves])
+        total = _sum_vector(sums)
+        return (
+            jnp.where(too_small, total, jnp.inf),
+            jnp.where(too_small, 0.0, total),
+            first_true(~jnp.isfinite(sums), runs),
+        )
+
+    second_look = too_small | ~jnp.isfinite(total)
+    return lax.switch(second_look.astype(jnp.int32), [enough, rescaled], *leaves)
+
+
+def _sum_norm(
+    leaves: list[jax.Array], parts: tuple[Part, ...]
+) -> tuple[jax.Array, jax.Array]:
+    dtype = accumulator_dtype(leaves)
+    sums, bad = [], []
+    for part in parts:
+        each = [jnp.sum(jnp.abs(x).astype(dtype)) for x in part.of(leaves)]
+        runs = [add_pairwise(run) for run in split(each, part.runs)]
+        (total,), own_bad = add_up(
+            part, (add_pairwise(runs),), first_bad(runs, part.runs)
+        )
+        sums.append(total)
+        bad.append(own_bad)
+    return add_pairwise(sums), earliest(bad)
+
+
+def _max_norm(
+    leaves: list[jax.Array], parts: tuple[Part, ...]
+) -> tuple[jax.Array, jax.Array]:
+    dtype = accumulator_dtype(leaves)
+
+    def size(x: jax.Array) -> jax.Array:
+        # The largest of several devices' values may leave out a NaN, but no infinity.
+        return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x).astype(dtype))
+
+    largest, bad = [], []
+    for part in parts:
+        each = [jnp.max(size(x), initial=0.0) for x in part.of(leaves)]
+        runs = [combine(jnp.maximum, run) for run in split(each, part.runs)]
+        of_all = combine(jnp.maximum, runs)
+        largest.append(lax.pmax(of_all, part.axes) if part.axes else of_all)
+        bad.append(add_up(part, (), first_bad(runs, part.runs))[1])
+    return combine(jnp.maximum, largest), earliest(bad)
+
+
+def _power_norm(
+    leaves: list[jax.Array], parts: tuple[Part, ...], ord: Any
+) -> tuple[jax.Array, jax.Array]:
+    # Any other power needs the largest entry first: a second read, for few users.
+    dtype = accumulator_dtype(leaves)
+    largest, bad = _max_norm(leaves, parts)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    # The norm does not depend on its unit, so neither does the derivative.
+    unit = lax.stop_gradient(jnp.where(usable, largest, 1.0))
+    sums = [jnp.sum((jnp.abs(x).astype(dtype) / unit) ** ord) for x in leaves]
+    total = add_pairwise([_psum(add_pairwise(p.of(sums)), p.axes) for p in parts])
+    root = jnp.where(usable, total, 1.0) ** (1 / ord)
+    return jnp.where(usable, unit * root, largest), bad
+
+
+def not_folded(dtype: Any, *factors: float) -> tuple[jax.Array, ...]:
+    """Constants that XLA does not multiply with each other.
+
+    It turns ``(x * c) * (x * c)`` into ``(x * x) * (c * c)``, which is what scaling is
+    there to avoid: the square of a small factor is zero in float32.
+    """
+    return lax.optimization_barrier(tuple(jnp.array(c, dtype) for c in factors))
+
+
+def _sum_squares(alike: Sequence[jax.Array], dtype: Any, scale: Any) -> jax.Array:
+    """Sum of squares of arrays of one shape, added entry by entry."""
+    pairs = [(x.real, x.imag) if jnp.iscomplexobj(x) else (x,) for x in alike]
+    scaled = [x.astype(dtype) * scale for pair in pairs for x in pair]
+    return jnp.sum(add_pairwise([x * x for x in scaled]))
+
+
+def _sum_vector(values: jax.Array) -> jax.Array:
+    """Sum of a vector in two stages: rounding grows with the root of its length."""
+    width = math.isqrt(values.size - 1) + 1
+    padded = jnp.pad(values, (0, -values.size % width))
+    return jnp.sum(jnp.sum(padded.reshape(-1, width), axis=0))

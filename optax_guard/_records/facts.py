@@ -1,0 +1,175 @@
+"""What the rules of a diagnosis know of a row."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from optax_guard._records.rows import Completer
+
+# Rows, or evaluations, that a look back goes over.
+RECENT = 20
+
+
+class Facts(NamedTuple):
+    """A row, and what came before it. NaN stands for unknown where not said otherwise.
+
+    Attributes:
+      step: Steps done.
+      num_steps: Steps since the row before, at least 1.
+      norm: Largest norm of these steps before clipping; may be infinite.
+      mean_norm: Mean norm of these steps; ``norm`` if it is not recorded.
+      threshold: Threshold of the clip; infinite if there is none.
+      clipped_norm: Norm after clipping.
+      clip_share: Share of the steps that were clipped.
+      has_clip: Whether a clip is in force.
+      nonfinite_share: Share of the steps with a gradient that was not finite; 0 if
+        nothing tells.
+      skip_share: Share of the steps that a guard withheld.
+      train: Training loss; may be infinite.
+      val: Validation loss; may be infinite.
+      is_loss_nonfinite: Whether a loss of this row is known and not finite; not the
+        training loss of withheld steps, which leave no trace.
+      lost_loss: That loss if there is one, else ``loss``.
+      loss: The training loss, or the validation loss if there is none.
+      cosine: Cosine between gradients before and after clipping.
+      learning_rate: As it is.
+      typical_norm: Geometric mean of the finite norms of all rows before.
+      num_norms: How many those are.
+      past_norms: The last finite ones of these, at most `RECENT`.
+      past_losses: The last finite losses before, at most `RECENT`.
+      first_loss: The first finite loss.
+    """
+
+    step: int
+    num_steps: int
+    norm: float
+    mean_norm: float
+    threshold: float
+    clipped_norm: float
+    clip_share: float
+    has_clip: bool
+    nonfinite_share: float
+    skip_share: float
+    train: float
+    val: float
+    is_loss_nonfinite: bool
+    lost_loss: float
+    loss: float
+    cosine: float
+    learning_rate: float
+    typical_norm: float
+    num_norms: int
+    past_norms: Sequence[float]
+    past_losses: Sequence[float]
+    first_loss: float
+
+
+class FactReader:
+    """Makes facts of rows, in their order; constant time and memory a row."""
+
+    def __init__(self):
+        self._complete = Completer()
+        self._last_step = 0
+        self._last_skipped = 0.0
+        self._had_clip = False
+        self._log_norms = 0.0
+        self._num_norms = 0
+        self._norms: deque[float] = deque(maxlen=RECENT)
+        self._losses: deque[float] = deque(maxlen=RECENT)
+        self._first_loss = math.nan
+
+    def __call__(self, row: Mapping[str, Any]) -> Facts:
+        """The facts of a row."""
+        row = self._complete(row)
+
+        def get(name: str) -> float:
+            return row.get(name, math.nan)
+
+        norm, train = get("grad_norm"), get("train_loss")
+        val = row.get("val_loss", get("value"))
+        loss = train if "train_loss" in row else val
+        num_steps = max(1, int(row["step"]) - self._last_step)
+        skip_share = self._skip_share(row, num_steps)
+        is_train_lost = "train_loss" in row and not math.isfinite(train)
+        is_val_lost = not math.isfinite(val) and ("val_loss" in row or "value" in row)
+        is_known = self._num_norms > 0
+        facts = Facts(
+            step=int(row["step"]),
+            num_steps=num_steps,
+            norm=norm,
+            mean_norm=row.get("grad_norm_mean", norm),
+            threshold=row.get("clip_threshold", math.inf),
+            clipped_norm=get("clipped_norm"),
+            clip_share=get("clip_rate"),
+            has_clip=self._has_clip(row),
+            nonfinite_share=row.get(
+                "nonfinite_rate", float("grad_norm" in row and not math.isfinite(norm))
+            ),
+            skip_share=skip_share,
+            train=train,
+            val=val,
+            is_loss_nonfinite=is_val_lost or (is_train_lost and not skip_share > 0),
+            lost_loss=val if is_val_lost and math.isfinite(loss) else loss,
+            loss=loss,
+            cosine=get("update_cosine"),
+            learning_rate=get("learning_rate"),
+            typical_norm=math.exp(self._log_norms / self._num_norms)
+            if is_known
+            else math.nan,
+            num_norms=self._num_norms,
+            past_norms=tuple(self._norms),
+            past_losses=tuple(self._losses),
+            first_loss=self._first_loss,
+        )
+        self._last_step = facts.step
+        if math.isfinite(norm) and norm > 0:
+            self._log_norms += math.log(norm)
+            self._num_norms += 1
+            self._norms.append(norm)
+        if math.isfinite(loss):
+            self._losses.append(loss)
+            if math.isnan(self._first_loss):
+                self._first_loss = loss
+        return facts
+
+    def _has_clip(self, row: Mapping[str, float]) -> bool:
+        limit = row.get("clip_threshold", math.nan)
+        # Where no norm was finite, the threshold is not known: it is the one before.
+        if row.get("clip_rate", 0) > 0 or math.isfinite(limit):
+            self._had_clip = True
+        elif not math.isnan(limit):
+            self._had_clip = False
+        return self._had_clip
+
+    def _skip_share(self, row: Mapping[str, float], num_steps: int) -> float:
+        total = row.get("num_skipped", math.nan)
+        before, self._last_skipped = self._last_skipped, total
+        if "skip_rate" in row:
+            return row["skip_rate"]
+        return min(1.0, max(0.0, total - before) / num_steps) if total >= 0 else total
+
+
+def is_calm(facts: Facts) -> bool:
+    """Whether a norm is known, finite, and no larger than norms have been lately."""
+    limit = 3 * median(facts.past_norms or [math.inf])
+    return math.isfinite(facts.norm) and facts.norm <= limit
+
+
+def noise(values: Sequence[float]) -> float:
+    """Standard deviation of the noise on a smooth curve; 0 of fewer than 3 values.
+
+    From the median size of second differences, which a trend does not touch and a few
+    jumps hardly do: for normal noise it is 0.6745 * sqrt(6) standard deviations.
+    """
+    if len(values) < 3:
+        return 0.0
+    triples = zip(values, values[1:], values[2:], strict=False)
+    return median(abs(a - 2 * b + c) for a, b, c in triples) / (0.6745 * 6**0.5)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    known = [x for x in values if not math.isnan(x)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,153 @@
+"""The live display of a run: a progress bar and a table, one row an evaluation."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from optax_guard._checks import check_kind
+from optax_guard._records.table import cell, choose_columns, heading
+
+
+class NoDisplay:
+    """Shows nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Does nothing."""
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+
+_SECONDS_BETWEEN_DRAWINGS = 0.1
+
+
+class Progress:
+    """Shows a run while it runs; a context manager.
+
+    On a terminal, a bar with steps, speed and time left stays at the bottom and the
+    table grows above it; elsewhere (a file, a pipe, a notebook) the rows are printed as
+    plain lines as they come.
+
+    Args:
+      total: Steps of the whole run.
+      title: A word before the bar and above the table.
+      file: Where to write; standard output if ``None``.
+
+    Raises:
+      ImportError: If `rich` is not installed.
+
+    Examples:
+      >>> from optax_guard._records.progress import Progress
+      >>> with Progress(total=20) as progress:
+      ...     progress.advance(10)
+      ...     progress.row({"step": 10, "clip_rate": 0.25, "train_loss": 3.5})
+           step    clipped  train loss
+             10      25.0%         3.5
+    """
+
+    def __init__(self, total: int, title: str = "", file: TextIO | None = None):
+        try:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+        except ImportError as error:
+            raise ImportError(
+                "Showing progress needs rich: pip install 'optax-guard[demo]'",
+                name=error.name,
+            ) from error
+        self._title = title
+        self._file = file
+        self._columns: list[str] = []
+        self._waiting = 0
+        self._drawn_at = -float("inf")
+        self._bar: Any = None
+        console = Console(file=file, highlight=False)
+        if console.is_terminal and not (console.is_jupyter or console.is_dumb_terminal):
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(title, total=total, speed="")
+
+    def __enter__(self) -> "Progress":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Draws the bar."""
+        if self._bar is not None:
+            self._bar.start()
+
+    def advance(self, steps: int = 1) -> None:
+        """Counts steps as done."""
+        self._waiting += steps
+        now = time.monotonic()
+        # Drawing costs more than a small step does.
+        if self._bar is not None and now - self._drawn_at > _SECONDS_BETWEEN_DRAWINGS:
+            self._draw(now)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """Adds a row to the table; the first one decides which columns there are."""
+        if not self._columns:
+            self._columns = choose_columns(row)
+            if self._title:
+                self._print(self._title)
+            self._print_cells([heading(key) for key in self._columns])
+        self._print_cells([cell(key, row.get(key)) for key in self._columns])
+
+    def close(self) -> None:
+        """Draws the bar for the last time and leaves the terminal to others."""
+        if self._bar is not None:
+            self._draw(time.monotonic())
+            self._bar.stop()
+
+    def _draw(self, now: float) -> None:
+        self._bar.advance(self._task, self._waiting)
+        speed = self._bar.tasks[0].speed
+        if speed:
+            self._bar.update(self._task, speed=f"{speed:.3g} steps/s")
+        self._waiting = 0
+        self._drawn_at = now
+
+    def _print_cells(self, cells: list[str]) -> None:
+        # Nine hold any number as it is written here.
+        widths = [max(9, len(heading(key))) for key in self._columns]
+        pairs = zip(cells, widths, strict=True)
+        self._print("  ".join(f"{cell:>{width}}" for cell, width in pairs))
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, file=self._file or sys.stdout, flush=True)
+
+
+def open_display(
+    progress: Any, total: int
+) -> contextlib.AbstractContextManager[Progress | NoDisplay]:
+    """The display that was asked for. One of the user's own is left open."""
+    is_flag = isinstance(progress, (bool, np.bool_))
+    if not is_flag and not (hasattr(progress, "advance") and hasattr(progress, "row")):
+        check_kind("progress", progress, bool, "True, False or a display")
+    if jax.process_index() != 0 or (is_flag and not progress):
+        return contextlib.nullcontext(NoDisplay())
+    return Progress(total) if is_flag else contextlib.nullcontext(progress)

@@ -1,0 +1,98 @@
+"""Rows of a history: one form, in which all readers find what they expect."""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from optax_guard._checks import check_iterable
+from optax_guard._records.readers import NOT_FINITE, rename
+
+Row = dict[str, float]
+
+
+class Completer:
+    """Brings rows, one after the other, into the form that all readers expect.
+
+    Names are those of `COLUMN_NAMES`. What follows from other values is filled in:
+    ``clipped_norm`` and ``clip_rate`` from norm and threshold. Rates of
+    `optax_guard.metrics`, which are shares of all ``num_updates`` so far, become shares
+    of the updates since the row before, as those of `fit` are. What has been completed
+    stays as it is if it is completed again.
+    """
+
+    def __init__(self):
+        self._index = 0
+        self._counts: dict[str, float] = {}
+
+    def __call__(self, row: Mapping[str, Any]) -> Row:
+        """A row, completed."""
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                "`history` must be a `History` or rows, each a dict of numbers, got a "
+                f"`{type(row).__name__}` as row {self._index}."
+            )
+        # Names such as the run's are of no interest here.
+        full = {
+            name: number_of(name, value)
+            for name, value in row.items()
+            if not isinstance(value, str) or value in NOT_FINITE
+        }
+        full = {"step": self._index, **rename(full)}
+        self._index += 1
+        if "num_updates" in full:
+            self._rates_since_last(full)
+        norm, limit = full.get("grad_norm"), full.get("clip_threshold")
+        if norm is None or not math.isfinite(norm):
+            return full
+        if limit is not None and not math.isnan(limit):
+            full.setdefault("clipped_norm", min(norm, limit))
+        if "clipped_norm" in full:
+            # Below the rounding of bfloat16 nothing was clipped.
+            is_clipped = full["clipped_norm"] < norm * (1 - 2**-7)
+            full.setdefault("clip_rate", float(is_clipped))
+        return full
+
+    def _rates_since_last(self, row: Row) -> None:
+        counts = {"num_updates": row.pop("num_updates")}
+        for name in ("clip_rate", "nonfinite_rate", "skip_rate"):
+            if name in row:
+                counts[name] = row[name] * counts["num_updates"]
+        before, self._counts = self._counts, counts
+        num_new = counts["num_updates"] - before.get("num_updates", 0)
+        if before and num_new > 0:
+            for name in counts.keys() & before.keys() - {"num_updates"}:
+                # Rates are rounded to float32, which leaves a count off by a little.
+                share = (counts[name] - before[name]) / num_new
+                row[name] = min(1.0, max(0.0, round(share, 6)))
+
+
+def as_rows(history: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The completed rows of a `History` or of a list of dicts."""
+    check_iterable("history", history, "a `History` or rows")
+    return list(map(Completer(), history))
+
+
+def number_of(name: str, value: Any) -> float:
+    """A scalar of Python, NumPy or JAX as Python's number."""
+    # JSON's way to write them, in rows that were read by other means.
+    if isinstance(value, str) and value in NOT_FINITE:
+        return NOT_FINITE[value]
+    array = np.asarray(value)
+    if array.shape:
+        raise ValueError(
+            f"`{name}` must be a scalar, got an array of shape {array.shape}. Take its "
+            "mean, or use `extend` for buffers of rows."
+        )
+    number = array.item()
+    if isinstance(number, bool):
+        return int(number)
+    if not isinstance(number, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if isinstance(number, int) and abs(number) > sys.float_info.max:
+        raise ValueError(
+            f"`{name}` must fit into a float, got one of {number.bit_length()} bits."
+        )
+    return number

@@ -1,0 +1,221 @@
+"""Where other stop rules would have stopped a run that was recorded."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optax_guard._checks import check_iterable, check_kind
+from optax_guard._records.rows import as_rows
+from optax_guard.stop._rule import StopReason, StopRule, sign_of
+from optax_guard.stop._state import EarlyStopping
+from optax_guard.stop._stopper import early_stopping
+
+
+class Replayed(NamedTuple):
+    """What one rule would have made of a recorded run.
+
+    Attributes:
+      name: The rule's name.
+      reason: Why it would have stopped; RUNNING if it would not have.
+      stopped_step: Step of the evaluation at which it would have stopped; the last one
+        if it would not have.
+      best_step: Step of the best evaluation until then; -1 without a finite one.
+      best_value: Its value, in units of the loss; NaN without one.
+      steps_saved: How many of the recorded steps would not have been trained.
+      loss_given_up: How much worse that best is than that of the whole run; 0 if the
+        rule would have kept the same.
+    """
+
+    name: str
+    reason: StopReason
+    stopped_step: int
+    best_step: int
+    best_value: float
+    steps_saved: int
+    loss_given_up: float
+
+
+def replay(
+    history: Iterable[Mapping[str, Any]],
+    rules: Mapping[str, StopRule | EarlyStopping],
+    *,
+    key: str | None = None,
+    mode: str = "min",
+) -> list[Replayed]:
+    """Plays a recorded run to stop rules: where each stops, what it saves and costs.
+
+    Tuning patience is then a look at a table, not a rerun. A rule sees what it would
+    have seen, row by row, in the machine of `early_stopping` itself. What was never
+    trained cannot be known: if the record itself ends at an early stop, a longer
+    patience looks as good as no rule.
+
+    Args:
+      history: A `History`, or rows such as `fit` returns.
+      rules: Rules of `optax_guard.stop`, or whole machines of `early_stopping`, by
+        names of your own.
+      key: Column of the value that is judged; ``val_loss`` or ``value``, whichever
+        there is, if ``None``. Rows without it are no evaluations.
+      mode: "min" if smaller values are better, "max" if larger are. A machine has its
+        own, and should agree.
+
+    Returns:
+      A `Replayed` for each rule, in their order.
+
+    Raises:
+      TypeError: If one of ``rules`` is neither a rule nor a machine.
+      ValueError: If no row has the value; if a rule needs a column that evaluations
+        lack, as ``overfitting`` needs ``train_loss``; if it needs what no history
+        records: seconds or the optimizer's state.
+
+    Examples:
+      >>> import optax_guard as og
+      >>> from optax_guard.analysis import History, replay, replay_table
+      >>> history = History()
+      >>> for step, loss in enumerate([3.0, 2.0, 2.1, 2.2, 1.0, 1.1], 1):
+      ...     history.append(10 * step, val_loss=loss)
+      >>> rules = {f"patience {n}": og.stop.patience(n) for n in (2, 3)}
+      >>> print(replay_table(replay(history, rules)))
+      rule        stops at  steps saved  best at  best value  given up  reason
+      patience 2        40           20       20           2         1  PATIENCE
+      patience 3        60            0       50           1         0  RUNNING
+    """
+    check_kind("rules", rules, Mapping, "a dict of rules by name")
+    if not rules:
+        raise ValueError("`rules` must have a rule at least, got none.")
+    sign = sign_of(mode)
+    evaluations, key = evaluations_of(as_rows(history), key)
+    outcomes = []
+    for name, rule in rules.items():
+        if isinstance(rule, EarlyStopping):
+            machine, keys = rule, frozenset()
+        elif isinstance(rule, StopRule):
+            keys = rule.keys
+            machine = early_stopping(rule, mode=mode, key=key if keys else None)
+        else:
+            raise TypeError(
+                f"`rules[{name!r}]` must be a rule of `optax_guard.stop` or what "
+                f"`early_stopping` returns, got {rule!r}."
+            )
+        columns = _columns(name, machine.needs, keys, key, evaluations)
+        outcomes.append(_replayed(name, machine, sign, key, keys, columns))
+    return outcomes
+
+
+def replay_table(replayed: Iterable[Replayed]) -> str:
+    """The outcomes of `replay` as aligned text, a line a rule under a heading.
+
+    Args:
+      replayed: What `replay` returned.
+
+    Returns:
+      The table, without a newline at the end.
+
+    Raises:
+      TypeError: If it is anything else.
+
+    Examples:
+      >>> from optax_guard import analysis, stop
+      >>> rows = [{"step": i, "val_loss": x} for i, x in enumerate([2.0, 1.0, 1.5])]
+      >>> found = analysis.replay(rows, {"target(1)": stop.target(1.0)})
+      >>> print(analysis.replay_table(found))
+      rule       stops at  steps saved  best at  best value  given up  reason
+      target(1)         1            1        1           1         0  TARGET
+    """
+    heading = ["rule", "stops at", "steps saved", "best at", "best value", "given up"]
+    lines = [[*heading, "reason"]]
+    check_iterable("replayed", replayed, "what `replay` returned")
+    for one in replayed:
+        check_kind("replayed", one, Replayed, "what `replay` returned")
+        known = (one.stopped_step, one.steps_saved, one.best_step)
+        numbers = (one.best_value, one.loss_given_up)
+        stopped, saved, best = map(str, known)
+        value, given_up = (f"{number:.4g}" for number in numbers)
+        lines.append([one.name, stopped, saved, best, value, given_up, one.reason.name])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            # Texts to the left, numbers to the right.
+            cell.ljust(width) if i in (0, 6) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def evaluations_of(
+    rows: list[dict[str, float]], key: str | None
+) -> tuple[list[dict[str, float]], str]:
+    """The rows with the value that is judged, and its name."""
+    if key is not None:
+        check_kind("key", key, str, "a string or None")
+    wanted = ("val_loss", "value") if key is None else (key,)
+    for name in wanted:
+        found = [row for row in rows if name in row]
+        if found:
+            return found, name
+    known = sorted({name for row in rows for name in row})
+    raise ValueError(
+        f"`history` must have rows with {' or '.join(map(repr, wanted))}, the value "
+        f"that is judged; got {len(rows)} rows with {known}. Name it by `key`."
+    )
+
+
+def _columns(
+    name: str,
+    needs: frozenset[str],
+    keys: frozenset[str],
+    key: str,
+    evaluations: list[dict[str, float]],
+) -> dict[str, np.ndarray]:
+    """What the rule reads of each evaluation, by the names of a history."""
+    if unknown := needs - {"step", "train_value"}:
+        raise ValueError(
+            f"`rules[{name!r}]` needs {' and '.join(sorted(unknown))}, which a history "
+            "does not record."
+        )
+    wanted = {key, *keys} | ({"train_loss"} if "train_value" in needs else set())
+    for column in sorted(wanted):
+        if not all(column in row for row in evaluations):
+            raise ValueError(
+                f"`rules[{name!r}]` needs {column!r} in every row with {key!r}."
+            )
+    columns = {
+        column: np.array([row[column] for row in evaluations], np.float32)
+        for column in wanted
+    }
+    return columns | {"step": np.array([row["step"] for row in evaluations], np.int32)}
+
+
+def _replayed(
+    name: str,
+    machine: EarlyStopping,
+    sign: float,
+    key: str,
+    keys: frozenset[str],
+    columns: dict[str, np.ndarray],
+) -> Replayed:
+
+    def judge(state: Any, row: dict[str, jax.Array]) -> Any:
+        value = {name: row[name] for name in {key, *keys}} if keys else row[key]
+        train_value = row.get("train_loss")
+        state = machine.update(value, state, step=row["step"], train_value=train_value)
+        return state, None
+
+    play = jax.jit(lambda rows: jax.lax.scan(judge, machine.init(), rows)[0])
+    state = play(columns)
+    steps, values = columns["step"], columns[key]
+    stopped, best = int(state.stopped_at), int(state.best_eval)
+    usable = sign * values[np.isfinite(values)]
+    best_value = float(values[best]) if best >= 0 else math.nan
+    return Replayed(
+        name=name,
+        reason=StopReason(int(state.stop_reason)),
+        stopped_step=int(steps[stopped]),
+        best_step=int(steps[best]) if best >= 0 else -1,
+        best_value=best_value,
+        steps_saved=int(steps[-1] - steps[stopped]),
+        loss_given_up=float(sign * best_value - np.min(usable, initial=math.inf)),
+    )

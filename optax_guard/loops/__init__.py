@@ -1,0 +1,27 @@
+"""Training loops: `fit` on the host; on the device one run, or a population."""
+
+from optax_guard._public import publish
+from optax_guard.loops._checkpoint import Checkpointer, load_best
+from optax_guard.loops._device import train_on_device
+from optax_guard.loops._fit import fit
+from optax_guard.loops._population import PopulationResult, train_population
+from optax_guard.loops._result import FitResult
+from optax_guard.loops._rewind import Rewind
+
+__all__ = [
+    "Checkpointer",
+    "FitResult",
+    "PopulationResult",
+    "Rewind",
+    "fit",
+    "load_best",
+    "train_on_device",
+    "train_population",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+publish(__name__)

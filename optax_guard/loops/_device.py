@@ -1,0 +1,151 @@
+"""The loop on the device: steps, evaluation, early stopping, with no host between."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_guard._checks import check_count
+from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.readout import metrics
+from optax_guard._trees import as_argument, find_states
+from optax_guard.loops._ending import flags_of_guard, is_over
+from optax_guard.loops._evaluation import tracked
+from optax_guard.loops._inputs import (
+    Functions,
+    check_arguments,
+    check_functions,
+    check_steps,
+    own,
+)
+from optax_guard.loops._lane import Lane, advance, first_lane, judge_of, next_evaluation
+from optax_guard.loops._result import FitResult, as_result
+from optax_guard.stop._state import EarlyStopping
+
+
+def train_on_device(
+    state: Any,
+    train_step: Callable[[Any, Any], tuple[Any, Any]],
+    batches: Callable[[Any], Any],
+    *,
+    num_steps: int,
+    eval_every: int,
+    evaluate: Callable[[Any], Any] | None = None,
+    stopper: EarlyStopping | None = None,
+) -> FitResult:
+    """Trains in one program on the device, evaluation and early stopping included.
+
+    The arguments, the rows of the history and the order of judgment are those of
+    `optax_guard.flax.fit`. The host dispatches once and reads once, so this is for
+    steps that take less time than Python needs to dispatch them. Differences: all
+    functions are traced, the run ends exactly at the evaluation that stops it, and
+    nothing is logged before the end.
+
+    The program is compiled once for the same functions, ``stopper``, ``num_steps``,
+    ``eval_every`` and shapes: another seed, or a state to go on from, does not compile
+    again. Arrays that a function closes over become constants in it, which is slow to
+    compile if they are large. Pass these through `jax.tree_util.Partial`, whose arrays
+    are arguments.
+
+    Args:
+      state: A `TrainState` of Flax or of this library, or any tree of arrays with
+        ``step``, ``params`` and ``opt_state``. It is copied, not donated; from then on
+        all steps work in place.
+      train_step: ``train_step(state, batch) -> (state, metrics)`` with ``metrics`` a
+        dict of scalars, ``"loss"`` among them, or the loss alone.
+      batches: A function ``step -> batch`` of a traced int32[], say by an index into
+        arrays on the device.
+      num_steps: Value of ``state.step`` to train to, as in ``range(state.step,
+        num_steps)``.
+      eval_every: Steps between evaluations. There is one at every multiple and one at
+        the end.
+      evaluate: ``evaluate(state) -> scalar or dict of scalars``.
+      stopper: An `early_stopping`. It is told the value, the parameters, the steps, the
+        mean training loss since the evaluation before and the optimizer's state. A
+        better value copies the parameters; any other moves nothing.
+
+    Returns:
+      A `FitResult`. An exact stop makes ``state`` that of the last evaluation.
+
+    Raises:
+      ValueError: If an argument is out of range, a function returns a wrong shape, or
+        the rule of ``stopper`` needs seconds, which only a host can tell.
+      TypeError: If an argument or what a function returns is of the wrong kind.
+      GuardExhaustedError: If the guard withheld too many steps in a row and the stopper
+        did not stop; the message names the last rejections.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_guard as og
+      >>> from jax.tree_util import Partial
+      >>> from optax_guard.flax import TrainState
+      >>> from optax_guard.loops import train_on_device
+      >>> tx = og.guard(optax.sgd(0.1), clip=1.0)
+      >>> state = TrainState.create(apply_fn=None, params=jnp.array(0.5), tx=tx)
+      >>> def train_step(state, x):
+      ...     loss, grads = jax.value_and_grad(lambda p: (p - x) ** 2)(state.params)
+      ...     return state.apply_gradients(grads=grads, value=loss), loss
+      >>> batches = Partial(lambda data, step: data[step % 2], jnp.array([0.0, 0.1]))
+      >>> result = train_on_device(state, train_step, batches, num_steps=9,
+      ...     eval_every=3, evaluate=lambda state: state.params ** 2,
+      ...     stopper=og.early_stopping(og.stop.target(0.05)))
+      >>> [(row["step"], round(row["value"], 3)) for row in result.history]
+      [(3, 0.074), (6, 0.03)]
+    """
+    check_count("num_steps", num_steps)
+    check_count("eval_every", eval_every)
+    check_arguments(state, evaluate, stopper)
+    check_functions(Functions(train_step, batches, evaluate, stopper))
+    step = int(state.step)
+    check_steps(step, num_steps)
+    lane, best = _run(
+        own(state),
+        [as_argument(f) for f in (train_step, batches, evaluate)],
+        np.int32(step),
+        stopper=stopper,
+        num_steps=num_steps,
+        eval_every=eval_every,
+    )
+    flags: dict[str, Any] = {}
+    if find_states(lane.state, GuardState):
+        flags |= flags_of_guard(metrics(lane.state))
+    if lane.stop is not None:
+        flags["should_stop"] = lane.stop.should_stop
+    is_over(jax.device_get(flags), lane.state)
+    return as_result(lane.state, best, lane.stop, lane.rows, lane.num_rows)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("stopper", "num_steps", "eval_every"),
+    donate_argnames="state",
+)
+def _run(
+    state: Any,
+    given: list[Any],
+    begin: jax.Array,
+    *,
+    stopper: EarlyStopping | None,
+    num_steps: int,
+    eval_every: int,
+) -> tuple[Lane, Any]:
+    train_step, batches, evaluate = given
+    functions = Functions(train_step, batches, evaluate, stopper)
+    judge = judge_of(functions)
+
+    def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:
+        step, lane = carry
+        return (step < num_steps) & ~lane.is_over
+
+    def go(carry: tuple[jax.Array, Lane]) -> tuple[jax.Array, Lane]:
+        step, lane = carry
+        until = next_evaluation(step, num_steps, eval_every)
+        return until, advance(functions, judge, lane, step, until)
+
+    lane = first_lane(functions, judge, state, num_steps, eval_every)
+    _, lane = jax.lax.while_loop(goes_on, go, (begin, lane))
+    best = None
+    if stopper is not None and lane.stop is not None:
+        best = stopper.best(lane.stop, tracked(lane.state))
+    return lane, best

@@ -1,0 +1,64 @@
+"""Whether a run is over, and why."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.readout import (
+    GuardExhaustedError,
+    raise_if_exhausted,
+    rejections,
+)
+from optax_guard._trees import find_states
+from optax_guard.stop._rule import StopReason
+
+# Stops that mean that training went wrong, not that it is done.
+_GONE_BAD = {StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM}
+# What `raise_if_exhausted` reads.
+_EXHAUSTION = ("guard_exhausted", "skip_reason", "skip_streak")
+
+
+def _trouble(flags: Mapping[str, Any], state: Any) -> str | None:
+    """What went wrong, in words, or None."""
+    if flags.get("should_stop", False):
+        reason = int(flags["stop_reason"])
+        if reason not in _GONE_BAD:
+            return None
+        return f"{StopReason(reason).name}: {StopReason(reason).message}"
+    exhaustion = {k: v for k, v in flags.items() if k.startswith(_EXHAUSTION)}
+    if not exhaustion:
+        return None
+    try:
+        raise_if_exhausted(exhaustion)
+    except GuardExhaustedError as error:
+        return "\n".join([str(error), *_last_rejections(state)])
+    return None
+
+
+def is_over(flags: Mapping[str, Any], state: Any) -> bool:
+    """Whether the machine stops the run. If it does not, an exhausted guard raises."""
+    if flags.get("should_stop", False):
+        return True
+    if (message := _trouble(flags, state)) is not None:
+        raise GuardExhaustedError(message)
+    return False
+
+
+def flags_of_guard(totals: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the metrics that tell of exhaustion."""
+    return {k: v for k, v in totals.items() if k.startswith(_EXHAUSTION)}
+
+
+def _last_rejections(state: Any) -> list[str]:
+    guards = find_states(state, GuardState)
+    # Among several guards, each may have seen a part of the parameters only.
+    params = state.params if len(guards) == 1 else None
+    return [
+        "Rejected last:",
+        *(
+            f"  update {r.update}: {r.reason.name}, norm {r.grad_norm:.4g}, loss "
+            f"{r.value:.4g}" + (f", first in {r.leaf}" if r.leaf is not None else "")
+            for guard in guards
+            for r in rejections(guard, params)
+        ),
+    ]

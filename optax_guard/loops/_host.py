@@ -1,0 +1,172 @@
+"""What `fit` meets on the host: data, loggers, displays, clocks, signals."""
+
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# What a source of batches returns when there are no more.
+END = object()
+
+
+@runtime_checkable
+class MetricWriter(Protocol):
+    """What CLU's metric writers have."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
+        """Writes scalars of one step."""
+        ...
+
+
+Logger = Callable[[int, dict[str, float]], Any] | MetricWriter
+
+
+class Record:
+    """Rows on their way to the loggers, one evaluation behind.
+
+    Of several processes all keep the history, and the first one writes.
+    """
+
+    def __init__(
+        self, loggers: Sequence[Logger], display: Any, history: list[dict[str, float]]
+    ):
+        self.history = history
+        self._loggers = loggers if jax.process_index() == 0 else ()
+        self._display = display
+        self._pending: tuple[int, Any, Any] | None = None
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # The row before a crash is the one that people want to see.
+        self.read()
+
+    def put(self, step: int, row: dict[str, Any], flags: dict[str, Any]) -> None:
+        """Keeps a row of arrays that may not be computed yet."""
+        self._pending = step, row, flags
+
+    def read(self) -> dict[str, Any]:
+        """Waits for the row that was put last, hands it on and returns its flags."""
+        if self._pending is None:
+            return {}
+        step, row, flags = self._pending
+        self._pending = None
+        row, flags = jax.device_get((row, flags))
+        numbers: dict[str, float] = {"step": step}
+        numbers |= {name: np.asarray(x).item() for name, x in row.items()}
+        self.history.append(numbers)
+        # First, so that what a logger prints about a row stands below it.
+        self._display.row(numbers)
+        for logger in self._loggers:
+            # A copy: a logger may change what it gets.
+            if isinstance(logger, MetricWriter):
+                logger.write_scalars(step, dict(numbers))
+            else:
+                logger(step, dict(numbers))
+        return flags
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into requests, for the loop to end where it can.
+
+    An exception may come between the dispatch of a step and the assignment of its
+    result, when the old state is donated and the new one is lost. The second Ctrl-C is
+    the usual exception, for people who will not wait. Further SIGTERM change nothing:
+    schedulers send it twice, and SIGKILL after it.
+
+    Attributes:
+      requested: Whether to end after the step at hand, because of Ctrl-C.
+      preempted: Whether to end at the next evaluation, because of SIGTERM.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self.preempted = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        # Of several processes, one alone must not leave the loop.
+        if jax.process_count() == 1:
+            self._take(signal.SIGINT, signal.default_int_handler, self._request)
+        # That of `jax.distributed`, which is not Python's, looks like the default.
+        self._take(signal.SIGTERM, signal.SIG_DFL, self._preempt)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, default: Any, handler: Callable[..., None]) -> None:
+        # Only where a signal means what Python makes of it: another handler knows
+        # better. And only the main thread may.
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(number) is default
+        ):
+            self._before[number] = signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
+            signal.default_int_handler(number, frame)
+        self.requested = True
+
+    def _preempt(self, number: int, frame: Any) -> None:
+        del number, frame
+        self.preempted = True
+
+
+def open_source(batches: Any) -> Callable[[int], Any]:
+    """The batch of each step, or `END`."""
+    if callable(batches):
+        return batches
+    # An array without axes says that it is one, and is none.
+    if not isinstance(batches, Iterable) or getattr(batches, "shape", None) == ():
+        raise TypeError(
+            "`batches` must be a function `step -> batch` or an iterable of batches, "
+            f"got {batches!r}."
+        )
+    iterator = iter(batches)
+    return lambda step: next(iterator, END)
+
+
+def agree(result: jax.Array, seconds: float, preempted: bool) -> tuple[Any, Any]:
+    """What the clock and SIGTERM say, the same for all processes of a run.
+
+    With several it is one tiny collective, for which nobody waits before it is read.
+
+    Args:
+      result: Any result of the run, which tells which devices, and so processes, it
+        runs on.
+      seconds: By the clock of this process.
+      preempted: Whether this process has got SIGTERM.
+
+    Returns:
+      Seconds by the clock of the first process, float32[], and whether any process was
+      preempted, bool[].
+    """
+    if result.is_fully_addressable:
+        return np.float32(seconds), np.bool_(preempted)
+    devices = sorted(result.sharding.device_set, key=lambda d: (d.process_index, d.id))
+    mesh = Mesh(np.array(devices), ("device",))
+    own = np.array([[seconds, preempted]], np.float32)
+    facts = jax.make_array_from_callback(
+        (len(devices), 2),
+        NamedSharding(mesh, PartitionSpec("device")),
+        lambda index: own,
+    )
+    return _first_and_any(facts, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_and_any(
+    facts: jax.Array, everywhere: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    facts = jax.lax.with_sharding_constraint(facts, everywhere)
+    return facts[0, 0], jnp.any(facts[:, 1] > 0)

@@ -1,0 +1,123 @@
+"""What `fit` is given: arguments, its own copy of the state, values."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_guard.loops._host import MetricWriter
+from optax_guard.stop._state import EarlyStopping
+
+# What a machine may be told without a host.
+_FACTS = frozenset({"step", "train_value", "opt_state"})
+
+
+class Functions(NamedTuple):
+    """The functions that make a run, as `train_on_device` takes them."""
+
+    train_step: Callable[[Any, Any], tuple[Any, Any]]
+    batches: Callable[[Any], Any]
+    evaluate: Callable[[Any], Any] | None
+    stopper: EarlyStopping | None
+
+
+def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) -> None:
+    """Refuses what is of the wrong kind, with advice."""
+    for name in ("step", "params", "opt_state"):
+        if not hasattr(state, name):
+            raise TypeError(
+                f"`state` must have `{name}`, as a Flax `TrainState` has, got a "
+                f"`{type(state).__name__}`."
+            )
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(
+            f"`evaluate` must be a function of the state, got {evaluate!r}."
+        )
+    if stopper is not None and not isinstance(stopper, EarlyStopping):
+        raise TypeError(
+            "`stopper` must be made by `early_stopping`, as in "
+            f"`early_stopping(stop.patience(5))`, got {stopper!r}."
+        )
+    if stopper is not None and evaluate is None:
+        raise ValueError("`stopper` needs `evaluate`: it judges what that returns.")
+    if not isinstance(loggers, Sequence):
+        raise TypeError(f"`loggers` must be a list of loggers, got {loggers!r}.")
+    for logger in loggers:
+        if not (callable(logger) or isinstance(logger, MetricWriter)):
+            raise TypeError(
+                "`loggers` must hold callables `(step, row)` or objects with "
+                f"`write_scalars`, got {logger!r}."
+            )
+
+
+def own(state: Any) -> Any:
+    """A copy that may be donated, without weak types, which would be traced again."""
+    return jax.tree.map(
+        lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), state
+    )
+
+
+def beside(tree: Any, batch: Any) -> Any:
+    """A tree whose arrays that are nowhere yet are on all devices of its mesh.
+
+    Or on those of the batch's. There a step leaves them, and given as they were, the
+    step would be compiled once for them and once for what it returns.
+    """
+    arrays = [x for x in jax.tree.leaves((tree, batch)) if isinstance(x, jax.Array)]
+    meshes = [
+        x.sharding.mesh
+        for x in arrays
+        if x.committed and isinstance(x.sharding, NamedSharding)
+    ]
+    if not meshes:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    loose = [
+        i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and not x.committed
+    ]
+    # By `jit`, which, unlike `device_put`, does not let processes compare them.
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    placed = jax.jit(lambda x: x, out_shardings=everywhere)([leaves[i] for i in loose])
+    for i, x in zip(loose, placed, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+def warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
+    """Tells that the data has ended before the run."""
+    if is_empty:
+        raise ValueError("`batches` is empty.")
+    warnings.warn(
+        f"`batches` ended after step {step} of {num_steps}, and the run with it. Pass "
+        "a function `step -> batch`, or an iterable that repeats the data.",
+        stacklevel=3,
+    )
+
+
+def check_functions(functions: Functions) -> None:
+    """Refuses functions that cannot run on the device."""
+    for name in ("train_step", "batches"):
+        function = getattr(functions, name)
+        if not callable(function):
+            advice = ""
+            if name == "batches":
+                advice = " of the step: an iterable stays on the host, use `fit`"
+            raise TypeError(f"`{name}` must be a function{advice}, got {function!r}.")
+    if functions.stopper is not None and (missing := functions.stopper.needs - _FACTS):
+        raise ValueError(
+            f"`stopper` has a rule that reads {sorted(missing)}, which a loop on the "
+            "device cannot tell: it has no clock. Count evaluations or steps instead, "
+            "as in `stop.budget(steps=...)`, or run it with `optax_guard.flax.fit`."
+        )
+
+
+def check_steps(step: int, num_steps: int) -> None:
+    """Refuses to train to a step that lies behind."""
+    if step >= num_steps:
+        raise ValueError(
+            f"`num_steps` must be above the steps done, {step}, got {num_steps}: it is "
+            "the step to train to, not the number of further steps."
+        )

@@ -1,0 +1,231 @@
+"""What happens between two evaluations of `fit`, summed up on the device."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.readout import metrics
+from optax_guard._norms.statistics import NormStats
+from optax_guard._trees import find_states
+
+# Withheld steps; and micro-batches that an accumulation has left out.
+_TOTALS = ("num_skipped", "num_dropped")
+# What only some clips tell of a step.
+_OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
+
+
+class NormSums(NamedTuple):
+    """Counts of updates, and sums over those with a finite norm.
+
+    Attributes:
+      num_updates: int32[].
+      num_clipped: int32[].
+      num_nonfinite: int32[].
+      norm_sum: float32[], of norms before clipping.
+      grad_norm: float32[], largest norm before clipping; -inf before the first.
+      clipped_norm: float32[], after clipping, of that same update.
+      clip_threshold: float32[], in force at that same update.
+    """
+
+    num_updates: jax.Array
+    num_clipped: jax.Array
+    num_nonfinite: jax.Array
+    norm_sum: jax.Array
+    grad_norm: jax.Array
+    clipped_norm: jax.Array
+    clip_threshold: jax.Array
+
+
+class Interval(NamedTuple):
+    """Sums since the last evaluation.
+
+    Attributes:
+      metric_sums: Sums of the finite values of each metric of the step, by its name in
+        the row, float32[] or wider.
+      metric_counts: How many there were, int32[] each.
+      norms: A `NormSums`, or ``None`` if nothing in the state measures norms.
+      num_skipped: int32[], steps withheld, or ``None`` without a guard.
+    """
+
+    metric_sums: dict[str, jax.Array]
+    metric_counts: dict[str, jax.Array]
+    norms: NormSums | None
+    num_skipped: jax.Array | None
+
+
+def first_interval(
+    train_step: Callable[[Any, Any], Any], state: Any, batch: Any
+) -> Interval:
+    """An empty interval for this step, whose results are checked."""
+    # Through jit, so that this is the one time the step is traced.
+    result = jax.eval_shape(jax.jit(train_step), state, batch)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "`train_step` must return `(state, metrics)`, got a "
+            f"`{type(result).__name__}`."
+        )
+    _check_same_state(state, result[0])
+    found = _as_dict(result[1])
+    for name, value in found.items():
+        if not hasattr(value, "shape") or value.shape != ():
+            raise ValueError(
+                f"`train_step` must return scalars as metrics, got {value} for "
+                f"{name!r}. Take the mean over the batch."
+            )
+    if "loss" not in found:
+        raise ValueError(
+            "`train_step` must return the loss, alone or in a dict under the key "
+            f"'loss'; got the keys {sorted(found)}."
+        )
+    stats = find_states(state, NormStats)
+    known = set(metrics(state)) if stats else set()
+    dtypes = {
+        f"train_{name}": jnp.promote_types(value.dtype, jnp.float32)
+        for name, value in found.items()
+        if name not in known
+    }
+    dtypes |= {name: jnp.dtype(jnp.float32) for name in _OF_CLIPS if name in known}
+    return _empty(dtypes, bool(stats), bool(find_states(state, GuardState)))
+
+
+def totals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `metrics`, the counts that a row of the history holds as they are."""
+    return {name: found[name] for name in _TOTALS if name in found}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def run_step(
+    train_step: Callable[[Any, Any], Any], state: Any, interval: Interval, batch: Any
+) -> tuple[Any, Interval]:
+    """Takes one step and adds it to the interval."""
+    new_state, found = jax.jit(train_step, inline=True)(state, batch)
+    return new_state, _add(interval, _as_dict(found), state, new_state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
+    """The interval's row of means, rates and norms, and an empty interval."""
+    row = {
+        name: _mean(total, interval.metric_counts[name])
+        for name, total in interval.metric_sums.items()
+    }
+    norms = interval.norms
+    if norms is not None:
+        num_finite = norms.num_updates - norms.num_nonfinite
+        worst = norms.grad_norm, norms.clipped_norm, norms.clip_threshold
+        before, after, threshold = (
+            jnp.where(num_finite > 0, x, jnp.nan) for x in worst
+        )
+        row |= {
+            "grad_norm": before,
+            "clipped_norm": after,
+            "clip_threshold": threshold,
+            "grad_norm_mean": _mean(norms.norm_sum, num_finite),
+            "clip_rate": _mean(norms.num_clipped, norms.num_updates),
+            "nonfinite_rate": _mean(norms.num_nonfinite, norms.num_updates),
+        }
+        if interval.num_skipped is not None:
+            row["skip_rate"] = _mean(interval.num_skipped, norms.num_updates)
+    dtypes = {name: total.dtype for name, total in interval.metric_sums.items()}
+    return row, _empty(dtypes, norms is not None, interval.num_skipped is not None)
+
+
+def _empty(dtypes: dict[str, Any], is_measured: bool, is_guarded: bool) -> Interval:
+    def zero(dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros((), dtype)
+
+    norms = NormSums(
+        num_updates=zero(),
+        num_clipped=zero(),
+        num_nonfinite=zero(),
+        norm_sum=zero(jnp.float32),
+        grad_norm=jnp.full((), -jnp.inf, jnp.float32),
+        clipped_norm=zero(jnp.float32),
+        clip_threshold=zero(jnp.float32),
+    )
+    return Interval(
+        metric_sums={name: zero(dtype) for name, dtype in dtypes.items()},
+        metric_counts={name: zero() for name in dtypes},
+        norms=norms if is_measured else None,
+        num_skipped=zero() if is_guarded else None,
+    )
+
+
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """NaN if there was nothing to take a mean of."""
+    share = total / jnp.maximum(count, 1).astype(jnp.float32)
+    return jnp.where(count > 0, share, jnp.nan)
+
+
+def _check_same_state(old: Any, new: Any) -> None:
+    was, now = jax.tree.structure(old), jax.tree.structure(new)
+    if was != now:
+        raise TypeError(
+            "`train_step` must return a state of the structure it was given, "
+            f"got {now} for {was}."
+        )
+    pairs = zip(jax.tree.leaves_with_path(old), jax.tree.leaves(new), strict=True)
+    for (path, x), y in pairs:
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            raise TypeError(
+                "`train_step` must keep shapes and dtypes of the state, but turned "
+                f"`state{jax.tree_util.keystr(path)}` from {x.dtype}{list(x.shape)} "
+                f"into {y.dtype}{list(y.shape)}."
+            )
+
+
+def _as_dict(found: Any) -> dict[str, Any]:
+    return dict(found) if isinstance(found, Mapping) else {"loss": found}
+
+
+def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Interval:
+    values = {f"train_{name}": value for name, value in found.items()}
+    of_clips = [name for name in _OF_CLIPS if name in interval.metric_sums]
+    if of_clips:
+        known, is_measured = metrics(new), _is_measured(old, new)
+        values |= {n: jnp.where(is_measured, known[n], jnp.nan) for n in of_clips}
+    sums, counts = {}, {}
+    for name, total in interval.metric_sums.items():
+        value = jnp.asarray(values[name], total.dtype)
+        is_finite = jnp.isfinite(value)
+        sums[name] = total + jnp.where(is_finite, value, 0)
+        counts[name] = interval.metric_counts[name] + is_finite
+    norms, num_skipped = interval.norms, interval.num_skipped
+    if norms is not None:
+        norms = _add_norms(norms, old, new)
+    if num_skipped is not None:
+        num_skipped += (
+            find_states(new, GuardState)[0].num_skipped
+            - find_states(old, GuardState)[0].num_skipped
+        )
+    return Interval(sums, counts, norms, num_skipped)
+
+
+def _is_measured(old_state: Any, new_state: Any) -> jax.Array:
+    """Whether the step was an update, with a finite norm."""
+    old, new = (find_states(state, NormStats)[0] for state in (old_state, new_state))
+    # Under gradient accumulation a step may be no update.
+    return (new.num_updates > old.num_updates) & jnp.isfinite(new.grad_norm)
+
+
+def _add_norms(norms: NormSums, old_state: Any, new_state: Any) -> NormSums:
+    old, new = (find_states(state, NormStats)[0] for state in (old_state, new_state))
+    is_finite = _is_measured(old_state, new_state)
+    is_worst = is_finite & (new.grad_norm > norms.grad_norm)
+
+    def worst(now: jax.Array, before: jax.Array) -> jax.Array:
+        return jnp.where(is_worst, now, before)
+
+    return NormSums(
+        num_updates=norms.num_updates + new.num_updates - old.num_updates,
+        num_clipped=norms.num_clipped + new.num_clipped - old.num_clipped,
+        num_nonfinite=norms.num_nonfinite + new.num_nonfinite - old.num_nonfinite,
+        norm_sum=norms.norm_sum + jnp.where(is_finite, new.grad_norm, 0),
+        grad_norm=worst(new.grad_norm, norms.grad_norm),
+        clipped_norm=worst(new.clipped_norm, norms.clipped_norm),
+        clip_threshold=worst(new.clip_threshold, norms.clip_threshold),
+    )

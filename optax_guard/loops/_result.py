@@ -1,0 +1,97 @@
+"""What a run is, and what it returns."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from optax_guard.loops._evaluation import batch_stats
+from optax_guard.stop._state import EarlyStoppingState
+
+
+class Rewound(NamedTuple):
+    """What the rewinds of a run have come to.
+
+    Attributes:
+      num_rewinds: How many there were.
+      lr_scale: Factor on the learning rate, beside that of a `stop.plateau`.
+      data_offset: What is added to the step for the batch to take.
+    """
+
+    num_rewinds: int = 0
+    lr_scale: float = 1.0
+    data_offset: int = 0
+
+
+class Run(NamedTuple):
+    """What a run is at an evaluation.
+
+    Attributes:
+      step: Steps done.
+      state: The train state.
+      stop: The machine's state without parameters, or ``None``.
+      history: All rows up to this evaluation's.
+      best_step: Step of the best evaluation; -1 if there is none.
+      rewound: What rewinds have come to.
+    """
+
+    step: int
+    state: Any
+    stop: EarlyStoppingState | None
+    history: list[dict[str, float]]
+    best_step: int
+    rewound: Rewound
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      state: The state after the last step that ran. After an early stop that is up to
+        one interval of evaluation beyond it; the best parameters are not affected.
+      best_params: Parameters of the best evaluation, or of `state` if none was finite;
+        ``None`` without a stopper.
+      stop: The `EarlyStoppingState`, for `explain`; ``None`` without a stopper. If the
+        state has `batch_stats`, its ``best_params`` is a dict of both trees; with a
+        checkpointer it is ``None``.
+      history: One dict of Python numbers an evaluation, as the loggers got them, those
+        before a resumption included.
+      best_batch_stats: `batch_stats` of the best evaluation, as `best_params`; ``None``
+        if the state has none.
+      interrupted: Whether the run was ended by Ctrl-C.
+      preempted: Whether the run was ended by SIGTERM, to this process or to another of
+        the run. With a checkpointer the same call then goes on where it was ended.
+    """
+
+    state: Any
+    best_params: Any
+    stop: EarlyStoppingState | None
+    history: list[dict[str, float]]
+    best_batch_stats: Any = None
+    interrupted: bool = False
+    preempted: bool = False
+
+
+def as_result(
+    state: Any, best: Any, stop: EarlyStoppingState | None, rows: Any, num_rows: Any
+) -> FitResult:
+    """What `fit` would have returned. Waits for the device."""
+    columns, size = jax.device_get((rows, num_rows))
+    columns = {"step": columns["step"], **columns}
+    best_params, best_batch_stats = split_best(state, best)
+    return FitResult(
+        state=state,
+        best_params=best_params,
+        stop=stop,
+        history=[
+            {name: column[i].item() for name, column in columns.items()}
+            for i in range(int(size))
+        ],
+        best_batch_stats=best_batch_stats,
+    )
+
+
+def split_best(state: Any, best: Any) -> tuple[Any, Any]:
+    """The best parameters, and the batch statistics that belong to them."""
+    if best is None or batch_stats(state) is None:
+        return best, None
+    return best["params"], best["batch_stats"]
