@@ -131,8 +131,10 @@ def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
             return loss * bad.loss_factor
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
-        new, opt_state = og.apply_gradients(tx, params, opt_state, grads, value=loss)
-        # Weight decay alone moves something: only a withheld step changes nothing.
+        new, opt_state = og.apply_gradients(
+            tx, params, opt_state, grads=grads, value=loss
+        )
+        # Weight decay alone moves something: only a skipped step changes nothing.
         same = jax.tree.map(lambda a, b: jnp.all(a == b), new, params)
         is_taken = ~jnp.all(jnp.stack(jax.tree.leaves(same)))
         return (new, opt_state, key), is_taken

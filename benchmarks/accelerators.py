@@ -306,7 +306,7 @@ def by_apply_gradients(tx: optax.GradientTransformation) -> Step:
     """This library's one call."""
 
     def step(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        return og.apply_gradients(tx, params, opt_state, grads)
+        return og.apply_gradients(tx, params, opt_state, grads=grads)
 
     return step
 

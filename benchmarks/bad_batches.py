@@ -8,7 +8,7 @@ its result was seen.
 
 A run with a fault is compared with the same contender's run without: how far the
 held-out loss rises above it (nats per character), how many steps after the first
-corrupt batch it is within 5 % of it for good, how many healthy steps are withheld, and
+corrupt batch it is within 5 % of it for good, how many healthy steps are skipped, and
 whether parameters and moments are finite in the end. Run `python -m
 benchmarks.bad_batches`.
 """

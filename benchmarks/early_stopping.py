@@ -123,7 +123,7 @@ def by_flax(seed: int, rate: float, shift: int) -> int:
     return int(state.step) // EVAL_EVERY
 
 
-STOPPER = og.from_flax(patience=PATIENCE - 1)
+STOPPER = og.stop.from_flax(patience=PATIENCE - 1)
 
 
 def by_fit(seed: int, rate: float, shift: int) -> int:

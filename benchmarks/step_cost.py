@@ -85,7 +85,7 @@ def by_update(tx: optax.GradientTransformation) -> tuple[Any, Step]:
 
 def by_apply_gradients(tx: optax.GradientTransformation) -> tuple[Any, Step]:
     def step(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        return og.apply_gradients(tx, params, opt_state, grads)
+        return og.apply_gradients(tx, params, opt_state, grads=grads)
 
     return tx.init, step
 

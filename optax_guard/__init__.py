@@ -17,16 +17,16 @@ from optax_guard._clipping.value import ClipByValueState as ClipByValueState
 from optax_guard._clipping.value import clip_by_value
 from optax_guard._guarding.accumulation import AccumulateState as AccumulateState
 from optax_guard._guarding.accumulation import accumulate
-from optax_guard._guarding.adoption import adopt, release
+from optax_guard._guarding.adoption import unwrap_state, wrap_state
 from optax_guard._guarding.guard import GuardState as GuardState
 from optax_guard._guarding.guard import guard
-from optax_guard._guarding.judging import RejectionLog as RejectionLog
+from optax_guard._guarding.judging import SkipLog as SkipLog
 from optax_guard._guarding.readout import (
     GuardExhaustedError,
-    Rejection,
+    SkippedStep,
     metrics,
     raise_if_exhausted,
-    rejections,
+    skipped_steps,
 )
 from optax_guard._guarding.step import apply_gradients
 from optax_guard._guarding.undoing import keep_if_skipped
@@ -36,7 +36,6 @@ from optax_guard._norms.statistics import NormStats as NormStats
 from optax_guard._public import publish
 from optax_guard._trees import find_state, find_states
 from optax_guard.skip import SkipReason
-from optax_guard.stop._presets import from_flax, from_keras, from_lightning
 from optax_guard.stop._rule import StopReason
 from optax_guard.stop._state import EarlyStopping, explain
 from optax_guard.stop._state import EarlyStoppingState as EarlyStoppingState
@@ -45,12 +44,11 @@ from optax_guard.stop._stopper import early_stopping
 __all__ = [
     "EarlyStopping",
     "GuardExhaustedError",
-    "Rejection",
     "SkipReason",
+    "SkippedStep",
     "StopReason",
     "accumulate",
     "adagc",
-    "adopt",
     "analysis",
     "apply_gradients",
     "autoclip",
@@ -64,9 +62,6 @@ __all__ = [
     "find_state",
     "find_states",
     "flax",
-    "from_flax",
-    "from_keras",
-    "from_lightning",
     "guard",
     "keep_if_skipped",
     "leaf_norms",
@@ -76,11 +71,12 @@ __all__ = [
     "plotting",
     "raise_if_exhausted",
     "record_norm",
-    "rejections",
-    "release",
     "skip",
+    "skipped_steps",
     "stop",
     "threshold",
+    "unwrap_state",
+    "wrap_state",
     "zclip",
 ]
 # Classes that are met in states and never constructed by users.
@@ -96,7 +92,7 @@ _STATES = [
     "GuardState",
     "NormStats",
     "RecordNormState",
-    "RejectionLog",
+    "SkipLog",
 ]
 
 

@@ -167,7 +167,7 @@ def check_size(name: str, number: object) -> None:
     if not isinstance(number, int | np.integer) or isinstance(number, bool):
         raise TypeError(
             f"`{name}` must be a Python integer, because it is the size of an array, "
-            f"got {number!r}. It cannot be traced: build one machine for each size."
+            f"got {number!r}. It cannot be traced: build one stopper for each size."
         )
     check_count(name, number)
 

@@ -43,17 +43,17 @@ __all__ = [
 
 
 class TrainState(train_state.TrainState):
-    """A Flax `TrainState` in which a rejected step changes nothing but `step`.
+    """A Flax `TrainState` in which a skipped step changes nothing but `step`.
 
     It is Flax's own class, with its methods and the same results, except that
     `apply_gradients` is the one-pass step of `optax_guard.apply_gradients`; that
     keyword arguments which are no fields go to the optimizer, so that a guard sees the
     loss (``value=loss``); and that fields given to it stay as they were if the guard
-    withholds the step. Any Optax optimizer works, with a guard or without.
+    skips the step. Any Optax optimizer works, with a guard or without.
 
     Attributes:
-      step: int32[], calls of `apply_gradients`, rejected steps included: a key folded
-        with it is fresh after a rejection too; 0 after `create`.
+      step: int32[], calls of `apply_gradients`, skipped steps included: a key folded
+        with it is fresh after a skipped step too; 0 after `create`.
       batch_stats: The collection of the same name, ``None`` if the model has none.
 
     Examples:
@@ -74,7 +74,7 @@ class TrainState(train_state.TrainState):
     batch_stats: Any = struct.field(default=None, kw_only=True)
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
-        """Takes one optimizer step, unless the guard withholds it.
+        """Takes one optimizer step, unless the guard skips it.
 
         Args:
           grads: Gradients with the structure of `params`.
@@ -82,7 +82,7 @@ class TrainState(train_state.TrainState):
             a subclass; and extra arguments of the optimizer, such as ``value=loss``.
 
         Returns:
-          The state after the step. If the guard withheld it: the state before, with
+          The state after the step. If the guard skipped it: the state before, with
           the guard's records and ``step + 1``. Fields that are not part of the tree
           are replaced in either case.
 
@@ -106,7 +106,7 @@ class TrainState(train_state.TrainState):
             self.tx,
             _trained(self.params),
             self.opt_state,
-            _trained(grads),
+            grads=_trained(grads),
             **extra_args,
         )
         is_guarded = bool(find_states(opt_state, GuardState))
@@ -116,7 +116,7 @@ class TrainState(train_state.TrainState):
                 return new
             if jax.tree.structure(new) != jax.tree.structure(old):
                 raise ValueError(
-                    f"`{name}` must keep its structure, so that a rejected step can "
+                    f"`{name}` must keep its structure, so that a skipped step can "
                     f"give the old value back: got {jax.tree.structure(new)} for "
                     f"{jax.tree.structure(old)}. Give `create` the initial value: "
                     f"`create(..., {name}=...)`."
@@ -183,9 +183,9 @@ def update_dynamic_scale(dynamic_scale: DynamicScale, opt_state: Any) -> Dynamic
     For float16: unscale, judge once, clip after. `DynamicScale.value_and_grad` unscales
     and judges; leave its ``dynamic_scale`` and ``is_finite`` unused and XLA drops that
     reading of all gradients, so that the guard's remains the only one. The scale backs
-    off where gradients or loss were not finite; a finite step that a rule withheld
+    off where gradients or loss were not finite; a finite step that a rule skipped
     counts as finite. Put it into the state by ``replace``: given to `apply_gradients`
-    as a field it would be undone on a rejected step.
+    as a field it would be undone on a skipped step.
 
     Args:
       dynamic_scale: The scale that the gradients were computed with.

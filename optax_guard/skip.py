@@ -1,4 +1,4 @@
-"""Skip rules: which finite steps to withhold. Non-finite ones always are."""
+"""Skip rules: which finite steps to skip. Non-finite ones always are."""
 
 import dataclasses
 import enum
@@ -39,7 +39,7 @@ _STATES = [
 
 
 class SkipReason(enum.IntEnum):
-    """Why a guard withheld a step. Numbers are checkpointed and never reused."""
+    """Why a guard skipped a step. Numbers are checkpointed and never reused."""
 
     NONE = 0
     NONFINITE = 1
@@ -49,7 +49,7 @@ class SkipReason(enum.IntEnum):
 
 
 def is_nonfinite(reason: jax.Array) -> jax.Array:
-    """Whether a step was withheld for a NaN or an infinity, not by a rule.
+    """Whether a step was skipped for a NaN or an infinity, not by a rule.
 
     Args:
       reason: A ``SkipReason`` as the guard's state holds it, int32[].
@@ -81,9 +81,9 @@ class Signals(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SkipRule:
-    """A rule of which steps to withhold, as pure functions and the reason they give.
+    """A rule of which steps to skip, as pure functions and the reason they give.
 
-    ``start()`` makes the state; ``judge(signals, state)`` says whether to withhold;
+    ``start()`` makes the state; ``judge(signals, state)`` says whether to skip;
     ``learn(signals, is_skipped, state)`` adds a finite step; ``restart(state)`` is what
     the state becomes when the guard overrules the rule, ``start()`` if it is ``None``.
     """
@@ -108,9 +108,9 @@ class SkipRule:
 def norm_above(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
 ) -> SkipRule:
-    """Withholds steps whose global norm before clipping is above ``max_norm``.
+    """Skips steps whose global norm before clipping is above ``max_norm``.
 
-    A threshold that adapts learns from withheld steps, too, in its own way: it could
+    A threshold that adapts learns from skipped steps, too, in its own way: it could
     not follow a lasting change of scale otherwise.
 
     Args:
@@ -190,39 +190,39 @@ def spike(
     min_history: ArrayLike | None = None,
     watch: str | Sequence[str] = ("grad_norm", "value"),
     min_deviation: ArrayLike = 1e-3,
-    rejected: str = "limit",
+    skipped: str = "limit",
     ddof: ArrayLike = 1,
 ) -> SkipRule:
-    r"""Withholds steps whose norm or loss rises far above the last ones.
+    r"""Skips steps whose norm or loss rises far above the last ones.
 
-    A step is withheld if, for one of the watched signals :math:`x`,
+    A step is skipped if, for one of the watched signals :math:`x`,
     :math:`x - \mu > \sigma \max(s, \delta|\mu|)`, with the mean :math:`\mu` and
     deviation :math:`s` of the ``window`` values before it and
     :math:`\delta` = ``min_deviation``. The norm is the one before clipping. Values that
     are not finite are never judged and never enter the window, and a window of nothing
-    but zeros withholds nothing. The guard bounds the steps withheld in a row, and then
+    but zeros skips nothing. The guard bounds the steps skipped in a row, and then
     empties the windows.
 
     A long row of bad but plausible batches raises the limit until they pass; a row
     longer than the guard's ``max_consecutive_skips`` ends in any case. With
-    ``rejected="nothing"`` and a larger ``max_consecutive_skips`` the limit stays, at
+    ``skipped="nothing"`` and a larger ``max_consecutive_skips`` the limit stays, at
     the price that after a lasting rise of norm or loss so many healthy steps are
-    withheld. (With the defaults 10 are; `benchmarks/README.md`, "Bad batches".)
+    skipped. (With the defaults 10 are; `benchmarks/README.md`, "Bad batches".)
 
     OLMo-core and MaxText's rule is ``spike(sigma, window, min_history=max(2, window //
-    2) - 1, min_deviation=0, rejected="enter")``, levanter's ``spike(sigma, window,
-    min_deviation=0, rejected="enter", ddof=0)``.
+    2) - 1, min_deviation=0, skipped="enter")``, levanter's ``spike(sigma, window,
+    min_deviation=0, skipped="enter", ddof=0)``.
 
     Args:
       sigma: How many standard deviations pass; positive.
       window: How many values make up mean and deviation; at least 2. Not traced.
-      min_history: How many must have been seen before a step is withheld;
+      min_history: How many must have been seen before a step is skipped;
         ``max(2, window // 2)`` if ``None``. Until then a spike is taken, and enters.
       watch: ``"grad_norm"``, ``"value"`` or both: the loss counts where it is given to
         ``update`` as ``value=``.
       min_deviation: Smallest standard deviation assumed, as a share of the mean's
         magnitude; at least 0.
-      rejected: What a withheld step's values enter the window as: ``"limit"``, at most
+      skipped: What a skipped step's values enter the window as: ``"limit"``, at most
         the largest that would have passed, so that one spike hardly makes the rule
         blind to the next; ``"enter"``, as they are; ``"nothing"``, not at all.
       ddof: What is subtracted from the number of values in the variance's divisor: 1,
@@ -264,7 +264,7 @@ def spike(
     if not watched:
         raise ValueError("`watch` must name a signal, got none.")
     check_range("min_deviation", min_deviation, 0, math.inf)
-    check_choice("rejected", rejected, ("limit", "enter", "nothing"))
+    check_choice("skipped", skipped, ("limit", "enter", "nothing"))
     check_range("ddof", ddof, 0, 1)
 
     def start() -> SpikeState:
@@ -301,10 +301,10 @@ def spike(
         )
 
     def add(x: jax.Array, past: SpikeWindow, is_skipped: jax.Array) -> SpikeWindow:
-        if rejected == "limit":
+        if skipped == "limit":
             x = jnp.where(is_skipped, jnp.minimum(x, limit(past)), x)
         enters = jnp.isfinite(x)
-        if rejected == "nothing":
+        if skipped == "nothing":
             enters &= ~is_skipped
         position = past.window_position
         is_next = (jnp.arange(window, dtype=jnp.int32) == position % window) & enters

@@ -49,7 +49,7 @@ def stepper(mode: str) -> Any:
         TRACES.append(mode)
         tx: Any = og.accumulate(inner(), k)
         if mode == "apply":
-            return og.apply_gradients(tx, params, state, grads, value=value)
+            return og.apply_gradients(tx, params, state, grads=grads, value=value)
         updates, state = tx.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
@@ -144,7 +144,7 @@ def test_on_clean_data_it_is_what_multi_steps_gives():
 
 
 @pytest.mark.parametrize("mode", ["update", "apply"])
-def test_a_group_without_a_good_micro_batch_is_a_withheld_step(mode):
+def test_a_group_without_a_good_micro_batch_is_a_skipped_step(mode):
     batches, values = some(8)
     _, before = run(mode, batches[:4], values[:4], 4)
     batches[4:, 0], batches[4:, 2] = NAN, INF
@@ -155,10 +155,10 @@ def test_a_group_without_a_good_micro_batch_is_a_withheld_step(mode):
     assert same_bits(old.wrapped_state, new.wrapped_state)
     assert (new.num_skipped, new.skip_streak, state.num_dropped) == (1, 1, 4)
     # On record is the last of them: the second leaf was at fault there.
-    [rejection] = og.rejections(state, start())
-    assert rejection.reason == og.SkipReason.NONFINITE
-    assert rejection.leaf == "w"
-    assert rejection.value == pytest.approx(values[7])
+    [skipped] = og.skipped_steps(state, start())
+    assert skipped.reason == og.SkipReason.NONFINITE
+    assert skipped.leaf == "w"
+    assert skipped.value == pytest.approx(values[7])
     assert og.metrics(state)["num_updates"] == 2
     assert og.metrics(state)["norm_max"] == og.metrics(before)["norm_max"]
 
@@ -170,7 +170,7 @@ def test_groups_of_bad_micro_batches_exhaust_the_guard():
     @jax.jit
     def step(params, state, value):
         grads = jax.tree.map(jnp.ones_like, params)
-        return og.apply_gradients(tx, params, state, grads, value=value)
+        return og.apply_gradients(tx, params, state, grads=grads, value=value)
 
     state = tx.init(params)
     for value in [1.0] * 3 + [NAN] * 6 + [NAN, 1.0, NAN]:
@@ -210,7 +210,7 @@ def test_a_schedule_of_k_is_called_with_the_groups_closed():
     @jax.jit
     def all_of_them(params):
         def body(carry, grad):
-            params, state = og.apply_gradients(tx, carry[0], carry[1], grad)
+            params, state = og.apply_gradients(tx, carry[0], carry[1], grads=grad)
             return (params, state), params
 
         return jax.lax.scan(body, (params, tx.init(params)), batches)[1]
@@ -247,7 +247,7 @@ def test_doubles_are_added_as_doubles():
     batches = np.random.default_rng(0).normal(size=(3, 2))
 
     def body(carry, grads):
-        return og.apply_gradients(tx, carry[0], carry[1], grads), None
+        return og.apply_gradients(tx, carry[0], carry[1], grads=grads), None
 
     carry: Any = params, tx.init(params)
     params: Any = jax.lax.scan(body, carry, batches)[0][0]
@@ -260,7 +260,7 @@ def all_steps(params, batches, values):
 
     def body(carry, batch):
         (params, state), (grads, value) = carry, batch
-        return og.apply_gradients(tx, params, state, grads, value=value), None
+        return og.apply_gradients(tx, params, state, grads=grads, value=value), None
 
     return jax.lax.scan(body, (params, tx.init(params)), (batches, values))[0]
 
@@ -302,7 +302,7 @@ def test_only_the_accumulator_is_as_large_as_the_parameters():
     params = {str(i): jax.ShapeDtypeStruct((size,), jnp.float32) for i in range(8)}
 
     def step(params, state, grads):
-        return og.apply_gradients(tx, params, state, grads, value=1.0)
+        return og.apply_gradients(tx, params, state, grads=grads, value=1.0)
 
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
         params, jax.eval_shape(tx.init, params), params
@@ -322,7 +322,7 @@ def test_steps_are_taken_by_a_branch_on_every_platform(call):
 
         def step(params, state, grads):
             if call == "apply":
-                return og.apply_gradients(tx, params, state, grads)
+                return og.apply_gradients(tx, params, state, grads=grads)
             return tx.update(grads, state, params)
 
         jaxpr = jax.make_jaxpr(step)(start(), tx.init(start()), start())
@@ -376,7 +376,7 @@ def kept(tx: Any, batches: Any) -> list[bool]:
     return found
 
 
-def test_keep_if_skipped_undoes_dropped_micro_batches_and_withheld_groups():
+def test_keep_if_skipped_undoes_dropped_micro_batches_and_skipped_groups():
     tx: Any = og.accumulate(og.guard(optax.sgd(1.0), skip=og.skip.norm_above(10.0)), 2)
     batches = [1, NAN, 1, 1, 99, 99, 1, 1, INF, 1, NAN, NAN, 1, 1]
     expected = [1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1]

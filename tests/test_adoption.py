@@ -37,7 +37,7 @@ SHAPES = jax.eval_shape(params)
 def stepper(tx: Any, is_donated: bool = False) -> Any:
     @functools.partial(jax.jit, donate_argnums=(0, 1) if is_donated else ())
     def step(params, state, grads):
-        return og.apply_gradients(tx, params, state, grads)
+        return og.apply_gradients(tx, params, state, grads=grads)
 
     return step
 
@@ -57,11 +57,11 @@ def unguarded(num_steps: int) -> Any:
 def inside_and_outside(tx: Any, plain: Any) -> Any:
     """Three steps without the guard, three with it, two without."""
     weights, state = go_on(plain, params(), plain.init(params()), range(3))
-    state = og.adopt(tx, weights, state)
+    state = og.wrap_state(tx, weights, state)
     assert types_of(state) == types_of(tx.init(weights))
     weights, state = go_on(tx, weights, state, range(3, 6))
     assert og.metrics(state)["num_updates"] == 3
-    return go_on(plain, weights, og.release(state), range(6, 8))
+    return go_on(plain, weights, og.unwrap_state(state), range(6, 8))
 
 
 # Compilers round a step with a guard and one without differently, unless all products
@@ -89,38 +89,42 @@ def test_run_of_adamw_goes_on_inside_and_outside():
 
 def test_a_clip_of_optax_around_is_left_out():
     weights, state = unguarded(3)
-    inside = og.release(og.adopt(GUARDED, weights, (optax.EmptyState(), state)))
+    inside = og.unwrap_state(
+        og.wrap_state(GUARDED, weights, (optax.EmptyState(), state))
+    )
     assert same_bits(inside, state)
     # What is the same on both sides stays.
     kept = (optax.EmptyState(), state)
-    assert same_bits(og.release(og.adopt(og.guard(CLIPPED), weights, kept)), kept)
+    assert same_bits(
+        og.unwrap_state(og.wrap_state(og.guard(CLIPPED), weights, kept)), kept
+    )
     # A chain that is written out.
     parts = optax.chain(optax.scale_by_adam(), optax.scale(-0.1))
     written_out = optax.chain(
         optax.clip(1.0), optax.scale_by_adam(), optax.scale(-0.1)
     ).init(weights)
-    found = og.release(og.adopt(og.guard(parts), weights, written_out))
+    found = og.unwrap_state(og.wrap_state(og.guard(parts), weights, written_out))
     assert same_bits(found, parts.init(weights))
 
 
 def test_arrays_are_taken_over_and_no_two_leaves_share_one():
     weights, state = unguarded(3)
-    adopted = og.adopt(ACCUMULATED, weights, state)
+    wrapped = og.wrap_state(ACCUMULATED, weights, state)
     pairs = zip(
-        jax.tree.leaves(og.release(adopted)), jax.tree.leaves(state), strict=True
+        jax.tree.leaves(og.unwrap_state(wrapped)), jax.tree.leaves(state), strict=True
     )
     assert all(x is y for x, y in pairs)
-    leaves = jax.tree.leaves((weights, adopted))
+    leaves = jax.tree.leaves((weights, wrapped))
     addresses = {x.unsafe_buffer_pointer() for x in leaves}
     assert len(addresses) == len(leaves)
 
 
 def test_under_jit_moments_are_not_copied():
-    adopt = jax.jit(lambda p, s: og.adopt(GUARDED, p, s), donate_argnums=1)
+    wrap = jax.jit(lambda p, s: og.wrap_state(GUARDED, p, s), donate_argnums=1)
     size = 1 << 16
     weights = jax.ShapeDtypeStruct((size,), jnp.float32)
     state = jax.eval_shape(ADAMW.init, weights)
-    memory: Any = adopt.lower(weights, state).compile().memory_analysis()
+    memory: Any = wrap.lower(weights, state).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * 4 * size
     assert memory.temp_size_in_bytes < size
 
@@ -163,7 +167,7 @@ def misfits() -> dict[str, tuple[Any, str]]:
 def test_what_does_not_fit_is_named(name):
     state, message = misfits()[name]
     with pytest.raises(ValueError, match=f"(?s)`old_opt_state` must be .*{message}"):
-        og.adopt(GUARDED, params(), state)
+        og.wrap_state(GUARDED, params(), state)
 
 
 def test_the_guard_must_be_outermost():
@@ -171,22 +175,22 @@ def test_the_guard_must_be_outermost():
     tx = optax.chain(GUARDED, optax.identity())
     for outer in (tx, ADAMW):
         with pytest.raises(TypeError, match="`tx` must be a `guard`"):
-            og.adopt(outer, weights, ADAMW.init(weights))
+            og.wrap_state(outer, weights, ADAMW.init(weights))
     multi = optax.MultiSteps(GUARDED, 2).init(weights)
     for state in (ADAMW.init(weights), multi):
         with pytest.raises(ValueError, match="`opt_state` must be the state of a `g"):
-            og.release(state)
+            og.unwrap_state(state)
 
 
-def test_train_state_and_nnx_optimizer_are_released():
+def test_train_state_and_nnx_optimizer_are_unwrapped():
     weights = params()
     flax = pytest.importorskip("optax_guard.flax")
     nnx = pytest.importorskip("flax.nnx")
     state = flax.TrainState.create(apply_fn=str, params=weights, tx=GUARDED)
-    assert same_bits(og.release(state), ADAMW.init(weights))
+    assert same_bits(og.unwrap_state(state), ADAMW.init(weights))
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, GUARDED, wrt=nnx.Param)
-    count = og.release(optimizer)[0].count
+    count = og.unwrap_state(optimizer)[0].count
     assert isinstance(count, jax.Array)
     assert count == 0
 
@@ -220,13 +224,13 @@ def test_sharded_checkpoints_of_orbax_go_both_ways(tmp_path, mesh):
     expected = go_on(EXACT, weights, state, range(3, 9))
     # A plain run is saved, and goes on guarded, donated.
     weights, state = through_disk("plain", (weights, state), kinds)
-    state = placed(og.adopt(EXACT_GUARDED, weights, state))
+    state = placed(og.wrap_state(EXACT_GUARDED, weights, state))
     kinds = jax.eval_shape(lambda p: (p, EXACT_GUARDED.init(p)), weights)
     weights, state = go_on(EXACT_GUARDED, weights, state, range(3, 6), is_donated=True)
     # That is saved, and goes on plain.
     weights, state = through_disk("guarded", (weights, state), kinds)
     assert og.metrics(state)["num_updates"] == 3
-    found = go_on(EXACT, weights, og.release(state), range(6, 9))
+    found = go_on(EXACT, weights, og.unwrap_state(state), range(6, 9))
     assert same_bits(found, expected)
     assert found[0]["w"].sharding.is_equivalent_to(split, 2)
     assert found[1][0].trace["w"].sharding.is_equivalent_to(split, 2)

@@ -158,7 +158,7 @@ RIGHT: dict[str, set[str]] = {
     "progress": FLAG,
     "q": {"0", "0.5"},
     "record_quantiles": FLAG,
-    "rejections": NO_ITEMS,
+    "skipped_steps": NO_ITEMS,
     "rel_delta": NOT_NEGATIVE,
     "relative_error": FRACTION,
     "replayed": NO_ITEMS,
@@ -236,8 +236,8 @@ RIGHT: dict[str, set[str]] = {
     "loops.fit.checkpointer": NOTHING,
     "loops.fit.learning_rate": NOTHING,
     "loops.fit.loggers": {"[]"},
-    "from_keras.min_delta": NUMBER,
-    "from_lightning.min_delta": NUMBER,
+    "stop.from_keras.min_delta": NUMBER,
+    "stop.from_lightning.min_delta": NUMBER,
     "loops.train_population.members": {"vector", "vector of jax", "[1]"},
     "loops.PopulationResult.member.i": {"0", "-1"},
     "norm_quantile.q": {"0", "0.5", "vector", "vector of jax", "[]", "[1]"},
@@ -245,7 +245,7 @@ RIGHT: dict[str, set[str]] = {
     | {"vector of jax"},
     "plotting.plot_replay.replayed": set(),
     "plotting.plot_population.labels": {"[]", "[1]"},
-    "rejections.params": ANYTHING,
+    "skipped_steps.params": ANYTHING,
     "skip.is_nonfinite.reason": ANYTHING,
     "stop.cooldown.n": FROM_ZERO,
     "stop.ema.decay": {"0", "0.5"},
@@ -270,7 +270,7 @@ RIGHT: dict[str, set[str]] = {
 # What an error calls the argument, where it is handed on under another name.
 ALSO = {
     "analysis.landscape.exclude": "params",
-    "adopt.params": "old_opt_state",
+    "wrap_state.params": "old_opt_state",
     "analysis.Diagnosis.update.row": "history",
     "apply_gradients.opt_state": "state",
     "apply_gradients.params": "grads",
@@ -321,8 +321,8 @@ PLATEAU = og.early_stopping(og.stop.plateau(1)).init()
 # A right call of each name that takes arguments without a default.
 CALLS: dict[str, dict[str, Any]] = {
     "accumulate": {"inner": GUARD, "every_k": 2},
-    "adopt": {"tx": GUARD, "params": PARAMS, "old_opt_state": SGD.init(PARAMS)},
-    "release": {"opt_state": STATE},
+    "wrap_state": {"tx": GUARD, "params": PARAMS, "old_opt_state": SGD.init(PARAMS)},
+    "unwrap_state": {"opt_state": STATE},
     "clip_by_global_norm": {"max_norm": 1.0},
     "clip_by_group_norm": {"max_norms": {"w": 1.0, "b": 1.0}, "labels": str},
     "clip_by_leaf_norm": {"max_norm": 1.0},
@@ -341,10 +341,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "norm_quantile": {"state": LEAVES, "q": 0.5},
     "metrics": {"state": STATE},
     "raise_if_exhausted": {"metrics": {"guard_exhausted": False}},
-    "rejections": {"state": STATE, "params": PARAMS},
+    "skipped_steps": {"state": STATE, "params": PARAMS},
     "find_state": {"tree": STATE, "cls": og.GuardState},
     "find_states": {"tree": STATE, "cls": og.GuardState},
-    "from_lightning": {"monitor": "a"},
+    "stop.from_lightning": {"monitor": "a"},
     "keep_if_skipped": {"opt_state": STATE, "new": PARAMS, "old": PARAMS},
     "analysis.diagnose": {"history": ROWS},
     "analysis.table": {"history": ROWS},
@@ -675,7 +675,7 @@ def test_gradients_of_another_tree_are_refused(grads):
     message = "`grads` must have the structure of `params`"
     for tx in (GUARD, optax.sgd(0.1)):
         with pytest.raises(ValueError, match=message):
-            og.apply_gradients(tx, PARAMS, tx.init(PARAMS), grads)
+            og.apply_gradients(tx, PARAMS, tx.init(PARAMS), grads=grads)
 
 
 def test_parameter_that_is_none_takes_no_part_whatever_its_gradient():
@@ -683,7 +683,7 @@ def test_parameter_that_is_none_takes_no_part_whatever_its_gradient():
     for tx in (og.guard(optax.sgd(0.1)), optax.sgd(0.1)):
         for grads in ({"w": jnp.ones(2), "b": jnp.ones(3)}, params):
             state = tx.init(params)
-            moved: Any = og.apply_gradients(tx, params, state, grads)[0]
+            moved: Any = og.apply_gradients(tx, params, state, grads=grads)[0]
             assert moved["b"] is None
             assert (moved["w"] < 1).all()
 

@@ -110,7 +110,7 @@ def test_clipped_by_norm_as_torch_and_exact_arithmetic_do(case):
         assert state.stats.num_nonfinite == 1
         return
     if kind == "norm_above_f32_max":
-        # As good as infinite in float32: left for the guard to withhold.
+        # As good as infinite in float32: left for the guard to skip.
         assert same_bits(out, grads)
         assert state.stats.grad_norm == math.inf
         return

@@ -94,11 +94,11 @@ def test_runs_share_model_and_data_until_a_batch_is_corrupt(ran):
     assert clipped["grad_norm"] == pytest.approx(guarded["grad_norm"], rel=1e-4)
 
 
-def test_guard_withholds_the_corrupt_batches_and_no_others(ran):
+def test_guard_skips_the_corrupt_batches_and_no_others(ran):
     state = ran.results["guarded"].state
     assert int(og.find_state(state, og.GuardState).num_skipped) == 2
-    withheld = {r.update: r.reason for r in og.rejections(state)}
-    assert withheld == {
+    skipped = {r.update: r.reason for r in og.skipped_steps(state)}
+    assert skipped == {
         7: og.SkipReason.NORM_ABOVE,
         12: og.SkipReason.NONFINITE,
     }
@@ -114,7 +114,7 @@ def test_only_the_guarded_run_stays_finite(ran):
     }
 
 
-def test_withheld_batches_do_not_count_as_training_loss(ran):
+def test_skipped_batches_do_not_count_as_training_loss(ran):
     assert all(row["train_loss"] < 10 for row in ran.rows["guarded"])
 
 
@@ -144,7 +144,7 @@ def test_end_tells_why_it_stopped_and_what_was_restored(ran):
     again = re.search(r"computed again, is ([\d.]+)\.", printed)
     assert again is not None
     assert float(again[1]) == pytest.approx(float(stop.best_value), abs=1e-4)
-    assert "withheld 2 step(s): step 7 (norm" in printed
+    assert "skipped 2 step(s): step 7 (norm" in printed
     assert "NORM_ABOVE), step 12 (norm nan, NONFINITE)" in printed
     assert "Corrupt batches came at steps 7, 12." in printed
 

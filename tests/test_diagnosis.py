@@ -73,7 +73,7 @@ CASES = {
     ),
     "NONFINITE_LOSS_DESPITE_CLIPPING": (
         rows(grad_norm=100.0, clip_threshold=5.0, loss=[2.3, 2.4, 2.3, 2.4, NAN]),
-        # The guard withheld that step.
+        # The guard skipped that step.
         rows(
             grad_norm=100.0,
             clip_threshold=5.0,
@@ -176,7 +176,7 @@ def test_lost_loss_under_a_clip_reads_as_not_enough():
     assert finding.as_dict()["evidence"]["loss"] == "NaN"
 
 
-def test_gradient_that_is_not_finite_explodes_unless_it_is_withheld():
+def test_gradient_that_is_not_finite_explodes_unless_it_is_skipped():
     history = rows(grad_norm=[1.0, 1.0, INF], loss=2.0)
     (finding,) = diagnose(history)
     assert finding.code == "EXPLODING"
@@ -210,10 +210,10 @@ def test_run_that_was_lost_is_not_told_to_train_on():
     assert "STOPPED_TOO_EARLY" not in codes(history)
 
 
-def test_leaf_is_named_if_the_rejections_are_known():
-    rejection = og.Rejection(3, NAN, NAN, og.SkipReason.NONFINITE, "['head']['w']")
+def test_leaf_is_named_if_the_skipped_steps_are_known():
+    skipped = og.SkippedStep(3, NAN, NAN, og.SkipReason.NONFINITE, "['head']['w']")
     history = CASES["NONFINITE_LOSS_DESPITE_CLIPPING"][0]
-    (finding,) = diagnose(history, rejections=[rejection])
+    (finding,) = diagnose(history, skipped_steps=[skipped])
     assert finding.evidence["leaf"] == "['head']['w']"
 
 

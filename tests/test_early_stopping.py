@@ -1,4 +1,4 @@
-"""The machine: judgment, latch, best parameters, and where it may run."""
+"""The stopper: judgment, latch, best parameters, and where it may run."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# One machine of nearly everything, whose states the laws below are about.
+# One stopper of nearly everything, whose states the laws below are about.
 
 
 @functools.cache
@@ -741,9 +741,9 @@ def test_a_state_of_something_else_is_refused():
             call()
 
 
-def test_a_state_of_another_machine_is_refused():
+def test_a_state_of_another_stopper_is_refused():
     other = early_stopping(stop.lag(2))
-    with pytest.raises(ValueError, match=r"`state` belongs to another machine"):
+    with pytest.raises(ValueError, match=r"`state` belongs to another stopper"):
         plain().update(1.0, other.init())
 
 

@@ -280,7 +280,7 @@ def test_a_loss_that_is_no_scalar_is_refused(value, error, message):
     with pytest.raises(error, match=message):
         tx.update(GRADS, state, PARAMS, value=value)
     with pytest.raises(error, match=message):
-        og.apply_gradients(tx, PARAMS, state, GRADS, value=value)
+        og.apply_gradients(tx, PARAMS, state, grads=GRADS, value=value)
 
 
 def growing() -> optax.GradientTransformation:
@@ -297,7 +297,7 @@ def test_inner_that_changes_structure_is_refused(inner):
     with pytest.raises(ValueError, match=message):
         tx.update(GRADS, state, PARAMS)
     with pytest.raises(ValueError, match=message):
-        og.apply_gradients(tx, PARAMS, state, GRADS)
+        og.apply_gradients(tx, PARAMS, state, grads=GRADS)
 
 
 def test_trees_of_keep_if_skipped_must_match():
@@ -371,7 +371,7 @@ def test_state_of_another_transformation_is_refused(name, other):
         TRANSFORMATIONS[name].update(GRADS, state, PARAMS)
     if name == "guard":
         with pytest.raises(TypeError, match=message):
-            og.apply_gradients(TRANSFORMATIONS[name], PARAMS, state, GRADS)
+            og.apply_gradients(TRANSFORMATIONS[name], PARAMS, state, grads=GRADS)
 
 
 def test_state_before_and_after_swapped_arguments_is_refused():
@@ -389,7 +389,7 @@ def test_inner_that_needs_params_says_so():
 def test_params_and_state_in_the_wrong_order_are_refused():
     tx = og.guard(SGD)
     with pytest.raises(TypeError, match=r"`state` of `guard` must be a `GuardState`"):
-        og.apply_gradients(tx, tx.init(PARAMS), PARAMS, GRADS)
+        og.apply_gradients(tx, tx.init(PARAMS), PARAMS, grads=GRADS)
 
 
 @cases(
@@ -419,8 +419,8 @@ def test_params_and_state_in_the_wrong_order_are_refused():
             ValueError,
             "`state` holds no state of this library.*`guard`",
         ),
-        "rejections of nothing": (
-            lambda: og.rejections(SGD.init(PARAMS)),
+        "skipped steps of nothing": (
+            lambda: og.skipped_steps(SGD.init(PARAMS)),
             ValueError,
             "must hold one `GuardState`, found 0",
         ),

@@ -113,7 +113,7 @@ def with_nan(*bad):
     return lambda step: targets(step) * (np.nan if step in bad else 1)
 
 
-def test_rejected_steps_are_counted_and_enter_no_mean():
+def test_skipped_steps_are_counted_and_enter_no_mean():
     data = with_nan(1, 4)
     rows = fit(made(), train_step, data, num_steps=6, eval_every=3).history
     steps = oracle(6, data)
@@ -183,7 +183,7 @@ def test_gradient_accumulation_counts_updates_not_steps():
     assert row["clip_rate"] == np.mean(np.array(norms) > CLIP)
 
 
-def test_dropped_micro_batches_are_counted_beside_withheld_steps():
+def test_dropped_micro_batches_are_counted_beside_skipped_steps():
     tx = og.accumulate(GUARDED, 2)
     data = with_nan(1, 4, 5)
     result = fit(made(tx), train_step, data, num_steps=8, eval_every=4)
@@ -381,7 +381,7 @@ class Seen(NamedTuple):
 
 
 def spying_rule():
-    """Keeps in its state what the machine was told last."""
+    """Keeps in its state what the stopper was told last."""
 
     def update(observation, state):
         [guard] = og.find_states(observation.opt_state, og.GuardState)
@@ -400,7 +400,7 @@ def spying_rule():
     return og.stop.StopRule(init, update, needs)
 
 
-def test_machine_is_told_all_that_a_rule_may_need(monkeypatch):
+def test_stopper_is_told_all_that_a_rule_may_need(monkeypatch):
     now = [100.0]
 
     def evaluate_for_three_seconds(state):
@@ -478,7 +478,7 @@ def test_dict_of_values_is_in_the_row_and_its_key_is_judged():
 # The guard -----------------------------------------------------------------------
 
 
-def test_exhausted_guard_raises_and_names_the_last_rejections():
+def test_exhausted_guard_raises_and_names_the_last_skipped_steps():
     rows = []
     with pytest.raises(og.GuardExhaustedError) as caught:
         fit(
@@ -490,7 +490,7 @@ def test_exhausted_guard_raises_and_names_the_last_rejections():
             loggers=[lambda step, row: rows.append(step)],
         )
     message = str(caught.value)
-    assert "withheld the last 3 step(s) in a row" in message
+    assert "skipped the last 3 step(s) in a row" in message
     assert "update 5: NONFINITE, norm nan, loss nan, first in w" in message
     assert rows == [3, 6]
 
@@ -500,7 +500,7 @@ def test_exhaustion_at_the_very_end_raises_too():
         fit(made(), train_step, with_nan(1, 2, 3), num_steps=4, eval_every=4)
 
 
-def test_machine_that_stops_at_exhaustion_has_the_word():
+def test_stopper_that_stops_at_exhaustion_has_the_word():
     result = fit(
         made(),
         train_step,

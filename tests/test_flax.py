@@ -1,4 +1,4 @@
-"""`optax_guard.flax.TrainState`: Flax's own, but a rejected step changes nothing."""
+"""`optax_guard.flax.TrainState`: Flax's own, but a skipped step changes nothing."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_on_clean_data_the_guard_gives_what_flax_gives_with_optaxs_clip(is_jitte
     assert int(ours.step) == int(theirs.step) == 5
 
 
-def test_rejected_step_changes_only_step_and_records():
+def test_skipped_step_changes_only_step_and_records():
     before = created(GUARDED).apply_gradients(grads=GOOD)
     after = before.apply_gradients(grads=BAD)
     assert_same(after.params, before.params)
@@ -154,7 +154,7 @@ class Averaged(TrainState):
     label: str = struct.field(default="", pytree_node=False)
 
 
-def test_fields_of_a_subclass_are_kept_on_a_rejected_step():
+def test_fields_of_a_subclass_are_kept_on_a_skipped_step():
     state = created(GUARDED, Averaged, ema_params=params())
     good = state.apply_gradients(grads=GOOD, ema_params={"kernel": jnp.ones((2, 2))})
     assert_same(good.ema_params, {"kernel": np.ones((2, 2))})
@@ -203,7 +203,7 @@ def test_overwritten_collections_are_those_of_flax():
     assert states[0].params[OVERWRITE_WITH_GRADIENT]["scale"] == 7.0
 
 
-def test_overwritten_collections_are_kept_on_a_rejected_step():
+def test_overwritten_collections_are_kept_on_a_skipped_step():
     fp8: Any = {"params": params(), **overwriting(1.0)}
     state = TrainState.create(apply_fn=str, params=fp8, tx=GUARDED)
     good = state.apply_gradients(grads={"params": GOOD, **overwriting(7.0)})
@@ -271,12 +271,12 @@ def test_scan_is_the_python_loop():
     assert steps.tolist() == [1, 2, 3, 4]
 
 
-def test_metrics_rejections_and_find_state_take_the_state():
+def test_metrics_skipped_steps_and_find_state_take_the_state():
     state = created(GUARDED).apply_gradients(grads=BAD, value=3.0)
     assert og.metrics(state)["num_skipped"] == 1
-    [rejection] = og.rejections(state)
-    assert rejection.leaf == "kernel"
-    assert rejection.value == 3.0
+    [skipped] = og.skipped_steps(state)
+    assert skipped.leaf == "kernel"
+    assert skipped.value == 3.0
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import pytest
 from flax import serialization
 
 import optax_guard as og
+from optax_guard._guarding.adoption import with_new_names
 from optax_guard.flax import Checkpointer, TrainState, fit, load_best
 
 GOLDEN = Path(__file__).parent / "data" / "golden_0.1.0"
@@ -70,7 +71,7 @@ RULES: dict[str, Any] = {
         og.stop.not_before(og.stop.monitor("accuracy", og.stop.patience(9)), 2),
     ),
 }
-MACHINES = {
+STOPPERS = {
     name: og.early_stopping(
         rule,
         key="loss",
@@ -113,20 +114,20 @@ def updated(states: Any, grads: Any, value: Any) -> tuple[Any, Any]:
 def initial() -> dict[str, Any]:
     return {
         "transforms": {name: tx.init(PARAMS) for name, tx in TRANSFORMS.items()},
-        "machines": {name: m.init(PARAMS) for name, m in MACHINES.items()},
+        "machines": {name: m.init(PARAMS) for name, m in STOPPERS.items()},
     }
 
 
 def advanced(states: Any, steps: range) -> tuple[Any, list[dict[str, Any]]]:
     """States after these steps, and what a user sees of each step, as JSON."""
-    transforms, machines = states["transforms"], dict(states["machines"])
+    transforms, stoppers = states["transforms"], dict(states["machines"])
     seen = []
     for step in steps:
         updates, transforms = updated(transforms, grads(step), jnp.float32(1 + step))
-        for name, machine in MACHINES.items():
-            machines[name] = machine.update(
+        for name, stopper in STOPPERS.items():
+            stoppers[name] = stopper.update(
                 observation(step),
-                machines[name],
+                stoppers[name],
                 jax.tree.map(lambda p, step=step: p + step, PARAMS),
                 step=step,
                 seconds=1.0,
@@ -135,11 +136,11 @@ def advanced(states: Any, steps: range) -> tuple[Any, list[dict[str, Any]]]:
             )
         told = {
             name: [float(m.best_value), int(m.best_eval), int(m.stop_reason)]
-            for name, m in machines.items()
+            for name, m in stoppers.items()
         }
         metrics = {name: listed(og.metrics(s)) for name, s in transforms.items()}
         seen.append({"updates": listed(updates), "metrics": metrics, "machines": told})
-    return {"transforms": transforms, "machines": machines}, seen
+    return {"transforms": transforms, "machines": stoppers}, seen
 
 
 def listed(tree: Any) -> Any:
@@ -196,9 +197,9 @@ def expected() -> Any:
 
 def test_states_of_every_kind_load_and_go_on_as_they_did(expected):
     saved = (GOLDEN / "states.msgpack").read_bytes()
-    _, seen = advanced(
-        serialization.from_bytes(initial(), saved), range(BEFORE, BEFORE + AFTER)
-    )
+    renamed = with_new_names(serialization.msgpack_restore(saved))
+    states = serialization.from_state_dict(initial(), renamed)
+    _, seen = advanced(states, range(BEFORE, BEFORE + AFTER))
     for step, (found, then) in enumerate(zip(seen, expected["steps"], strict=True)):
         for part, named in then.items():
             for name, numbers in named.items():

@@ -1,4 +1,4 @@
-"""The guard: what a rejected step leaves alone, by both mechanisms of platforms."""
+"""The guard: what a skipped step leaves alone, by both mechanisms of platforms."""
 
 import functools
 import inspect
@@ -46,7 +46,7 @@ def mode(request, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["update", "apply_gradients"])
-def test_with_cond_a_branch_withholds_everywhere(monkeypatch, call):
+def test_with_cond_a_branch_skips_everywhere(monkeypatch, call):
     monkeypatch.setattr(jax.lax, "platform_dependent", masked)
     params, results, counts = params_of_two(), [], []
     for use_cond in (False, True):
@@ -54,7 +54,7 @@ def test_with_cond_a_branch_withholds_everywhere(monkeypatch, call):
 
         def run(params, state, grads, tx=tx):
             if call == "apply_gradients":
-                return og.apply_gradients(tx, params, state, grads)
+                return og.apply_gradients(tx, params, state, grads=grads)
             return tx.update(grads, state, params)
 
         state = tx.init(params)
@@ -106,7 +106,7 @@ def _jitted(tx: Any, mode: str, is_masking: bool) -> Any:
     @jax.jit
     def step(params, state, grads, value):
         if mode == "apply":
-            new, state = og.apply_gradients(tx, params, state, grads, value=value)
+            new, state = og.apply_gradients(tx, params, state, grads=grads, value=value)
             return new, state, ()
         updates, state = tx.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state, updates
@@ -167,25 +167,25 @@ def guarded(build: Callable[[], Any]) -> Callable[[], Any]:
 GUARDED = {name: guarded(build) for name, build in INNERS.items()}
 
 
-# A rejected step
+# A skipped step
 
 
 @pytest.mark.parametrize("name", INNERS)
-def test_rejected_step_changes_nothing_but_records(name, mode):
+def test_skipped_step_changes_nothing_but_records(name, mode):
     tx = shared(GUARDED[name])
     step = jitted(tx, mode)
     params, value = params_of_two(), 1.0
     state = tx.init(params)
     params, state, _ = step(params, state, GOOD[0], value)
     params, state, _ = step(params, state, GOOD[1], value)
-    rejected = [(grads, value) for grads in BAD]
-    rejected += [
+    skipped = [(grads, value) for grads in BAD]
+    skipped += [
         (GOOD[2], math.nan),
         (GOOD[2], -math.inf),
         (grads_of(60, 0, 0, 0), 1.0),
     ]
     after = params, state
-    for count, (grads, loss) in enumerate(rejected, 1):
+    for count, (grads, loss) in enumerate(skipped, 1):
         new_params, new_state, updates = step(*after, grads, loss)
         assert same_bits(new_params, params)
         assert same_bits(new_state.wrapped_state, state.wrapped_state)
@@ -369,7 +369,7 @@ def test_limits_may_be_traced():
     assert run(10.0, 1) == (REASON.NONE, False)
 
 
-def test_withheld_step_does_not_move_the_clip_schedule():
+def test_skipped_step_does_not_move_the_clip_schedule():
     tx: Any = og.guard(
         optax.sgd(1.0), clip=lambda n: 1.0 + n, skip=og.skip.norm_above(100.0)
     )
@@ -382,10 +382,10 @@ def test_withheld_step_does_not_move_the_clip_schedule():
     assert limits == [1.0, 2.0, 2.0, 2.0, 3.0]
 
 
-# The ring of rejections
+# The ring of skipped steps
 
 
-def test_last_sixteen_rejections_are_kept_with_their_facts():
+def test_last_sixteen_skipped_steps_are_kept_with_their_facts():
     tx: Any = og.guard(optax.sgd(0.1), skip=og.skip.norm_above(100.0))
     params = params_of_two()
 
@@ -397,12 +397,12 @@ def test_last_sixteen_rejections_are_kept_with_their_facts():
         return tx.update(grads, state, params, value=i * 1.0)[1], None
 
     state = tx.init(params)
-    for field in "rejected_update", "rejected_leaf":
-        assert (getattr(state.rejections, field) == -1).all()
+    for field in "skipped_update", "skipped_leaf":
+        assert (getattr(state.skip_log, field) == -1).all()
     state, _ = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(40)))(state)
     expected = [i for i in range(40) if i % 3 != 0]
     assert state.num_skipped == len(expected)
-    rows = og.rejections(state, params)
+    rows = og.skipped_steps(state, params)
     assert [r.update for r in rows] == expected[-16:]
     assert [r.value for r in rows] == [float(i) for i in expected[-16:]]
     assert [r.leaf for r in rows] == [
@@ -412,7 +412,7 @@ def test_last_sixteen_rejections_are_kept_with_their_facts():
     assert not any(math.isfinite(r.grad_norm) for r in rows)
 
 
-# What advances on a rejected step: the rows of the README's table
+# What advances on a skipped step: the rows of the README's table
 
 
 def after_good_and_bad(tx, bad=None, steps=1):
@@ -580,9 +580,9 @@ def test_inner_with_another_dtype_than_the_gradients(mechanism):
         updates, after = update(grads, state, params)
         expected: Any = inner.update(grads, inner.init(params), params)[0]
         assert updates["w"].dtype == expected["w"].dtype
-        zeros, rejected = update({"w": grads["w"] * jnp.nan}, after, params)
+        zeros, skipped = update({"w": grads["w"] * jnp.nan}, after, params)
         assert zeros["w"].dtype == updates["w"].dtype
-        assert same_bits(rejected.wrapped_state, after.wrapped_state)
+        assert same_bits(skipped.wrapped_state, after.wrapped_state)
 
 
 class GrowingState(NamedTuple):
@@ -682,7 +682,7 @@ def test_empty_tree_is_a_good_step():
     updates, state = tx.update({}, tx.init({}), {})
     assert updates == {}
     assert state.skip_reason == REASON.NONE
-    assert og.apply_gradients(tx, {}, state, {})[0] == {}
+    assert og.apply_gradients(tx, {}, state, grads={})[0] == {}
 
 
 def test_none_leaves_pass(mechanism):
@@ -750,11 +750,11 @@ def test_apply_gradients_is_update_and_apply_updates(name):
 def test_apply_gradients_takes_any_optax_transformation():
     params = params_of_two()
     tx: Any = optax.sgd(1.0)
-    after, _ = og.apply_gradients(tx, params, tx.init(params), GOOD[0], value=1.0)
+    after, _ = og.apply_gradients(tx, params, tx.init(params), grads=GOOD[0], value=1.0)
     assert same_bits(after, optax.tree.sub(params, GOOD[0]))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     guarded = og.guard(tx)
-    cast: Any = og.apply_gradients(guarded, half, guarded.init(half), GOOD[0])[0]
+    cast: Any = og.apply_gradients(guarded, half, guarded.init(half), grads=GOOD[0])[0]
     assert cast["w"].dtype == jnp.bfloat16
 
 
@@ -794,7 +794,9 @@ def test_guard_in_a_loop_on_the_device(loop, mechanism):
 
     def body(carry, grads):
         params, state = carry
-        return og.apply_gradients(tx, params, state, grads, value=jnp.float32(1.0))
+        return og.apply_gradients(
+            tx, params, state, grads=grads, value=jnp.float32(1.0)
+        )
 
     def at(i):
         return jax.tree.map(lambda x: x[i], stacked)
@@ -826,7 +828,7 @@ def test_members_of_a_population_are_judged_one_by_one(mode):
     @jax.vmap
     def step(params, state, grads):
         if mode == "apply":
-            return og.apply_gradients(tx, params, state, grads)
+            return og.apply_gradients(tx, params, state, grads=grads)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -848,7 +850,7 @@ def test_derivatives_through_a_guarded_step_are_finite(mode, batch, remat):
             params, state = carry
             grads = jax.tree.map(lambda x: x * size * factor, GOOD[0])
             if mode == "apply":
-                return og.apply_gradients(tx, params, state, grads), None
+                return og.apply_gradients(tx, params, state, grads=grads), None
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -885,11 +887,11 @@ def test_shards_are_judged_together(mode, check_vma, mesh):
         lambda x: P("data") if x.shape == (16,) and x.dtype == jnp.float32 else P(),
         state,
     )
-    specs = specs._replace(rejections=jax.tree.map(lambda x: P(), state.rejections))
+    specs = specs._replace(skip_log=jax.tree.map(lambda x: P(), state.skip_log))
 
     def step(params, state, grads):
         if mode == "apply":
-            return og.apply_gradients(tx, params, state, grads)
+            return og.apply_gradients(tx, params, state, grads=grads)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -909,7 +911,7 @@ def test_shards_are_judged_together(mode, check_vma, mesh):
     kept, bad = run(after, good, {"w": grads["w"].at[13].set(jnp.nan)})
     assert same_bits(np.asarray(kept["w"]), np.asarray(after["w"]))
     assert bad.num_skipped == 1
-    assert bad.rejections.rejected_leaf[0] == 0
+    assert bad.skip_log.skipped_leaf[0] == 0
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -922,7 +924,7 @@ def test_replicated_parameters_under_shard_map(check_vma, mesh):
     def step(params, state, batch):
         grads = jax.tree.map(lambda g: jax.lax.pmean(g * batch[0], "data"), GOOD[0])
         value = jax.lax.pmean(batch[0], "data")
-        return og.apply_gradients(tx, params, state, grads, value=value)
+        return og.apply_gradients(tx, params, state, grads=grads, value=value)
 
     run = jax.jit(
         jax.shard_map(
@@ -967,7 +969,7 @@ def test_explicit_shardings_are_kept(mode, is_jitted, explicit_mesh):
 
     def step(params, state, grads):
         if mode == "apply":
-            return og.apply_gradients(tx, params, state, grads)
+            return og.apply_gradients(tx, params, state, grads=grads)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -1004,7 +1006,7 @@ def test_guarded_step_is_exported_for_all_platforms():
 
     def step(params, leaves, grads):
         state = jax.tree.unflatten(jax.tree.structure(tx.init(params)), leaves)
-        params, state = og.apply_gradients(tx, params, state, grads)
+        params, state = og.apply_gradients(tx, params, state, grads=grads)
         return params, jax.tree.leaves(state)
 
     exported = export.export(jax.jit(step), platforms=("cpu", "tpu", "cuda"))(
@@ -1025,7 +1027,7 @@ def test_initial_state_and_parameters_can_be_donated(mode):
 
     def step(params, state, grads):
         if mode == "apply":
-            return og.apply_gradients(tx, params, state, grads)
+            return og.apply_gradients(tx, params, state, grads=grads)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -236,17 +236,21 @@ def over(forms: dict[str, Form]) -> pytest.MarkDecorator:
 
 # What is public and no transformation: the tests that hold its laws are elsewhere.
 ELSEWHERE = {
-    "test_adoption": {"adopt", "release"},
+    "test_adoption": {"wrap_state", "unwrap_state"},
     "test_readout": {
         "find_state",
         "find_states",
         "metrics",
         "raise_if_exhausted",
-        "rejections",
+        "skipped_steps",
     },
     "test_guarding": {"apply_gradients", "keep_if_skipped"},
     "test_early_stopping": {"early_stopping", "explain"},
-    "test_stop_conformance": {"from_flax", "from_keras", "from_lightning"},
+    "test_stop_conformance": {
+        "stop.from_flax",
+        "stop.from_keras",
+        "stop.from_lightning",
+    },
     "test_sketch": {"norm_quantile"},
     "test_scopes": {"leaf_norms"},
 }
@@ -513,7 +517,7 @@ RECORDS = {
     "skip_reason",
     "guard_exhausted",
     "num_vanished",
-    *og.RejectionLog._fields,
+    *og.SkipLog._fields,
     "group_seen",
     "group_kept",
     "num_groups",
@@ -551,7 +555,7 @@ def test_non_finite_updates_teach_nothing(name, entry):
 
 
 @by_name
-def test_only_guards_withhold_non_finite_updates(name):
+def test_only_guards_skip_non_finite_updates(name):
     updates, state = step_of(name).after([SMALL, poisoned(SMALL, math.nan)])
     is_guard = FORMS[name].factory in ("guard", "accumulate")
     zeros = jax.tree.map(jnp.zeros_like, SMALL)
@@ -584,13 +588,13 @@ def test_any_first_updates_are_bounded_as_in_float64(name):
         updates, state = step.after([grads])
         assert types_of(updates) == types_of(grads)
         entries, norm = flat(grads), true_norm(grads)
-        withheld = og.find_states(state, og.GuardState)
-        if any(guard.num_skipped for guard in withheld):
+        skipped = og.find_states(state, og.GuardState)
+        if any(guard.num_skipped for guard in skipped):
             limit = 100.0 if name == "guard with rules" else HUGE
             assert not norm <= limit * (1 - 1e-6)
             assert same_bits(updates, jax.tree.map(jnp.zeros_like, grads))
         elif not norm <= HUGE:
-            assert not withheld or np.isfinite(entries).all()
+            assert not skipped or np.isfinite(entries).all()
             assert np.all(np.isfinite(flat(updates)) | ~np.isfinite(entries))
         else:
             expected = bounded(form, grads, form.number)
@@ -837,7 +841,9 @@ def losses_of(tx: Any, is_one_pass: bool = False, num_steps: int = 30) -> np.nda
     def step(params: Any, state: Any) -> Any:
         loss, grads = jax.value_and_grad(loss_of)(params)
         if is_one_pass:
-            params, state = og.apply_gradients(tx, params, state, grads, value=loss)
+            params, state = og.apply_gradients(
+                tx, params, state, grads=grads, value=loss
+            )
         else:
             update = optax.with_extra_args_support(tx).update
             updates, state = update(grads, state, params, value=loss)

@@ -31,13 +31,13 @@ def made(tx):
 
 INJECTED = og.guard(optax.inject_hyperparams(optax.sgd)(learning_rate=schedule))
 LENGTH: dict[str, Any] = {"num_steps": 6, "eval_every": 2}
-# Steps 2 and 3 of 6, from 0, are withheld.
+# Steps 2 and 3 of 6, from 0, are skipped.
 BAD = jnp.array([1.0, 1.0, jnp.nan, jnp.nan, 1.0, 1.0])
 # The last update before steps 2, 4 and 6 was the second, that one still, the fourth.
 RATES = [schedule(1), schedule(1), schedule(3)]
 
 
-def test_rate_is_that_of_the_last_update_that_was_not_withheld():
+def test_rate_is_that_of_the_last_update_that_was_not_skipped():
     injected = fit(made(INJECTED), train_step, lambda step: BAD[step], **LENGTH)
     given = fit(
         made(og.guard(optax.sgd(schedule))),

@@ -89,11 +89,11 @@ def test_norm_clip_and_verdict_are_of_what_counts():
                 assert same_bits(layer["frozen"], grads["layers"][i]["frozen"])
 
 
-def test_bad_leaf_that_counts_withholds_all_and_is_named():
+def test_bad_leaf_that_counts_skips_all_and_is_named():
     for updates, state in step()(poisoned(1, "tuned")).values():
         assert not any(np.any(x) for x in jax.tree.leaves(updates))
-        (rejection,) = og.rejections(state, PARAMS)
-        assert rejection.leaf == "layers/1/tuned"
+        (skipped,) = og.skipped_steps(state, PARAMS)
+        assert skipped.leaf == "layers/1/tuned"
 
 
 def test_bad_leaf_among_many_is_in_the_run_that_is_named():
@@ -102,9 +102,9 @@ def test_bad_leaf_among_many_is_in_the_run_that_is_named():
     tx: Any = og.guard(optax.sgd(1.0), mask=mask)
     state = tx.init(params)
     _, state = tx.update(params | {"100": f32([math.nan])}, state)
-    (rejection,) = og.rejections(state, params)
-    assert isinstance(rejection.leaf, str)
-    first, last = rejection.leaf.split(" to ")
+    (skipped,) = og.skipped_steps(state, params)
+    assert isinstance(skipped.leaf, str)
+    first, last = skipped.leaf.split(" to ")
     assert first <= "100" <= last
     assert int(last) - int(first) < 32
 
@@ -187,10 +187,10 @@ def test_low_rank_adaptation(way):
             rest = {"kernel": params["kernel"]}
             part = {k: params[k] for k in ("a", "b")}
             grads = jax.grad(lambda p: lora_loss(p | rest, scale))(part)
-            new: Any = og.apply_gradients(tx, part, state, grads)
+            new: Any = og.apply_gradients(tx, part, state, grads=grads)
             return (new[0] | rest, new[1]), None
         grads = jax.grad(lora_loss)(params, scale)
-        return og.apply_gradients(tx, params, state, grads), None
+        return og.apply_gradients(tx, params, state, grads=grads), None
 
     trained = {k: LORA[k] for k in ("a", "b")} if "part" in way else LORA
     run = jax.jit(lambda start: jax.lax.scan(take, start, SCALES)[0])

@@ -142,7 +142,7 @@ def test_gradients_are_judged_once():
     assert kernel not in judged(ours()[1])
 
 
-def test_a_finite_step_that_a_rule_withholds_leaves_the_scale_alone():
+def test_a_finite_step_that_a_rule_skips_leaves_the_scale_alone():
     tx = og.guard(optax.sgd(0.1), skip=og.skip.norm_above(1.0))
     scale = DynamicScale(scale=8.0, growth_interval=2)
     found = []
@@ -174,7 +174,7 @@ def test_bfloat16_gradients_move_float32_parameters_as_the_oracle():
     batches[4, 2], batches[9, 0] = np.nan, np.inf
 
     def body(carry, grads):
-        return og.apply_gradients(tx, carry[0], carry[1], grads), None
+        return og.apply_gradients(tx, carry[0], carry[1], grads=grads), None
 
     carry: Any = jnp.zeros(6), tx.init(jnp.zeros(6))
     params: Any = jax.jit(lambda c: jax.lax.scan(body, c, batches))(carry)[0][0]
@@ -211,7 +211,7 @@ def test_steps_counted_as_vanished_are_those_that_move_nothing(dtype):
     @jax.jit
     def after(max_norm):
         tx = og.guard(optax.sgd(1.0), clip=max_norm)
-        params, state = og.apply_gradients(tx, weights, tx.init(weights), grads)
+        params, state = og.apply_gradients(tx, weights, tx.init(weights), grads=grads)
         return params, og.metrics(state)["num_vanished"]
 
     counted = []
@@ -226,7 +226,7 @@ def test_steps_counted_as_vanished_are_those_that_move_nothing(dtype):
     assert counted == [1, 1, 1, 0, 0, 0, 0]
 
 
-def test_vanished_steps_add_up_and_withheld_ones_do_not_count():
+def test_vanished_steps_add_up_and_skipped_ones_do_not_count():
     tx = og.guard(optax.sgd(1.0), clip=1e-3, skip=og.skip.norm_above(10.0))
     half = jnp.ones(2, jnp.bfloat16)
     state, counts = tx.init(half), []
@@ -247,6 +247,6 @@ def test_dtype_of_what_is_masked_out_does_not_count():
     for mask, num_vanished in (({"base": False, "lora": True}, 0), (True, 1)):
         tx: Any = og.guard(optax.sgd(1e-2), clip=0.5, mask=mask)
         moved: Any
-        moved, state = og.apply_gradients(tx, params, tx.init(params), grads)
+        moved, state = og.apply_gradients(tx, params, tx.init(params), grads=grads)
         assert og.metrics(state)["num_vanished"] == num_vanished
         assert (moved["lora"] != params["lora"]).all()

@@ -133,15 +133,15 @@ def test_metrics_are_read_inside_the_step():
     assert step(model, optimizer, BAD)["skip_reason"] == og.SkipReason.NONFINITE
 
 
-def test_rejections_name_the_step_and_its_loss():
+def test_skipped_steps_name_the_step_and_its_loss():
     model, optimizer = made(GUARDED)
     train_step(model, optimizer, GOOD)
     train_step(model, optimizer, BAD)
-    [rejection] = og.rejections(optimizer, nnx.state(model, nnx.Param))
-    assert rejection.update == 1
-    assert rejection.reason == og.SkipReason.NONFINITE
-    assert np.isnan(rejection.value)
-    assert rejection.leaf == "first/kernel/value"
+    [skipped] = og.skipped_steps(optimizer, nnx.state(model, nnx.Param))
+    assert skipped.update == 1
+    assert skipped.reason == og.SkipReason.NONFINITE
+    assert np.isnan(skipped.value)
+    assert skipped.leaf == "first/kernel/value"
 
 
 def test_value_is_forwarded():

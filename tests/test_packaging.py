@@ -185,7 +185,7 @@ params, state = jnp.ones(1), tx.init(jnp.ones(1))
 params, state = og.apply_gradients(tx, params, state, jnp.array([jnp.nan]))
 history = og.analysis.History(sys.argv[2] + "/history.jsonl")
 history.append(1, og.metrics(state), val_loss=0.5)
-print(params, og.rejections(state)[0].reason.name)
+print(params, og.skipped_steps(state)[0].reason.name)
 for extra in ("flax", "plotting"):
     try:
         __import__("optax_guard." + extra)

@@ -76,7 +76,7 @@ def test_bad_steps_leave_no_trace_in_optaxs_own(name, loops):
     # Also in the middle of what `MultiSteps` accumulates.
     params, opt_state = loops[name].after([BAD, first, BAD, BAD, second, BAD, *rest])
     assert same_bits(params, expected)
-    assert same_bits(og.release(opt_state), og.release(clean))
+    assert same_bits(og.unwrap_state(opt_state), og.unwrap_state(clean))
     assert og.metrics(opt_state)["num_skipped"] == 4
     # The test would see it: another run comes to other parameters.
     assert not same_bits(loops[name].after([first, *rest])[0], expected)
@@ -132,9 +132,9 @@ def test_bad_batches_leave_no_trace_in_a_model_of_equinox():
     trained, opt_state = after([BAD_BATCH, *BATCHES[:1], BAD_BATCH, *BATCHES[1:]])
     assert eqx.tree_equal(trained, expected)
     assert not eqx.tree_equal(trained, model)
-    assert eqx.tree_equal(og.release(opt_state), og.release(clean))
-    rejected = og.rejections(opt_state, eqx.filter(model, eqx.is_inexact_array))
-    assert [(r.update, r.leaf) for r in rejected] == [
+    assert eqx.tree_equal(og.unwrap_state(opt_state), og.unwrap_state(clean))
+    skipped = og.skipped_steps(opt_state, eqx.filter(model, eqx.is_inexact_array))
+    assert [(r.update, r.leaf) for r in skipped] == [
         (0, "layers/0/weight"),
         (2, "layers/0/weight"),
     ]
@@ -160,7 +160,9 @@ def test_bad_batches_leave_no_trace_in_trees_of_haiku():
     @jax.jit
     def step(params: Any, state: Any, opt_state: Any, x: Any) -> Any:
         (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, state, x)
-        params, opt_state = og.apply_gradients(tx, params, opt_state, grads, value=loss)
+        params, opt_state = og.apply_gradients(
+            tx, params, opt_state, grads=grads, value=loss
+        )
         return params, og.keep_if_skipped(opt_state, new, state), opt_state
 
     def after(batches: list[Any]) -> Any:
@@ -173,5 +175,5 @@ def test_bad_batches_leave_no_trace_in_trees_of_haiku():
     trained = after([BAD_BATCH, *BATCHES[:1], BAD_BATCH, *BATCHES[1:]])
     assert same_bits(trained[:2], expected[:2])
     assert not same_bits(trained[0], params)
-    assert same_bits(og.release(trained[2]), og.release(expected[2]))
-    assert og.rejections(trained[2], params)[0].leaf == "mlp/~/linear_0/b"
+    assert same_bits(og.unwrap_state(trained[2]), og.unwrap_state(expected[2]))
+    assert og.skipped_steps(trained[2], params)[0].leaf == "mlp/~/linear_0/b"

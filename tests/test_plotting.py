@@ -31,15 +31,15 @@ def rows(norms=NORMS, losses=LOSSES, threshold=1.0):
     ]
 
 
-def rejection(update, norm, reason):
-    return og.Rejection(update, norm, 1.0, reason, None)
+def skipped_step(update, norm, reason):
+    return og.SkippedStep(update, norm, 1.0, reason, None)
 
 
-WITHHELD = [
-    rejection(13, 2e6, og.SkipReason.NORM_ABOVE),
-    rejection(24, math.nan, og.SkipReason.NONFINITE),
-    rejection(26, math.inf, og.SkipReason.NONFINITE),
-    rejection(33, 1.2, og.SkipReason.SPIKE),
+SKIPPED = [
+    skipped_step(13, 2e6, og.SkipReason.NORM_ABOVE),
+    skipped_step(24, math.nan, og.SkipReason.NONFINITE),
+    skipped_step(26, math.inf, og.SkipReason.NONFINITE),
+    skipped_step(33, 1.2, og.SkipReason.SPIKE),
 ]
 
 
@@ -90,9 +90,9 @@ def test_values_that_are_not_finite_are_crosses_at_the_edge():
     assert words(below) == ["Inf (validation)"]
 
 
-def test_withheld_steps_are_marked():
-    above = plot_norms(rows(), rejections=WITHHELD).axes[0]
-    assert "withheld: 4 steps" in legend(above)
+def test_skipped_steps_are_marked():
+    above = plot_norms(rows(), skipped_steps=SKIPPED).axes[0]
+    assert "skipped: 4 steps" in legend(above)
     # Far above the steps that were taken, the norm is written at the edge.
     assert {"2e+06", "NaN", "Inf"} <= set(words(above))
     assert [34, 1.2] in crosses(above)
@@ -157,7 +157,7 @@ def test_notebooks_show_figures_without_pyplot():
 
 @pytest.mark.filterwarnings("error")
 def test_figures_can_be_saved_without_a_warning(stop, tmp_path):
-    figure = plot_norms(rows(), rejections=WITHHELD, stop=stop, title="A run")
+    figure = plot_norms(rows(), skipped_steps=SKIPPED, stop=stop, title="A run")
     figure.savefig(tmp_path / "norms.png")
     plot_runs({"all lost": rows([math.nan] * 5, [math.nan] * 5)}).savefig(
         tmp_path / "runs.pdf"

@@ -1,4 +1,4 @@
-"""Reading the state: finding it, metrics, exhaustion, rejections."""
+"""Reading the state: finding it, metrics, exhaustion, skipped steps."""
 
 import math
 from collections.abc import Callable
@@ -220,7 +220,7 @@ def test_several_guards_are_told_apart_by_suffixes():
 
 def test_metrics_inside_a_step_survive_the_donation_of_its_state():
     def step(params: Any, state: Any, grads: Any) -> Any:
-        params, state = og.apply_gradients(GUARD, params, state, grads)
+        params, state = og.apply_gradients(GUARD, params, state, grads=grads)
         return params, state, og.metrics(state)
 
     run = jax.jit(step, donate_argnums=(0, 1))
@@ -248,9 +248,9 @@ def test_metrics_of_a_population_are_one_a_member():
     states = jax.jit(jax.vmap(lambda g, s: GUARD.update(g, s)[1]))(many, states)
     np.testing.assert_array_equal(og.metrics(states)["num_skipped"], [0, 1, 0])
     with pytest.raises(ValueError, match=r"`state` must be .*one run.*\(3,\)"):
-        og.rejections(states)
+        og.skipped_steps(states)
     one = jax.tree.map(lambda x: x[1], states)
-    assert og.rejections(one, PARAMS)[0].leaf == PATHS[0]
+    assert og.skipped_steps(one, PARAMS)[0].leaf == PATHS[0]
 
 
 # Exhaustion --------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_exhaustion_raises_and_says_where_to_look():
     tx = og.guard(SGD, max_consecutive_skips=2)
     og.raise_if_exhausted(og.metrics(stepped(tx, bad(0), GOOD, bad(0))))
     metrics = og.metrics(stepped(tx, GOOD, bad(0), bad(1), bad(0)))
-    message = r"last 3 step\(s\) in a row, the last for NONFINITE.*`rejections\("
+    message = r"last 3 step\(s\) in a row, the last for NONFINITE.*`skipped_steps\("
     with pytest.raises(og.GuardExhaustedError, match=message):
         og.raise_if_exhausted(metrics)
     # What a logger gave back, too.
@@ -288,31 +288,31 @@ def test_exhaustion_of_a_member_of_a_population_raises():
         og.raise_if_exhausted(og.metrics(states))
 
 
-# Rejections --------------------------------------------------------------------
+# Skipped steps --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leaf", range(3))
-def test_rejections_name_the_first_bad_leaf(leaf):
+def test_skipped_steps_name_the_first_bad_leaf(leaf):
     state = stepped(GUARD, GOOD, bad(leaf, math.inf), value=jnp.float32(0.5))
-    [row] = og.rejections(state, PARAMS)
-    expected = og.Rejection(1, math.inf, 0.5, og.SkipReason.NONFINITE, PATHS[leaf])
+    [row] = og.skipped_steps(state, PARAMS)
+    expected = og.SkippedStep(1, math.inf, 0.5, og.SkipReason.NONFINITE, PATHS[leaf])
     assert row == expected
     # Without parameters there are no names.
-    assert og.rejections(state) == [expected._replace(leaf=leaf)]
+    assert og.skipped_steps(state) == [expected._replace(leaf=leaf)]
 
 
-def test_nothing_rejected_is_an_empty_list():
-    assert og.rejections(GUARD.init(PARAMS), PARAMS) == []
-    assert og.rejections(stepped(GUARD, GOOD, GOOD), PARAMS) == []
+def test_nothing_skipped_is_an_empty_list():
+    assert og.skipped_steps(GUARD.init(PARAMS), PARAMS) == []
+    assert og.skipped_steps(stepped(GUARD, GOOD, GOOD), PARAMS) == []
 
 
 def test_rejection_of_a_loss_or_by_a_rule_names_no_leaf():
     state = stepped(GUARD, GOOD, value=jnp.float32(math.nan))
-    [row] = og.rejections(state, PARAMS)
+    [row] = og.skipped_steps(state, PARAMS)
     assert (row.reason, row.leaf) == (og.SkipReason.NONFINITE_VALUE, None)
     assert math.isnan(row.value)
     assert row.grad_norm == 5
-    [row] = og.rejections(
+    [row] = og.skipped_steps(
         stepped(og.guard(SGD, skip=og.skip.norm_above(2.0)), GOOD), PARAMS
     )
     assert row[:2] == (0, 5.0)
@@ -321,13 +321,13 @@ def test_rejection_of_a_loss_or_by_a_rule_names_no_leaf():
 
 
 @pytest.mark.parametrize("count", [15, 16, 17, 40])
-def test_the_last_sixteen_rejections_are_kept(count):
+def test_the_last_sixteen_skipped_steps_are_kept(count):
     def body(state: Any, i: Any) -> Any:
         grads = GOOD | {"rest": jnp.full(3, jnp.nan)}
         return GUARD.update(grads, state, value=i)[1], None
 
     run = jax.jit(lambda s, i: jax.lax.scan(body, s, i)[0])
-    rows = og.rejections(run(GUARD.init(PARAMS), jnp.arange(count) * 1.0), PARAMS)
+    rows = og.skipped_steps(run(GUARD.init(PARAMS), jnp.arange(count) * 1.0), PARAMS)
     kept = list(range(max(0, count - 16), count))
     assert [row.update for row in rows] == kept
     assert [row.value for row in rows] == kept
@@ -344,7 +344,7 @@ def test_the_last_sixteen_rejections_are_kept(count):
 )
 def test_leaf_of_a_part_of_the_parameters_is_an_index_not_a_wrong_name(tx):
     # To the guard, the third leaf is the first.
-    [row] = og.rejections(stepped(tx, bad(2)), PARAMS)
+    [row] = og.skipped_steps(stepped(tx, bad(2)), PARAMS)
     assert row.leaf == 0
 
 
@@ -354,12 +354,12 @@ def test_leaf_is_an_index_where_gradients_lack_leaves_of_the_parameters():
     tx = og.guard(optax.identity())
     state = tx.init(params)
     _, state = tx.update(grads, state)
-    assert og.rejections(state, PARAMS)[0].leaf == 0
-    assert og.rejections(state, params)[0].leaf == PATHS[1]
+    assert og.skipped_steps(state, PARAMS)[0].leaf == 0
+    assert og.skipped_steps(state, params)[0].leaf == PATHS[1]
 
 
 def test_names_are_right_under_a_mask_that_is_all_true():
-    [row] = og.rejections(stepped(optax.masked(GUARD, ALL), bad(1)), PARAMS)
+    [row] = og.skipped_steps(stepped(optax.masked(GUARD, ALL), bad(1)), PARAMS)
     assert row.leaf == PATHS[1]
 
 
@@ -368,18 +368,18 @@ def test_leaves_without_gradients_do_not_shift_names():
     grads = {"a": jnp.arange(3), "b": jnp.ones(2), "c": jnp.array([1.0, jnp.nan])}
     tx = og.guard(optax.identity())
     _, state = tx.update(grads, tx.init(params))
-    assert og.rejections(state, params)[0].leaf == "c"
+    assert og.skipped_steps(state, params)[0].leaf == "c"
 
 
 def test_leaf_among_very_many_is_named_as_a_run_that_holds_it():
     params = {f"{i:03}": jnp.zeros(()) for i in range(300)}
     state: Any = GUARD.init(params)
     # As a step would leave it; compiling one of 600 reductions takes long.
-    log = state.rejections._replace(
-        rejected_leaf=jnp.full(16, 150), rejected_num_leaves=jnp.full(16, 300)
+    log = state.skip_log._replace(
+        skipped_leaf=jnp.full(16, 150), skipped_num_leaves=jnp.full(16, 300)
     )
-    state = state._replace(rejections=log, num_skipped=jnp.array(1))
-    leaf = og.rejections(state, params)[0].leaf
+    state = state._replace(skip_log=log, num_skipped=jnp.array(1))
+    leaf = og.skipped_steps(state, params)[0].leaf
     assert isinstance(leaf, str)
     first, last = leaf.split(" to ")
     assert first <= "150" <= last
@@ -397,10 +397,10 @@ def test_train_state_is_read_as_it_is():
     assert og.find_state(state, og.GuardState).num_skipped == 1
     assert og.metrics(state)["skip_rate"] == 0.5
     assert math.isnan(og.metrics(state)["grad_norm"])
-    [row] = og.rejections(state)
+    [row] = og.skipped_steps(state)
     assert (row.update, row.value, row.leaf) == (1, 0.25, PATHS[1])
     # Other parameters may be given, for other names.
-    assert og.rejections(state, [0.0, 0.0, 0.0])[0].leaf == "1"
+    assert og.skipped_steps(state, [0.0, 0.0, 0.0])[0].leaf == "1"
 
 
 def test_nnx_optimizer_is_read_as_it_is():
@@ -414,6 +414,6 @@ def test_nnx_optimizer_is_read_as_it_is():
     # Plain arrays, not variables.
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found))
     assert og.metrics(optimizer)["num_skipped"] == 1
-    [row] = og.rejections(optimizer, nnx.state(model, nnx.Param))
+    [row] = og.skipped_steps(optimizer, nnx.state(model, nnx.Param))
     assert row.value == 0.25
     assert "kernel" in str(row.leaf)

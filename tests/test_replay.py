@@ -68,14 +68,14 @@ def test_larger_may_be_better():
     assert one.loss_given_up == pytest.approx(LOSSES[best] - LOSSES.min(), abs=1e-7)
 
 
-def test_machines_are_played_as_they_are():
+def test_stoppers_are_played_as_they_are():
     losses = [3.0, math.nan, 2.0, 2.5, 2.5, 1.0]
-    machines = {
+    stoppers = {
         "stops": og.early_stopping(og.stop.patience(2)),
         "waits": og.early_stopping(og.stop.patience(2), nonfinite="wait"),
         "ignores": og.early_stopping(og.stop.patience(3), nonfinite="ignore"),
     }
-    stops, waits, ignores = replay(recorded(losses), machines)
+    stops, waits, ignores = replay(recorded(losses), stoppers)
     assert (stops.reason, stops.stopped_step) == (og.StopReason.NONFINITE, 10)
     assert (waits.reason, waits.stopped_step) == (og.StopReason.PATIENCE, 25)
     assert (ignores.reason, ignores.best_value) == (og.StopReason.RUNNING, 1.0)

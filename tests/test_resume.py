@@ -512,7 +512,7 @@ def test_damaged_checkpoint_is_an_error_that_says_what_to_do(saved, tmp_path):
     assert_same_run(small_fit(tmp_path), small_fit(saved))
 
 
-# The machine's state by itself -----------------------------------------------------
+# The stopper's state by itself -----------------------------------------------------
 
 RULES = {
     "patience": og.stop.patience(3),
@@ -527,7 +527,7 @@ RULES = {
 VALUES = [3.0, np.nan, 2.0, 2.5, 1.0, 1.5, 1.4, 1.6, 1.7, 1.8]
 
 
-MACHINES = {
+STOPPERS = {
     name: og.early_stopping(rule, nonfinite="wait", smooth=og.stop.median(3))
     for name, rule in RULES.items()
 }
@@ -535,7 +535,7 @@ MACHINES = {
 
 def first_states():
     params = {"w": jnp.zeros(1), "b": jnp.zeros((), jnp.bfloat16)}
-    return {name: machine.init(params) for name, machine in MACHINES.items()}
+    return {name: stopper.init(params) for name, stopper in STOPPERS.items()}
 
 
 @jax.jit
@@ -543,8 +543,8 @@ def told(states, value):
     # Thirds have no end in binary, so that a lost digit shows.
     params = {"w": value[None] / 3, "b": value.astype(jnp.bfloat16)}
     return {
-        name: machine.update(value, states[name], params, train_value=value / 7)
-        for name, machine in MACHINES.items()
+        name: stopper.update(value, states[name], params, train_value=value / 7)
+        for name, stopper in STOPPERS.items()
     }
 
 
@@ -566,7 +566,7 @@ def by_orbax(states, fresh, directory):
 
 
 @pytest.mark.parametrize("round_trip", [by_msgpack, by_orbax])
-def test_machine_that_was_saved_judges_as_if_it_had_not_been(tmp_path, round_trip):
+def test_stopper_that_was_saved_judges_as_if_it_had_not_been(tmp_path, round_trip):
     expected = told_all(first_states(), VALUES)
     saved = told_all(first_states(), VALUES[:4])
     saved = round_trip(saved, first_states(), tmp_path)
@@ -574,7 +574,7 @@ def test_machine_that_was_saved_judges_as_if_it_had_not_been(tmp_path, round_tri
     assert sum(bool(state.should_stop) for state in expected.values()) >= 2
 
 
-def test_nnx_optimizer_and_machine_are_saved_together(tmp_path):
+def test_nnx_optimizer_and_stopper_are_saved_together(tmp_path):
     def made():
         model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
         return model, nnx.Optimizer(model, og.guard(optax.adam(0.1)), wrt=nnx.Param)

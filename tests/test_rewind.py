@@ -189,7 +189,7 @@ def test_when_rewinds_are_used_up_the_exhausted_guard_raises(tmp_path):
     """Over all resumptions; what is on disk is from before."""
     asked = []
     for _ in range(2):
-        with pytest.raises(og.GuardExhaustedError, match=r"(?s)Rejected last:.*NONFIN"):
+        with pytest.raises(og.GuardExhaustedError, match=r"(?s)Skipped last:.*NONFIN"):
             run(
                 tmp_path,
                 Rewind(times=2, on_rewind=lambda step: asked.append(step) or 0),
@@ -202,7 +202,7 @@ def test_when_rewinds_are_used_up_the_exhausted_guard_raises(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:At step")
-def test_when_rewinds_are_used_up_the_machine_stops_the_run(tmp_path):
+def test_when_rewinds_are_used_up_the_stopper_stops_the_run(tmp_path):
     result = run(tmp_path, Rewind(times=1), values={2: 1.0, 4: 99.0, 6: 98.0})
     assert explained(result).startswith("stopped at evaluation 2 (DIVERGED)")
     assert result.state.step == 6

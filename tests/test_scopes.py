@@ -98,10 +98,10 @@ def test_guard_names_the_bad_leaf(name):
     tx = og.guard(optax.adam(1e-3), clip=CLIPS[name])
     state = tx.init(PARAMS)
     bad = GRADS | {"dense": GRADS["dense"].at[1, 2].set(math.nan)}
-    params, state = og.apply_gradients(tx, PARAMS, state, bad)
+    params, state = og.apply_gradients(tx, PARAMS, state, grads=bad)
     assert same_bits(params, PARAMS)
-    (rejection,) = og.rejections(state, PARAMS)
-    assert rejection.leaf == "dense"
+    (skipped,) = og.skipped_steps(state, PARAMS)
+    assert skipped.leaf == "dense"
 
 
 WIDE = {"w": GRADS["conv"].reshape(8, 36), "v": GRADS["layers"].reshape(8, 6)}

@@ -63,7 +63,7 @@ def with_entry(grads: dict[str, Any], name: str, value: float) -> dict[str, Any]
     return changed
 
 
-# Learnt from twice, withheld by a rule, taken, withheld for one entry of one device.
+# Learnt from twice, skipped by a rule, taken, skipped for one entry of one device.
 SEQUENCE = [
     CLEAN,
     {k: 1.1 * x for k, x in CLEAN.items()},
@@ -130,7 +130,7 @@ def run(txs: dict[str, Any], carry: Any, sequence: Any) -> Any:
         new = {}
         for name, tx in txs.items():
             params, state = runs[name]
-            new[name] = og.apply_gradients(tx, params, state, grads, value=loss)
+            new[name] = og.apply_gradients(tx, params, state, grads=grads, value=loss)
         carry = new, STOPPER.update(loss, stop, new["norm"][0])
         return carry, carry
 
@@ -201,7 +201,7 @@ def check_against_float64(found: list[Any]) -> None:
         rtol = 0.01 if name == "autoclip" else 1e-5
         np.testing.assert_allclose(stats.clipped_norm, norm, rtol=rtol)
     runs, stop = found[-1]
-    leaf = runs["norm"][1].rejections.rejected_leaf[1]
+    leaf = runs["norm"][1].skip_log.skipped_leaf[1]
     assert leaf == list(SHAPES).index("expert")
     assert og.leaf_norms(runs["leaf"][1])["layers/2"] == pytest.approx(
         true_norm(CLEAN["layers"][2]), rel=1e-6
@@ -343,7 +343,7 @@ def test_shards_drop_a_micro_batch_together_and_take_the_step_of_the_others():
 
     def accumulated(params: Any, sequence: Any) -> Any:
         def step(carry: Any, grads: Any) -> Any:
-            return og.apply_gradients(tx, carry[0], carry[1], grads), None
+            return og.apply_gradients(tx, carry[0], carry[1], grads=grads), None
 
         params, state = jax.lax.scan(step, (params, tx.init(params)), sequence)[0]
         stats = og.find_state(state, og.NormStats)
@@ -406,7 +406,7 @@ def test_function_says_over_which_axis_of_pmap_a_leaf_is_split():
         grads["expert"][6, 2] = math.inf
         updates, state = step(grads)
     np.testing.assert_array_equal(state.num_skipped, 1)
-    np.testing.assert_array_equal(state.rejections.rejected_leaf[:, 0], 1)
+    np.testing.assert_array_equal(state.skip_log.skipped_leaf[:, 0], 1)
     assert not any(map(np.any, updates.values()))
 
 

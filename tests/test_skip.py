@@ -35,7 +35,7 @@ def published(system, sigma, window, **options):
         options |= {"ddof": 0}
     else:
         options |= {"min_history": max(2, window // 2) - 1}
-    return og.skip.spike(sigma, window, min_deviation=0, rejected="enter", **options)
+    return og.skip.spike(sigma, window, min_deviation=0, skipped="enter", **options)
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def test_decisions_are_those_of_the_published_rule(run):
     assert np.flatnonzero(decide(rule, norms, losses)).tolist() == run["skipped"]
 
 
-def test_guard_withholds_what_the_rule_says():
+def test_guard_skips_what_the_rule_says():
     run = REFERENCE["runs"][3]
     norms, losses, _ = sequence(run)
     rule = published(run["system"], run["sigma"], run["window"])
@@ -135,7 +135,7 @@ def test_faults_of_published_rules_are_not_copied(run):
 # Against plain NumPy ---------------------------------------------------------------
 
 
-def oracle(sigma, window, norms, losses, min_history, min_deviation, rejected):
+def oracle(sigma, window, norms, losses, min_history, min_deviation, skipped):
     """The rule in double precision, for finite values."""
     past, skipped = ([], []), []
 
@@ -151,26 +151,26 @@ def oracle(sigma, window, norms, losses, min_history, min_deviation, rejected):
         is_skipped = any(x > y for x, y in zip(signals, limits, strict=True))
         skipped.append(is_skipped)
         for x, values, top in zip(signals, past, limits, strict=True):
-            if not is_skipped or rejected == "enter":
+            if not is_skipped or skipped == "enter":
                 values.append(x)
-            elif rejected == "limit":
+            elif skipped == "limit":
                 values.append(min(x, top))
     return skipped
 
 
-@pytest.mark.parametrize("rejected", ["limit", "enter", "nothing"])
-def test_rejected_values_enter_as_asked(rejected):
+@pytest.mark.parametrize("skipped", ["limit", "enter", "nothing"])
+def test_skipped_values_enter_as_asked(skipped):
     rng = np.random.default_rng(1)
     norms = np.exp(0.2 * rng.normal(size=300))
     losses = 2 + 0.1 * rng.normal(size=300)
     norms[[60, 61, 62, 120, 200]] *= [10, 8, 30, 1e6, 1e6]
     losses[[90, 125, 201]] += [5, 3, 9]
-    settings = {"min_history": 12, "min_deviation": 0.02, "rejected": rejected}
+    settings = {"min_history": 12, "min_deviation": 0.02, "skipped": skipped}
     rule = og.skip.spike(5.0, 24, **settings)
     fires = decide(rule, norms, losses)
     expected = oracle(5.0, 24, norms, losses, **settings)
     assert fires.tolist() == expected
-    assert sum(expected) == (8 if rejected == "enter" else 9)
+    assert sum(expected) == (8 if skipped == "enter" else 9)
 
 
 # Bad values, lasting changes -------------------------------------------------------
@@ -180,8 +180,8 @@ PHASES = [0, 3, 15, 16, 100]
 
 
 @functools.cache
-def default_runner(rejected):
-    rule = og.skip.spike(6.0, 32, rejected=rejected)
+def default_runner(skipped):
+    rule = og.skip.spike(6.0, 32, skipped=skipped)
     tx = og.guard(optax.sgd(0.1), skip=rule)
     return jax.jit(jax.vmap(lambda x: player(tx, False)(x, jnp.zeros_like(x))))
 
@@ -195,10 +195,10 @@ def faults_at(phase):
     return rows
 
 
-@pytest.mark.parametrize("rejected", ["limit", "enter", "nothing"])
+@pytest.mark.parametrize("skipped", ["limit", "enter", "nothing"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_bad_value_makes_no_healthy_step_skipped(phase, rejected):
-    state, reasons = jax.device_get(default_runner(rejected)(faults_at(phase)))
+def test_bad_value_makes_no_healthy_step_skipped(phase, skipped):
+    state, reasons = jax.device_get(default_runner(skipped)(faults_at(phase)))
     is_known = phase >= 16
     for i, at_fault in enumerate(
         [REASON.NONFINITE] * 2 + [REASON.SPIKE * is_known] * 2 + [REASON.NONE]
@@ -213,9 +213,9 @@ def test_one_spike_does_not_hide_the_next():
     norms = NOISE.copy()
     norms[[100, 101, 105, 120]] = 1e30, 1e30, 50.0, 8.0
     after = {}
-    for rejected in ("limit", "enter", "nothing"):
-        reasons, _ = play(og.skip.spike(6.0, 32, rejected=rejected), norms)
-        after[rejected] = np.flatnonzero(reasons).tolist()
+    for skipped in ("limit", "enter", "nothing"):
+        reasons, _ = play(og.skip.spike(6.0, 32, skipped=skipped), norms)
+        after[skipped] = np.flatnonzero(reasons).tolist()
     assert after == {
         "limit": [100, 101, 105, 120],
         "enter": [100],
@@ -224,11 +224,11 @@ def test_one_spike_does_not_hide_the_next():
 
 
 @pytest.mark.parametrize(
-    ("rejected", "most"), [("limit", 5), ("enter", 2), ("nothing", 5)]
+    ("skipped", "most"), [("limit", 5), ("enter", 2), ("nothing", 5)]
 )
-def test_lasting_rise_costs_a_bounded_number_of_steps(rejected, most):
+def test_lasting_rise_costs_a_bounded_number_of_steps(skipped, most):
     norms = np.where(np.arange(200) < 100, 1, 5) * NOISE
-    rule = og.skip.spike(6.0, 32, rejected=rejected)
+    rule = og.skip.spike(6.0, 32, skipped=skipped)
     reasons, state = play(rule, norms, max_consecutive_skips=5)
     assert 0 < reasons.astype(bool).sum() <= most
     assert not reasons[100 + most :].any()
@@ -336,7 +336,7 @@ def test_types_are_fixed(x64_wanted, request):
 
 def test_norm_beyond_float32_stays_out_of_the_window(x64):
     del x64
-    rule = og.skip.spike(6.0, 4, rejected="enter")
+    rule = og.skip.spike(6.0, 4, skipped="enter")
     norms = [1.0, 1.1, 1e100, 1.2]
     state = rule.start()
     for norm in norms:
@@ -391,7 +391,7 @@ def test_derivative_through_a_spike_rule_is_finite():
         ({"watch": "loss"}, "`watch` must be one of 'grad_norm', 'value', got 'loss'"),
         ({"watch": ()}, "`watch` must name a signal"),
         ({"min_deviation": -1.0}, "`min_deviation` must be in"),
-        ({"rejected": "drop"}, "`rejected` must be one of 'limit', 'enter', 'nothing'"),
+        ({"skipped": "drop"}, "`skipped` must be one of 'limit', 'enter', 'nothing'"),
         ({"ddof": 2}, r"`ddof` must be in \[0, 1\], got 2"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -35,7 +35,7 @@ TX = og.guard(
     clip=og.threshold.zscore(2.0),
     skip=[
         og.skip.norm_above(100.0),
-        og.skip.spike(window=32, rejected="nothing", watch="grad_norm"),
+        og.skip.spike(window=32, skipped="nothing", watch="grad_norm"),
     ],
     max_consecutive_skips=NUM_STEPS,
 )
@@ -62,7 +62,7 @@ def run(steps, kinds, leaves, num_steps):
     def body(i, carry):
         params, state, counts, is_well = carry
         grads = gradients(steps[i], params, kinds[i], leaves[i])
-        step: Any = og.apply_gradients(TX, params, state, grads)
+        step: Any = og.apply_gradients(TX, params, state, grads=grads)
         params, state = step
         kept = jax.tree.leaves((params, state.wrapped_state))
         is_well &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in kept]))
@@ -119,7 +119,7 @@ def test_counts_and_log_are_those_of_the_faults(faults, outcome):
     assert stats.num_updates == NUM_STEPS
     assert stats.num_nonfinite == is_nonfinite.sum()
     assert state.skip_streak == NUM_STEPS - 1 - np.flatnonzero(~is_bad)[-1]
-    log = og.rejections(state, PARAMS)
+    log = og.skipped_steps(state, PARAMS)
     last = np.flatnonzero(is_bad)[-16:]
     names = np.array(list(PARAMS))
     assert [r.update for r in log] == list(last)

@@ -62,7 +62,7 @@ def test_every_run_is_the_one_that_python_makes(runs):
             assert final == pytest.approx(np.mean(losses[-3:]), rel=1e-2, abs=1e-6)
             best = cells.best[0, scale, rate, seed]
             assert best == pytest.approx(min(losses), rel=1e-2, abs=1e-6)
-            # At the highest rate the guard of the watched run withholds steps.
+            # At the highest rate the guard of the watched run skips steps.
             if name == "suggested" and rate < 2:
                 _, watched = python_run(*at, math.inf)
                 expected = np.quantile(watched[15:], 0.9, method="lower")

@@ -64,7 +64,7 @@ def pruned(patience, *, delta):
     return stop.StopRule(init, update)
 
 
-def machine(system, config):
+def stopper_of(system, config):
     """Maps the arguments of a system to ours."""
     mode = config["mode"]
     if system == "flax":
@@ -104,14 +104,14 @@ def machine(system, config):
 def run(case):
     """Returns the final state, and `is_significant` of every evaluation.
 
-    Not compiled: a hundred machines of a few evaluations each would take minutes.
+    Not compiled: a hundred stoppers of a few evaluations each would take minutes.
     """
     with jax.disable_jit():
         return _run(case)
 
 
 def _run(case):
-    stopper = machine(case["system"], _config(case))
+    stopper = stopper_of(case["system"], _config(case))
     train = case["config"].get("train_metrics")
     state = stopper.init(jnp.asarray(-1))
     significant = []
@@ -269,7 +269,7 @@ def test_keras_mode_is_checked():
 @pytest.mark.parametrize("name", ["ignite-08", "prechelt_up-08", "lightning-04"])
 def test_cases_run_the_same_in_one_compiled_scan(name):
     case = next(case for case in COPIED if case["id"] == name)
-    stopper = machine(case["system"], _config(case))
+    stopper = stopper_of(case["system"], _config(case))
     values = jnp.asarray(case["metrics"], jnp.float32)
 
     def body(state, value):

@@ -24,7 +24,7 @@ loose: Any = stop
 
 
 def run(rule, values, *, extras=None, **options):
-    """Feeds values to a machine of the rule, not compiled; returns the states."""
+    """Feeds values to a stopper of the rule, not compiled; returns the states."""
     stopper = early_stopping(rule, **options)
     state, states = stopper.init(), []
     with jax.disable_jit():
@@ -425,7 +425,7 @@ def test_scales_of_a_plateau_may_all_be_donated(jit):
     opt_state = apply(opt_state, state)
     scales = [x for _, x in optax.tree.get_all_with_path(opt_state, "lr_scale")]
     assert [float(x) for x in scales] == [0.25, 0.25]
-    # With the state of the machine, as a train step that donates all it carries.
+    # With the state of the stopper, as a train step that donates all it carries.
     jax.jit(lambda *x: jax.tree.map(lambda x: x + 1, x), donate_argnums=(0, 1))(
         opt_state, state.rule_state
     )
@@ -878,7 +878,7 @@ series = st.one_of(constants, st.lists(values, min_size=LENGTH, max_size=LENGTH)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     spec=rules,
-    # Several series a machine: compiling it costs more than running it.
+    # Several series a stopper: compiling it costs more than running it.
     batch=st.lists(series, min_size=16, max_size=16),
     mode=st.sampled_from(["min", "max"]),
     nonfinite=st.sampled_from(["stop", "wait", "ignore"]),

@@ -440,7 +440,7 @@ def test_zero_norm_is_no_news(name):
 
 
 @pytest.mark.parametrize("name", ["zscore", "quantile forgets", "relative"])
-def test_withheld_step_teaches_nothing(name):
+def test_skipped_step_teaches_nothing(name):
     tx = og.guard(optax.sgd(0.1), clip=RULES[name], skip=og.skip.norm_above(10.0))
     norms = jnp.array([*NOISE[:60], 50.0, math.nan, math.inf])
 

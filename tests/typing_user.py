@@ -51,8 +51,8 @@ def reading(tx: optax.GradientTransformation, params: Params) -> None:
     assert_type(og.find_state(state, og.GuardState), og.GuardState)
     assert_type(og.find_state(state, og.GuardState).num_skipped, jax.Array)
     assert_type(og.find_states(state, og.NormStats), list[og.NormStats])
-    assert_type(og.rejections(state, params), list[og.Rejection])
-    assert_type(og.rejections(state)[0].reason, og.SkipReason)
+    assert_type(og.skipped_steps(state, params), list[og.SkippedStep])
+    assert_type(og.skipped_steps(state)[0].reason, og.SkipReason)
     assert_type(og.leaf_norms(state), dict[str, jax.Array])
     og.raise_if_exhausted(og.metrics(state))
 
@@ -67,7 +67,7 @@ def stopping(losses: list[jax.Array], params: Params) -> str:
         state = stopper.update({"loss": loss, "f1": 0.5}, state, params, step=1)
     assert_type(state, og.EarlyStoppingState)
     assert_type(state.should_stop, jax.Array)
-    assert_type(og.from_keras("val_loss", patience=2), og.EarlyStopping)
+    assert_type(og.stop.from_keras("val_loss", patience=2), og.EarlyStopping)
     assert_type(og.StopReason(int(state.stop_reason)), og.StopReason)
     return og.explain(state)
 

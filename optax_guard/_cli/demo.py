@@ -59,7 +59,7 @@ class Recipe:
       learning_rate: Of SGD.
       momentum: Of SGD.
       max_norm: Norm to which gradients are clipped, by Optax and by the guard.
-      skip_above: Norm above which the guard withholds a step.
+      skip_above: Norm above which the guard skips a step.
       width: Units of the recurrent layer.
       batch_size: Windows of text in a batch.
       window: Characters in a window.
@@ -141,9 +141,9 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, FitResult] | None:
     def train_step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
         state = state.apply_gradients(grads=grads, value=loss)
-        # What a withheld batch would have cost is no part of the training loss.
-        withheld = og.metrics(state).get("skip_reason", 0) != 0
-        return state, jnp.where(withheld, jnp.nan, loss)
+        # What a skipped batch would have cost is no part of the training loss.
+        skipped = og.metrics(state).get("skip_reason", 0) != 0
+        return state, jnp.where(skipped, jnp.nan, loss)
 
     @jax.jit
     def evaluate(state: Any) -> dict[str, jax.Array]:
@@ -191,7 +191,7 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, FitResult] | None:
     guarded = results["guarded"]
     plot_norms(
         guarded.history,
-        rejections=og.rejections(guarded.state),
+        skipped_steps=og.skipped_steps(guarded.state),
         stop=guarded.stop,
         loss_label="loss [nats per character]",
         title="The guarded run",

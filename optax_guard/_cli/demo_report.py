@@ -21,7 +21,7 @@ _COLUMNS = {
     "ended by": 9,
     "max norm": 8,
     "NaN/Inf": 7,
-    "withheld": 8,
+    "skipped": 8,
     "best val": 8,
     "final val": 9,
 }
@@ -63,7 +63,7 @@ def introduce(recipe: Any, text: Text, seed: int) -> None:
         f"batches at steps {' and '.join(factors)}."
     )
     _print(
-        f"Gradients are clipped to a norm of {recipe.max_norm:g}; the guard withholds "
+        f"Gradients are clipped to a norm of {recipe.max_norm:g}; the guard skips "
         f"steps above {recipe.skip_above:g}. `grad norm` is the largest of the "
         f"{recipe.eval_every} steps of a row, losses are in nats per character."
     )
@@ -83,12 +83,12 @@ def conclude(
         "Its best parameters are restored: their validation loss, computed again, is "
         f"{restored_loss:.4f}."
     )
-    withheld = ", ".join(
+    skipped = ", ".join(
         f"step {r.update} (norm {r.grad_norm:.3g}, {r.reason.name})"
-        for r in og.rejections(guarded.state)
+        for r in og.skipped_steps(guarded.state)
     )
     _print(
-        f"It withheld {_num_skipped(guarded)} step(s): {withheld or 'none'}. Corrupt "
+        f"It skipped {_num_skipped(guarded)} step(s): {skipped or 'none'}. Corrupt "
         f"batches came at steps {', '.join(map(str, recipe.corrupt))}."
     )
     print()

@@ -63,7 +63,7 @@ def clip_by_global_norm(
     The norm is over all floating entries of the tree, in float32 (float64 if a leaf
     is), right from entries of 1e-25 to a norm of 3e38. Leaves that are not floating do
     not count and are left alone. Non-finite updates pass unscaled and are counted:
-    withholding them is the work of ``guard``.
+    skipping them is the work of ``guard``.
 
     Args:
       max_norm: Largest norm :math:`c` that passes unchanged, in units of the gradient;

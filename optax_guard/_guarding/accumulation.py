@@ -57,7 +57,7 @@ def accumulate(
     a micro-batch whose gradients, or whose loss given as ``value=``, are not finite is
     dropped and counted, and the mean is over the others. So one of them costs one
     micro-batch, where ``MultiSteps`` keeps the NaN in its accumulator for good. A group
-    without a good micro-batch is a step that the guard withholds, on the record of its
+    without a good micro-batch is a step that the guard skips, on the record of its
     last micro-batch. Put ``accumulate`` outermost, around the guard: norm, clip, skip
     rules and their statistics are then those of accumulated steps.
 
@@ -68,7 +68,7 @@ def accumulate(
 
     Args:
       inner: A ``guard``, or any optimizer, which is then put into one that only
-        withholds: ``guard(inner)``.
+        skips: ``guard(inner)``.
       every_k: Micro-batches that make a step; a whole number of at least 1, may be
         traced, or a function of the number of groups closed so far, as in
         ``MultiSteps``.
@@ -90,7 +90,7 @@ def accumulate(
       >>> state = tx.init(params)
       >>> for grad in [0.25, jnp.nan, 0.75]:
       ...     grads = jnp.array([grad, 0.0])
-      ...     params, state = og.apply_gradients(tx, params, state, grads)
+      ...     params, state = og.apply_gradients(tx, params, state, grads=grads)
       >>> params, og.metrics(state)["num_dropped"].item()
       (Array([-0.5,  0. ], dtype=float32), 1)
     """
@@ -98,8 +98,9 @@ def accumulate(
         inner, "judge"
     )
     inner = optax.with_extra_args_support(inner if is_guard else guard(inner))
-    judge, take_step, adopt_inner = (
-        getattr(inner.update, name) for name in ("judge", "apply_gradients", "adopt")
+    judge, take_step, wrap_inner = (
+        getattr(inner.update, name)
+        for name in ("judge", "apply_gradients", "wrap_state")
     )
     if not callable(every_k):
         check_count("every_k", every_k)
@@ -120,8 +121,8 @@ def accumulate(
     def init(params: optax.Params) -> AccumulateState:
         return around(params, inner.init(params))
 
-    def adopt(params: optax.Params, inner_state: Any) -> AccumulateState:
-        return around(params, adopt_inner(params, inner_state))
+    def wrap_state(params: optax.Params, inner_state: Any) -> AccumulateState:
+        return around(params, wrap_inner(params, inner_state))
 
     def gather(
         updates: optax.Updates,
@@ -215,13 +216,14 @@ def accumulate(
     def apply_gradients(
         params: optax.Params,
         state: AccumulateState,
+        *,
         grads: optax.Updates,
         **extra_args: Any,
     ) -> tuple[optax.Params, AccumulateState]:
         is_taken, state, extra_args = gather(grads, state, params, extra_args)
 
         def take(grads: Any, params: Any, guard_state: GuardState) -> tuple[Any, Any]:
-            return take_step(params, guard_state, grads, **extra_args)
+            return take_step(params, guard_state, grads=grads, **extra_args)
 
         def keep(like: Any, grads: Any, params: Any, guard_state: GuardState) -> Any:
             del grads
@@ -238,7 +240,9 @@ def accumulate(
         )
         return new_params, state._replace(guard_state=guard_state)
 
-    return transformation(init, update, apply_gradients=apply_gradients, adopt=adopt)
+    return transformation(
+        init, update, apply_gradients=apply_gradients, wrap_state=wrap_state
+    )
 
 
 def _accumulator(leaf: Any) -> Any:

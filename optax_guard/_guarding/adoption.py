@@ -1,5 +1,6 @@
-"""Putting the optimizer state of a run in progress into a guard, and taking it out."""
+"""States of others: of an unguarded optimizer, and of versions before this one."""
 
+from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from optax_guard._transformation import part_of
 from optax_guard._trees import first_difference, opt_state_of, outermost_states
 
 
-def adopt(
+def wrap_state(
     tx: optax.GradientTransformation, params: optax.Params, old_opt_state: Any
 ) -> Any:
     """The state of a guarded optimizer that goes on from an unguarded one's.
@@ -44,20 +45,20 @@ def adopt(
       >>> import jax.numpy as jnp, optax, optax_guard as og
       >>> params, adam = jnp.ones(2), optax.adam(0.1)
       >>> updates, opt_state = adam.update(jnp.ones(2), adam.init(params), params)
-      >>> opt_state = og.adopt(og.guard(adam, clip=1.0), params, opt_state)
-      >>> opt_state.num_skipped.item(), og.release(opt_state)[0].count.item()
+      >>> opt_state = og.wrap_state(og.guard(adam, clip=1.0), params, opt_state)
+      >>> opt_state.num_skipped.item(), og.unwrap_state(opt_state)[0].count.item()
       (0, 1)
     """
     check_transformation("tx", tx)
     check_leaves("params", params)
     check_leaves("old_opt_state", old_opt_state)
-    around = part_of(tx, "adopt")
+    around = part_of(tx, "wrap_state")
     if around is None:
         raise TypeError(
             "`tx` must be a `guard`, or an `accumulate` around one, not inside of "
             f"another transformation, got {tx!r}."
         )
-    expected = release(jax.eval_shape(tx.init, params))
+    expected = unwrap_state(jax.eval_shape(tx.init, params))
     fitting = jax.tree.structure(expected)
     for state in _without_outer_parts(old_opt_state):
         if jax.tree.structure(state) == fitting:
@@ -72,10 +73,10 @@ def adopt(
     return around(params, state)
 
 
-def release(opt_state: Any) -> Any:
+def unwrap_state(opt_state: Any) -> Any:
     """The state of the optimizer inside of a guard, to go on without the guard.
 
-    The reverse of ``adopt``.
+    The reverse of ``wrap_state``.
 
     Args:
       opt_state: State of a ``guard`` or of an ``accumulate`` around one, whose group at
@@ -92,7 +93,7 @@ def release(opt_state: Any) -> Any:
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
       >>> adam = optax.adam(0.1)
-      >>> opt_state = og.release(og.guard(adam, clip=1.0).init(jnp.ones(2)))
+      >>> opt_state = og.unwrap_state(og.guard(adam, clip=1.0).init(jnp.ones(2)))
       >>> updates, opt_state = adam.update(jnp.ones(2), opt_state)
     """
     found = outermost_states(opt_state, (AccumulateState, GuardState))
@@ -127,3 +128,42 @@ def _advice(old: Any) -> str:
         "If that optimizer was part of a chain, build `tx` around the same chain; if "
         "it was restored from a checkpoint, restore it with its own target."
     )
+
+
+# Fields of states that had another name when they were saved, and that name.
+OLD_NAMES = {
+    "skip_log": "rejections",  # Until 0.1.0; all that follow, too.
+    "skipped_update": "rejected_update",
+    "skipped_norm": "rejected_norm",
+    "skipped_value": "rejected_value",
+    "skipped_reason": "rejected_reason",
+    "skipped_leaf": "rejected_leaf",
+    "skipped_num_leaves": "rejected_num_leaves",
+}
+_NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
+
+
+def with_new_names(saved: Any) -> Any:
+    """A state dict of an earlier version under today's names of fields.
+
+    Flax's ``msgpack_restore`` gives such a dict; then ``from_state_dict(target, ...)``
+    restores it.
+    """
+    if not isinstance(saved, dict):
+        return saved
+    return {_NEW_NAMES.get(k, k): with_new_names(v) for k, v in saved.items()}
+
+
+def with_old_names(tree: Any) -> Any:
+    """The same leaves in the same order, under the names that were saved before."""
+
+    def is_renamed(x: Any) -> bool:
+        return not OLD_NAMES.keys().isdisjoint(getattr(x, "_fields", ()))
+
+    def rename(x: Any) -> Any:
+        if not is_renamed(x):
+            return x
+        names = [OLD_NAMES.get(name, name) for name in x._fields]
+        return namedtuple(type(x).__name__, names)(*map(with_old_names, x))
+
+    return jax.tree.map(rename, tree, is_leaf=is_renamed)

@@ -12,7 +12,7 @@ from optax_guard._checks import check_count, check_flag, check_part, check_state
 from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
 from optax_guard._clipping.parts import Measurement
 from optax_guard._guarding.judging import (
-    RejectionLog,
+    SkipLog,
     as_rules,
     check_shared,
     checked_loss,
@@ -34,18 +34,18 @@ class GuardState(NamedTuple):
     """State of ``guard``.
 
     Attributes:
-      num_skipped: int32[], steps withheld; 0 after ``init``.
-      skip_streak: int32[], steps withheld in a row up to the last; 0 after ``init``.
+      num_skipped: int32[], steps skipped; 0 after ``init``.
+      skip_streak: int32[], steps skipped in a row up to the last; 0 after ``init``.
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
       guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
-        were all withheld; False after ``init`` and again after a step that is taken.
+        were all skipped; False after ``init`` and again after a step that is taken.
       num_vanished: int32[], steps taken whose clipping has made the gradients' norm
         smaller than a quarter of the parameters' machine epsilon times what it was
         (bfloat16: 1/512; without parameters: the gradients'; of several dtypes that
         count: the coarsest): where the optimizer scales its updates with the gradients,
         as SGD does, a parameter of that dtype then keeps its bits, unless its update
         would have been larger than itself without the clip; 0 after ``init``.
-      rejections: The last 16 withheld steps, a ``RejectionLog``.
+      skip_log: The last 16 skipped steps, a ``SkipLog``.
       clip_state: State of the clip, with the norm's statistics.
       rule_states: States of the skip rules, a tuple.
       wrapped_state: State of the optimizer inside, as of the last step taken.
@@ -56,7 +56,7 @@ class GuardState(NamedTuple):
     skip_reason: jax.Array
     guard_exhausted: jax.Array
     num_vanished: jax.Array
-    rejections: RejectionLog
+    skip_log: SkipLog
     clip_state: Any
     rule_states: tuple[Any, ...]
     wrapped_state: Any
@@ -86,7 +86,7 @@ def guard(
 
     Non-finite steps are never applied, however many there are: after
     ``max_consecutive_skips`` in a row ``guard_exhausted`` is set, for
-    ``raise_if_exhausted`` and stop rules to read. Finite steps withheld by a rule are
+    ``raise_if_exhausted`` and stop rules to read. Finite steps skipped by a rule are
     bounded: after that many bad steps in a row, the next finite one is taken and the
     rules start afresh, so that a lasting change of scale cannot stop a run for good.
 
@@ -99,7 +99,7 @@ def guard(
       mask: Which leaves count: a tree of bools like the parameters, or like the top of
         their tree, or a function from the tree to that, as for ``optax.masked``. The
         others are not in the norm, are not clipped, and may be NaN without the step
-        being withheld; on a good step they go to ``inner`` as they are. For frozen
+        being skipped; on a good step they go to ``inner`` as they are. For frozen
         parameters, whose gradients would make the norm too large, and for what is
         overwritten rather than added to. ``optax.inject_hyperparams`` takes a function
         for a schedule, unless told ``static_args=("inner", "mask")``.
@@ -134,7 +134,7 @@ def guard(
       >>> params = jnp.ones(2)
       >>> state = tx.init(params)
       >>> grads = jnp.array([1.0, jnp.nan])
-      >>> params, state = og.apply_gradients(tx, params, state, grads)
+      >>> params, state = og.apply_gradients(tx, params, state, grads=grads)
       >>> params, state.num_skipped.item()
       (Array([1., 1.], dtype=float32), 1)
       >>> tx = og.guard(optax.sgd(1.0), clip=1.0, mask={"lora": True, "base": False})
@@ -187,21 +187,21 @@ def guard(
                 ) from error
             raise
 
-    def adopt(params: optax.Params, inner_state: Any) -> GuardState:
+    def wrap_state(params: optax.Params, inner_state: Any) -> GuardState:
         return GuardState(
             num_skipped=jnp.zeros((), jnp.int32),
             skip_streak=jnp.zeros((), jnp.int32),
             skip_reason=jnp.zeros((), jnp.int32),
             guard_exhausted=jnp.zeros((), jnp.bool_),
             num_vanished=jnp.zeros((), jnp.int32),
-            rejections=empty_log(),
+            skip_log=empty_log(),
             clip_state=clip_init(params),
             rule_states=start_rules(),
             wrapped_state=inner_state,
         )
 
     def init(params: optax.Params) -> GuardState:
-        return adopt(params, inner.init(params))
+        return wrap_state(params, inner.init(params))
 
     def judge(
         updates: optax.Updates,
@@ -230,7 +230,7 @@ def guard(
             counted = like if mask is True else hide(mask, like)
             has_vanished = is_lost_in_rounding(clip_state.stats, counted)
             num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
-        # What the clip learns steers later steps, so a withheld step must not teach it;
+        # What the clip learns steers later steps, so a skipped step must not teach it;
         # what it counts and shows is a record of every step.
         clip_state = clip_state._replace(
             threshold=select(
@@ -243,8 +243,8 @@ def guard(
             skip_reason=reason,
             guard_exhausted=streak >= max_consecutive_skips,
             num_vanished=num_vanished,
-            rejections=logged(
-                state.rejections,
+            skip_log=logged(
+                state.skip_log,
                 measured,
                 value,
                 reason,
@@ -315,7 +315,11 @@ def guard(
         return new_params, state._replace(wrapped_state=new_inner_state)
 
     return transformation(
-        init, update, apply_gradients=apply_gradients, judge=judge, adopt=adopt
+        init,
+        update,
+        apply_gradients=apply_gradients,
+        judge=judge,
+        wrap_state=wrap_state,
     )
 
 

@@ -36,7 +36,7 @@ def checked_loss(value: Any) -> jax.Array | None:
 
 
 def check_shared(value: jax.Array | None, norm: jax.Array) -> None:
-    """Raises if some devices could withhold a step for their loss that others take."""
+    """Raises if some devices could skip a step for their loss that others take."""
     differs = set() if value is None else varying_axes(value) - varying_axes(norm)
     if differs:
         names = tuple(sorted(map(str, differs)))
@@ -54,7 +54,7 @@ def verdict(
     states: tuple[Any, ...],
     is_overruled: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Reason to withhold the step (0: none), and the rules' new states."""
+    """Reason to skip the step (0: none), and the rules' new states."""
     reason = jnp.where(measured.is_finite, SkipReason.NONE, SkipReason.NONFINITE)
     if value is not None:
         is_bad = (reason == SkipReason.NONE) & ~jnp.isfinite(value)
@@ -86,47 +86,47 @@ def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
     return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
 
 
-NUM_REJECTIONS = 16
+LOG_LENGTH = 16
 
 
-class RejectionLog(NamedTuple):
-    """The last 16 withheld steps, in a ring: entry ``i`` is rejection ``i mod 16``.
+class SkipLog(NamedTuple):
+    """The last 16 skipped steps, in a ring: entry ``i`` is skipped step ``i mod 16``.
 
     Attributes:
-      rejected_update: int32[16], index of the step among all that the guard has seen,
+      skipped_update: int32[16], index of the step among all that the guard has seen,
         from 0; -1 after ``init``.
-      rejected_norm: float32[16], its global norm before clipping; 0 after ``init``.
-      rejected_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
+      skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
+      skipped_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
         ``init``.
-      rejected_reason: int32[16], a ``SkipReason``; 0 after ``init``.
-      rejected_leaf: int32[16], index among the leaves of its gradients of the first
+      skipped_reason: int32[16], a ``SkipReason``; 0 after ``init``.
+      skipped_leaf: int32[16], index among the leaves of its gradients of the first
         whose norm is not finite, -1 if there was none; -1 after ``init``.
-      rejected_num_leaves: int32[16], how many leaves its gradients had; 0 after
+      skipped_num_leaves: int32[16], how many leaves its gradients had; 0 after
         ``init``.
     """
 
-    rejected_update: jax.Array
-    rejected_norm: jax.Array
-    rejected_value: jax.Array
-    rejected_reason: jax.Array
-    rejected_leaf: jax.Array
-    rejected_num_leaves: jax.Array
+    skipped_update: jax.Array
+    skipped_norm: jax.Array
+    skipped_value: jax.Array
+    skipped_reason: jax.Array
+    skipped_leaf: jax.Array
+    skipped_num_leaves: jax.Array
 
 
-def empty_log() -> RejectionLog:
+def empty_log() -> SkipLog:
     """The log after ``init``."""
-    return RejectionLog(
-        rejected_update=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
-        rejected_norm=jnp.zeros(NUM_REJECTIONS, jnp.float32),
-        rejected_value=jnp.zeros(NUM_REJECTIONS, jnp.float32),
-        rejected_reason=jnp.zeros(NUM_REJECTIONS, jnp.int32),
-        rejected_leaf=jnp.full(NUM_REJECTIONS, -1, jnp.int32),
-        rejected_num_leaves=jnp.zeros(NUM_REJECTIONS, jnp.int32),
+    return SkipLog(
+        skipped_update=jnp.full(LOG_LENGTH, -1, jnp.int32),
+        skipped_norm=jnp.zeros(LOG_LENGTH, jnp.float32),
+        skipped_value=jnp.zeros(LOG_LENGTH, jnp.float32),
+        skipped_reason=jnp.zeros(LOG_LENGTH, jnp.int32),
+        skipped_leaf=jnp.full(LOG_LENGTH, -1, jnp.int32),
+        skipped_num_leaves=jnp.zeros(LOG_LENGTH, jnp.int32),
     )
 
 
 def logged(
-    log: RejectionLog,
+    log: SkipLog,
     measured: Measurement,
     value: jax.Array | None,
     reason: jax.Array,
@@ -134,8 +134,8 @@ def logged(
     update: jax.Array,
     num_skipped: jax.Array,
     num_leaves: int,
-) -> RejectionLog:
-    """The log with this step in it, if there is a reason to withhold it.
+) -> SkipLog:
+    """The log with this step in it, if there is a reason to skip it.
 
     Args:
       log: The log before.
@@ -143,16 +143,16 @@ def logged(
       value: The loss, if it was given.
       reason: int32[], 0 if the step is taken.
       update: int32[], index of the step.
-      num_skipped: int32[], steps withheld before it.
+      num_skipped: int32[], steps skipped before it.
       num_leaves: How many leaves the gradients have.
     """
-    entry = RejectionLog(
-        rejected_update=update,
-        rejected_norm=as_float32(measured.norm.value),
-        rejected_value=as_float32(jnp.array(jnp.nan) if value is None else value),
-        rejected_reason=reason,
-        rejected_leaf=measured.norm.bad_leaf,
-        rejected_num_leaves=jnp.int32(num_leaves),
+    entry = SkipLog(
+        skipped_update=update,
+        skipped_norm=as_float32(measured.norm.value),
+        skipped_value=as_float32(jnp.array(jnp.nan) if value is None else value),
+        skipped_reason=reason,
+        skipped_leaf=measured.norm.bad_leaf,
+        skipped_num_leaves=jnp.int32(num_leaves),
     )
-    slot = jnp.arange(NUM_REJECTIONS, dtype=jnp.int32) == num_skipped % NUM_REJECTIONS
+    slot = jnp.arange(LOG_LENGTH, dtype=jnp.int32) == num_skipped % LOG_LENGTH
     return select(slot & (reason != SkipReason.NONE), entry, log)

@@ -1,4 +1,4 @@
-"""Reading the state: scalars to log, and what was withheld."""
+"""Reading the state: scalars to log, and what was skipped."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from optax_guard._clipping.units import ClipByUnitNormState
 from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.guard import GuardState
-from optax_guard._guarding.judging import NUM_REJECTIONS
+from optax_guard._guarding.judging import LOG_LENGTH
 from optax_guard._norms.tree_norm import leaves_of_part
 from optax_guard._trees import find_states, only_state, path_names
 from optax_guard.skip import SkipReason
@@ -30,17 +30,17 @@ _WATCHING = (
 
 
 class GuardExhaustedError(RuntimeError):
-    """The guard has withheld too many steps in a row; see ``raise_if_exhausted``."""
+    """The guard has skipped too many steps in a row; see ``raise_if_exhausted``."""
 
 
-class Rejection(NamedTuple):
-    """One withheld step, on the host.
+class SkippedStep(NamedTuple):
+    """One skipped step, on the host.
 
     Attributes:
       update: Index of the step among all that the guard has seen, from 0.
       grad_norm: Its global norm before clipping, in units of the gradient.
       value: Its loss; NaN if ``value=`` was not given to ``update``.
-      reason: Why it was withheld.
+      reason: Why it was skipped.
       leaf: Path of the first leaf whose gradient's norm is not finite, or of a run of
         neighbours that holds it; its index among the gradients if they are not known to
         be those of the parameters; ``None`` if all were finite.
@@ -96,8 +96,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     return _as_scalars(watching, guards, find_states(state, AccumulateState))
 
 
-def rejections(state: Any, params: Any = None) -> list[Rejection]:
-    """The last withheld steps, at most 16, oldest first. Waits for the device.
+def skipped_steps(state: Any, params: Any = None) -> list[SkippedStep]:
+    """The last skipped steps, at most 16, oldest first. Waits for the device.
 
     Args:
       state: An optimizer state with one guard in it, a ``TrainState`` or an
@@ -106,7 +106,7 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
         their path; taken from ``state.params`` if it has them.
 
     Returns:
-      A list of ``Rejection``.
+      A list of ``SkippedStep``.
 
     Raises:
       ValueError: If there is not exactly one guard in ``state``.
@@ -117,26 +117,26 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
       >>> grads = {"head": {"bias": jnp.ones(1), "kernel": jnp.array([1.0, jnp.inf])}}
       >>> tx = og.guard(optax.sgd(0.1))
       >>> updates, state = tx.update(grads, tx.init(params))
-      >>> [(r.update, r.reason.name, r.leaf) for r in og.rejections(state, params)]
+      >>> [(r.update, r.reason.name, r.leaf) for r in og.skipped_steps(state, params)]
       [(0, 'NONFINITE', 'head/kernel')]
     """
     guard_state = only_state("state", state, GuardState)
     params = getattr(state, "params", None) if params is None else params
-    log, total = jax.device_get((guard_state.rejections, guard_state.num_skipped))
+    log, total = jax.device_get((guard_state.skip_log, guard_state.num_skipped))
     if np.shape(total):
         raise ValueError(
             "`state` must be that of one run, got a population of shape "
             f"{np.shape(total)}. Take one: `jax.tree.map(lambda x: x[i], state)`."
         )
-    order = np.arange(max(0, int(total) - NUM_REJECTIONS), int(total)) % NUM_REJECTIONS
+    order = np.arange(max(0, int(total) - LOG_LENGTH), int(total)) % LOG_LENGTH
     return [
-        Rejection(
-            update=int(log.rejected_update[i]),
-            grad_norm=float(log.rejected_norm[i]),
-            value=float(log.rejected_value[i]),
-            reason=SkipReason(int(log.rejected_reason[i])),
+        SkippedStep(
+            update=int(log.skipped_update[i]),
+            grad_norm=float(log.skipped_norm[i]),
+            value=float(log.skipped_value[i]),
+            reason=SkipReason(int(log.skipped_reason[i])),
             leaf=_leaf_name(
-                int(log.rejected_leaf[i]), int(log.rejected_num_leaves[i]), params
+                int(log.skipped_leaf[i]), int(log.skipped_num_leaves[i]), params
             ),
         )
         for i in order
@@ -144,7 +144,7 @@ def rejections(state: Any, params: Any = None) -> list[Rejection]:
 
 
 def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
-    """Raises if the guard has withheld too many steps in a row. Waits for the device.
+    """Raises if the guard has skipped too many steps in a row. Waits for the device.
 
     Args:
       metrics: What ``metrics(state)`` returned.
@@ -160,7 +160,7 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
       >>> og.raise_if_exhausted(og.metrics(state))
       Traceback (most recent call last):
       ...
-      optax_guard.GuardExhaustedError: The guard withheld the last 1 step(s)...
+      optax_guard.GuardExhaustedError: The guard skipped the last 1 step(s)...
     """
     if not isinstance(metrics, Mapping):
         raise TypeError(
@@ -180,11 +180,11 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
             reason = SkipReason(int(np.ravel(metrics["skip_reason" + suffix])[worst]))
             streak = int(np.ravel(metrics["skip_streak" + suffix])[worst])
             raise GuardExhaustedError(
-                f"The guard withheld the last {streak} step(s) in a row, the last for "
+                f"The guard skipped the last {streak} step(s) in a row, the last for "
                 f"{reason.name}. Parameters and optimizer state are those of the last "
-                "good step. Look at `rejections(opt_state, params)` for the leaf and "
-                "the steps, and at the batches of those steps; a lower learning rate "
-                "or threshold helps only if the gradients were growing before."
+                "good step. Look at `skipped_steps(opt_state, params)` for the leaf "
+                "and the steps, and at the batches of those steps; a lower learning "
+                "rate or threshold helps only if the gradients were growing before."
             )
 
 

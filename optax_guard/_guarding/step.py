@@ -57,7 +57,7 @@ def cast_like(tree: Any, like: Any) -> Any:
         raise ValueError(
             "`inner` must not change the structure of its state in `update`, but "
             f"turned {jax.tree.structure(tree)} into {jax.tree.structure(like)}: a "
-            "step that is withheld could not give the old state back."
+            "step that is skipped could not give the old state back."
         )
 
     def leaf(x: Any, y: Any) -> Any:
@@ -75,6 +75,7 @@ def apply_gradients(
     tx: optax.GradientTransformation,
     params: optax.Params,
     opt_state: optax.OptState,
+    *,
     grads: optax.Updates,
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
@@ -88,7 +89,8 @@ def apply_gradients(
       tx: Any optax transformation.
       params: Parameters.
       opt_state: State of ``tx``.
-      grads: Gradients, structured like ``params``.
+      grads: Gradients, structured like ``params``. By keyword, because a tree of
+        parameters in its place would have the same structure.
       **extra_args: Extra arguments of ``tx.update``, such as ``value=loss``.
 
     Returns:
@@ -105,7 +107,7 @@ def apply_gradients(
       >>> @jax.jit
       ... def step(params, opt_state):
       ...     loss, grads = jax.value_and_grad(jnp.sum)(params)
-      ...     return og.apply_gradients(tx, params, opt_state, grads, value=loss)
+      ...     return og.apply_gradients(tx, params, opt_state, grads=grads, value=loss)
       >>> step(jnp.zeros(1), tx.init(jnp.zeros(1)))[0]
       Array([-0.5], dtype=float32)
     """
@@ -115,7 +117,7 @@ def apply_gradients(
     whole_step = part_of(tx, "apply_gradients")
     if whole_step is not None:
         check_leaves("opt_state", opt_state)
-        return whole_step(params, opt_state, grads, **extra_args)
+        return whole_step(params, opt_state, grads=grads, **extra_args)
     check_same_tree(params, grads)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)

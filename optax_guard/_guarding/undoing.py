@@ -1,4 +1,4 @@
-"""What became of the last step, by the records of whatever withholds steps."""
+"""What became of the last step, by the records of whatever skips steps."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from optax_guard.skip import SkipReason
 
 
 def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
-    """What else a step has changed, undone if the guard withheld the step.
+    """What else a step has changed, undone if the guard skipped the step.
 
     For batch statistics, moving averages of parameters, a loss scale: whatever the
     forward pass of a bad batch has spoilt outside of ``params`` and ``opt_state``.
@@ -26,8 +26,8 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
       old: The same tree before the step.
 
     Returns:
-      ``old``, bit for bit, if the last step was withheld, else ``new``. With several
-      guards (as under ``optax.partition``), ``old`` if any of them withheld its step.
+      ``old``, bit for bit, if the last step was skipped, else ``new``. With several
+      guards (as under ``optax.partition``), ``old`` if any of them skipped its step.
 
     Raises:
       ValueError: If there is no guard in ``opt_state``.

@@ -64,7 +64,7 @@ def norm_quantile(
     """The ``q``-quantile of all finite norms so far, before clipping.
 
     From the sketch that ``guard``, every clip and ``record_norm`` carry; it counts
-    withheld steps, too. A run that only watches so tells which threshold would have
+    skipped steps, too. A run that only watches so tells which threshold would have
     clipped how often: ``norm_quantile(state, 0.9)`` as ``max_norm`` clips one in ten.
     Works on the host and inside a jitted step.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optax_guard._checks import check_iterable, check_kind
-from optax_guard._guarding.readout import Rejection
+from optax_guard._guarding.readout import SkippedStep
 from optax_guard._records.facts import FactReader
 from optax_guard._records.findings import Finding, FindingCode, Severity
 from optax_guard._records.readers import rename
@@ -64,7 +64,7 @@ class Diagnosis:
     finding when it first holds. The rules are those of `diagnose`.
 
     Args:
-      rejections: What `optax_guard.rejections` returned, to name the leaf.
+      skipped_steps: What `optax_guard.skipped_steps` returned, to name the leaf.
 
     Examples:
       >>> from optax_guard.analysis import Diagnosis
@@ -74,12 +74,12 @@ class Diagnosis:
       ['NONFINITE_LOSS_DESPITE_CLIPPING']
     """
 
-    def __init__(self, rejections: Iterable[Rejection] = ()):
-        check_iterable("rejections", rejections, "what `rejections` returned")
-        rejections = list(rejections)
-        for each in rejections:
-            check_kind("rejections", each, Rejection, "what `rejections` returned")
-        self._leaf = next((r.leaf for r in rejections if r.leaf is not None), None)
+    def __init__(self, skipped_steps: Iterable[SkippedStep] = ()):
+        check_iterable("skipped_steps", skipped_steps, "a list of `SkippedStep`")
+        skipped_steps = list(skipped_steps)
+        for each in skipped_steps:
+            check_kind("skipped_steps", each, SkippedStep, "a list of `SkippedStep`")
+        self._leaf = next((r.leaf for r in skipped_steps if r.leaf is not None), None)
         self._facts = FactReader()
         self._rules = [rule() for rule in _RULES]
         self._endings = Endings()
@@ -132,7 +132,7 @@ class Diagnosis:
 
 
 def diagnose(
-    history: Iterable[Mapping[str, Any]], *, rejections: Iterable[Rejection] = ()
+    history: Iterable[Mapping[str, Any]], *, skipped_steps: Iterable[SkippedStep] = ()
 ) -> list[Finding]:
     """Says what norms and losses of a run mean, and what to try.
 
@@ -152,8 +152,8 @@ def diagnose(
                                     the last 5; with a clip or skips, above the
                                     first loss, of validation as well.
     NONFINITE_LOSS_DESPITE_CLIPPING A clip is in force, and a loss is not finite (of
-                                    training, where no step was withheld).
-    SKIP_STORM                      Of the steps of the last 5 rows 25 % were withheld,
+                                    training, where no step was skipped).
+    SKIP_STORM                      Of the steps of the last 5 rows 25 % were skipped,
                                     and at least 5.
     CLIPPED_TOO_LATE                A clip comes into force after a row without one in
                                     which norm or loss was not finite or the norm above
@@ -206,7 +206,7 @@ def diagnose(
 
     Args:
       history: A `History`, or rows such as `fit` returns.
-      rejections: What `optax_guard.rejections` returned, to name the leaf.
+      skipped_steps: What `optax_guard.skipped_steps` returned, to name the leaf.
 
     Returns:
       The findings, the worst first; empty if there is nothing to say.
@@ -225,7 +225,7 @@ def diagnose(
       [('CLIPPING_WORKS', 0.6)]
     """
     check_iterable("history", history, "a `History` or rows")
-    diagnosis = Diagnosis(rejections)
+    diagnosis = Diagnosis(skipped_steps)
     names: set[str] = set()
     for row in history:
         diagnosis.update(row)

@@ -26,11 +26,11 @@ class Facts(NamedTuple):
       has_clip: Whether a clip is in force.
       nonfinite_share: Share of the steps with a gradient that was not finite; 0 if
         nothing tells.
-      skip_share: Share of the steps that a guard withheld.
+      skip_share: Share of the steps that a guard skipped.
       train: Training loss; may be infinite.
       val: Validation loss; may be infinite.
       is_loss_nonfinite: Whether a loss of this row is known and not finite; not the
-        training loss of withheld steps, which leave no trace.
+        training loss of skipped steps, which leave no trace.
       lost_loss: That loss if there is one, else ``loss``.
       loss: The training loss, or the validation loss if there is none.
       cosine: Cosine between gradients before and after clipping.

@@ -88,8 +88,8 @@ class FindingCode(enum.StrEnum):
         Severity.ERROR,
         "The loss is not finite although norms are clipped: clipping is not enough.",
         "Lower the threshold or the learning rate, and look for the bug: a log or a "
-        "division by zero, overflow in float16, a broken batch. `guard` withholds "
-        "steps with non-finite gradients, and `rejections(opt_state, params)` names "
+        "division by zero, overflow in float16, a broken batch. `guard` skips "
+        "steps with non-finite gradients, and `skipped_steps(opt_state, params)` names "
         "the leaf.",
     )
     LOSS_SPIKE_WITHOUT_NORM_SPIKE = (
@@ -116,8 +116,8 @@ class FindingCode(enum.StrEnum):
     SKIP_STORM = (
         "SKIP_STORM",
         Severity.ERROR,
-        "The guard withholds a large share of the steps: hardly anything is learnt.",
-        "Look at `rejections(opt_state, params)` for reason and leaf. Non-finite: a "
+        "The guard skips a large share of the steps: hardly anything is learnt.",
+        "Look at `skipped_steps(opt_state, params)` for reason and leaf. Non-finite: a "
         "bug, or parameters that are bad already; go back to a checkpoint. Spikes: the "
         "skip rule is too strict, or the learning rate too high.",
     )

@@ -183,7 +183,7 @@ class ClippedTooLate:
             }
         is_unstable = f.nonfinite_share > 0 or f.is_loss_nonfinite
         is_unstable |= f.num_norms >= 3 and f.norm > 10 * f.typical_norm
-        is_withheld = f.skip_share > 0
-        if is_unstable and not is_withheld and self._unstable_step is None:
+        is_skipped = f.skip_share > 0
+        if is_unstable and not is_skipped and self._unstable_step is None:
             self._unstable_step, self._norm = f.step, f.norm
         return None

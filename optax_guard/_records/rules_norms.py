@@ -109,7 +109,7 @@ class RegimeShift:
 
 
 class SkipStorm:
-    """A large share of the latest steps was withheld."""
+    """A large share of the latest steps was skipped."""
 
     code = FindingCode.SKIP_STORM
 

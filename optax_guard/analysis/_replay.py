@@ -48,24 +48,24 @@ def replay(
     """Plays a recorded run to stop rules: where each stops, what it saves and costs.
 
     Tuning patience is then a look at a table, not a rerun. A rule sees what it would
-    have seen, row by row, in the machine of `early_stopping` itself. What was never
+    have seen, row by row, in the stopper of `early_stopping` itself. What was never
     trained cannot be known: if the record itself ends at an early stop, a longer
     patience looks as good as no rule.
 
     Args:
       history: A `History`, or rows such as `fit` returns.
-      rules: Rules of `optax_guard.stop`, or whole machines of `early_stopping`, by
+      rules: Rules of `optax_guard.stop`, or whole stoppers of `early_stopping`, by
         names of your own.
       key: Column of the value that is judged; ``val_loss`` or ``value``, whichever
         there is, if ``None``. Rows without it are no evaluations.
-      mode: "min" if smaller values are better, "max" if larger are. A machine has its
+      mode: "min" if smaller values are better, "max" if larger are. A stopper has its
         own, and should agree.
 
     Returns:
       A `Replayed` for each rule, in their order.
 
     Raises:
-      TypeError: If one of ``rules`` is neither a rule nor a machine.
+      TypeError: If one of ``rules`` is neither a rule nor a stopper.
       ValueError: If no row has the value; if a rule needs a column that evaluations
         lack, as ``overfitting`` needs ``train_loss``; if it needs what no history
         records: seconds or the optimizer's state.
@@ -90,17 +90,17 @@ def replay(
     outcomes = []
     for name, rule in rules.items():
         if isinstance(rule, EarlyStopping):
-            machine, keys = rule, frozenset()
+            stopper, keys = rule, frozenset()
         elif isinstance(rule, StopRule):
             keys = rule.keys
-            machine = early_stopping(rule, mode=mode, key=key if keys else None)
+            stopper = early_stopping(rule, mode=mode, key=key if keys else None)
         else:
             raise TypeError(
                 f"`rules[{name!r}]` must be a rule of `optax_guard.stop` or what "
                 f"`early_stopping` returns, got {rule!r}."
             )
-        columns = _columns(name, machine.needs, keys, key, evaluations)
-        outcomes.append(_replayed(name, machine, sign, key, keys, columns))
+        columns = _columns(name, stopper.needs, keys, key, evaluations)
+        outcomes.append(_replayed(name, stopper, sign, key, keys, columns))
     return outcomes
 
 
@@ -191,7 +191,7 @@ def _columns(
 
 def _replayed(
     name: str,
-    machine: EarlyStopping,
+    stopper: EarlyStopping,
     sign: float,
     key: str,
     keys: frozenset[str],
@@ -201,10 +201,10 @@ def _replayed(
     def judge(state: Any, row: dict[str, jax.Array]) -> Any:
         value = {name: row[name] for name in {key, *keys}} if keys else row[key]
         train_value = row.get("train_loss")
-        state = machine.update(value, state, step=row["step"], train_value=train_value)
+        state = stopper.update(value, state, step=row["step"], train_value=train_value)
         return state, None
 
-    play = jax.jit(lambda rows: jax.lax.scan(judge, machine.init(), rows)[0])
+    play = jax.jit(lambda rows: jax.lax.scan(judge, stopper.init(), rows)[0])
     state = play(columns)
     steps, values = columns["step"], columns[key]
     stopped, best = int(state.stopped_at), int(state.best_eval)

@@ -25,7 +25,7 @@ class Trial(NamedTuple):
       is_stable: Whether every evaluation was finite, the last not above the first, and
         neither a rule that tells of trouble nor an exhausted guard ended it.
       clip_rate: Share of its updates that were clipped; NaN if the state has no norm.
-      skip_rate: Share of its steps that the guard withheld; NaN without one.
+      skip_rate: Share of its steps that the guard skipped; NaN without one.
       num_evals: How many evaluations it made.
       reason: Why it stopped; RUNNING if at the end of the steps.
     """

@@ -30,7 +30,7 @@ from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 class Checkpointer:
     """Where `fit` keeps its checkpoints, and resumes from.
 
-    At each evaluation, after the machine was told of it, a checkpoint is saved. Kept
+    At each evaluation, after the stopper was told of it, a checkpoint is saved. Kept
     are that of the best evaluation and the latest, from which `fit` goes on when it
     finds one, whatever state it is given. What was done since, until a crash or a
     Ctrl-C, is done again. Several processes save together into one directory, which
@@ -40,12 +40,12 @@ class Checkpointer:
     complete, so a process that is killed leaves no half of one. One that is damaged is
     an error, which names it, and not silently passed over. The item ``variables`` holds
     ``params`` and ``batch_stats``, ``training`` the rest of the state and that of the
-    machine.
+    stopper.
 
     Args:
       directory: Where to; one for each run. It is made if there is none.
       keep: How many of the latest to keep, beside the best.
-      continue_stopped: Whether a run that the machine had stopped goes on when it is
+      continue_stopped: Whether a run that the stopper had stopped goes on when it is
         resumed, after ``reset(keep_best=True)``: patience and the like start afresh,
         the best and what a budget counts stay.
 
@@ -169,7 +169,7 @@ class Store:
     def load_pinned(
         self, state: Any, stop: EarlyStoppingState
     ) -> tuple[int, Any, EarlyStoppingState]:
-        """Step, state and machine at the best checkpoint; at the first without a best.
+        """Step, state and stopper at the best checkpoint; at the first without a best.
 
         The arrays of `state` are deleted before, to make room.
         """

@@ -73,8 +73,8 @@ def train_on_device(
       ValueError: If an argument is out of range, a function returns a wrong shape, or
         the rule of ``stopper`` needs seconds, which only a host can tell.
       TypeError: If an argument or what a function returns is of the wrong kind.
-      GuardExhaustedError: If the guard withheld too many steps in a row and the stopper
-        did not stop; the message names the last rejections.
+      GuardExhaustedError: If the guard skipped too many steps in a row and the stopper
+        did not stop; the message names the last skipped steps.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_guard as og

@@ -7,7 +7,7 @@ from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import (
     GuardExhaustedError,
     raise_if_exhausted,
-    rejections,
+    skipped_steps,
 )
 from optax_guard._trees import find_states
 from optax_guard.stop._rule import StopReason
@@ -31,12 +31,12 @@ def _trouble(flags: Mapping[str, Any], state: Any) -> str | None:
     try:
         raise_if_exhausted(exhaustion)
     except GuardExhaustedError as error:
-        return "\n".join([str(error), *_last_rejections(state)])
+        return "\n".join([str(error), *_last_skips(state)])
     return None
 
 
 def is_over(flags: Mapping[str, Any], state: Any) -> bool:
-    """Whether the machine stops the run. If it does not, an exhausted guard raises."""
+    """Whether the stopper stops the run. If it does not, an exhausted guard raises."""
     if flags.get("should_stop", False):
         return True
     if (message := _trouble(flags, state)) is not None:
@@ -49,16 +49,16 @@ def flags_of_guard(totals: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in totals.items() if k.startswith(_EXHAUSTION)}
 
 
-def _last_rejections(state: Any) -> list[str]:
+def _last_skips(state: Any) -> list[str]:
     guards = find_states(state, GuardState)
     # Among several guards, each may have seen a part of the parameters only.
     params = state.params if len(guards) == 1 else None
     return [
-        "Rejected last:",
+        "Skipped last:",
         *(
             f"  update {r.update}: {r.reason.name}, norm {r.grad_norm:.4g}, loss "
             f"{r.value:.4g}" + (f", first in {r.leaf}" if r.leaf is not None else "")
             for guard in guards
-            for r in rejections(guard, params)
+            for r in skipped_steps(guard, params)
         ),
     ]

@@ -19,7 +19,7 @@ from optax_guard.stop._plateau import (
 )
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
-# Of the machine, for the host to read.
+# Of the stopper, for the host to read.
 _FLAGS = ("should_stop", "stop_reason", "best_step")
 
 # The key of a row for what `evaluate` returned, if it was no dict.
@@ -45,9 +45,9 @@ def learning_rate_item(
     """
     if schedule is not None:
         guards = find_states(state, GuardState)
-        # A schedule does not advance at a step that is withheld.
-        withheld = guards[0].num_skipped if guards else 0
-        rates = [schedule(jnp.maximum(step - 1 - withheld, 0))]
+        # A schedule does not advance at a step that is skipped.
+        skipped = guards[0].num_skipped if guards else 0
+        rates = [schedule(jnp.maximum(step - 1 - skipped, 0))]
     else:
         settings = [s.hyperparams for s in find_states(state, _INJECTED)]
         rates = [x["learning_rate"] for x in settings if "learning_rate" in x]
@@ -102,7 +102,7 @@ def named_values(found: Any) -> dict[str, Any]:
                 "`evaluate` must return scalars, got an array of shape "
                 f"{np.shape(value)}{where}. Take the mean over the data."
             )
-        # One dtype for numbers of the host, so that the machine is not traced again;
+        # One dtype for numbers of the host, so that the stopper is not traced again;
         # a copy of an array, which may be a part of the state that is donated next.
         if isinstance(value, jax.Array):
             values[name] = jnp.copy(value)

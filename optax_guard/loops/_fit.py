@@ -59,10 +59,10 @@ def fit(
     The device never waits for the host: what an evaluation found, the stop flag
     included, is read after the next ``eval_every`` steps have been dispatched. So an
     early stop comes up to one interval late, always at the same step, and the best
-    parameters are those of the machine, which has not moved since. An exhausted guard
+    parameters are those of the stopper, which has not moved since. An exhausted guard
     is found out at the same time.
 
-    At an evaluation, in this order: these parameters are evaluated, the machine is
+    At an evaluation, in this order: these parameters are evaluated, the stopper is
     updated with them, and the loop goes on. There is one at every multiple of
     ``eval_every`` and one at the end.
 
@@ -145,8 +145,8 @@ def fit(
     Raises:
       ValueError: If an argument is out of range, or a function returns a wrong shape.
       TypeError: If an argument or what a function returns is of the wrong kind.
-      GuardExhaustedError: If the guard withheld too many steps in a row, the stopper
-        did not stop, and no rewind is left; the message names the last rejections.
+      GuardExhaustedError: If the guard skipped too many steps in a row, the stopper
+        did not stop, and no rewind is left; the message names the last skipped steps.
       RuntimeError: If a checkpoint is damaged; the message says which.
 
     Examples:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_guard.loops._host import MetricWriter
 from optax_guard.stop._state import EarlyStopping
 
-# What a machine may be told without a host.
+# What a stopper may be told without a host.
 _FACTS = frozenset({"step", "train_value", "opt_state"})
 
 

@@ -12,7 +12,7 @@ from optax_guard._guarding.readout import metrics
 from optax_guard._norms.statistics import NormStats
 from optax_guard._trees import find_states
 
-# Withheld steps; and micro-batches that an accumulation has left out.
+# Skipped steps; and micro-batches that an accumulation has left out.
 _TOTALS = ("num_skipped", "num_dropped")
 # What only some clips tell of a step.
 _OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
@@ -48,7 +48,7 @@ class Interval(NamedTuple):
         the row, float32[] or wider.
       metric_counts: How many there were, int32[] each.
       norms: A `NormSums`, or ``None`` if nothing in the state measures norms.
-      num_skipped: int32[], steps withheld, or ``None`` without a guard.
+      num_skipped: int32[], steps skipped, or ``None`` without a guard.
     """
 
     metric_sums: dict[str, jax.Array]

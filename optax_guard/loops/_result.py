@@ -28,7 +28,7 @@ class Run(NamedTuple):
     Attributes:
       step: Steps done.
       state: The train state.
-      stop: The machine's state without parameters, or ``None``.
+      stop: The stopper's state without parameters, or ``None``.
       history: All rows up to this evaluation's.
       best_step: Step of the best evaluation; -1 if there is none.
       rewound: What rewinds have come to.

@@ -18,10 +18,10 @@ from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 class Rewind:
     """Lets `fit` go back to the best checkpoint when a run has gone bad.
 
-    That is when the machine stops it as DIVERGED, NONFINITE or SKIP_STORM, or when the
+    That is when the stopper stops it as DIVERGED, NONFINITE or SKIP_STORM, or when the
     guard is exhausted. The state becomes that of the best checkpoint, or of the first
     step as long as there is none, with the guard's records and the optimizer's own
-    count; the machine is reset and keeps its best. ``state.step`` goes on and never
+    count; the stopper is reset and keeps its best. ``state.step`` goes on and never
     back, so the batches are new ones. Each rewind warns, and when all are used up the
     run ends as it would have without.
 
@@ -87,7 +87,7 @@ def go_back(
     run: Run,
     flags: Mapping[str, Any],
 ) -> tuple[Any, EarlyStoppingState, Rewound] | None:
-    """State and machine of the best checkpoint, made ready to go on at this step.
+    """State and stopper of the best checkpoint, made ready to go on at this step.
 
     ``None`` if the run has not gone bad, or no rewind is left.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from optax_guard._checks import check_iterable, check_kind, check_positive
-from optax_guard._guarding.readout import Rejection
+from optax_guard._guarding.readout import SkippedStep
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.rows import as_rows
 from optax_guard.plotting import _marks as marks
@@ -178,7 +178,7 @@ def _side(panel: marks.Axes, step: float) -> str:
 def plot_norms(
     history: Sequence[Row],
     *,
-    rejections: Iterable[Rejection] = (),
+    skipped_steps: Iterable[SkippedStep] = (),
     stop: EarlyStoppingState | None = None,
     loss_label: str = "loss",
     title: str = "",
@@ -187,7 +187,7 @@ def plot_norms(
 
     Above, on a logarithmic scale: of each row the step with the largest norm, before
     and after clipping, with the mean norm and the threshold. Steps that the guard
-    withheld are crosses at their norm, or, with the norm in digits, at the upper edge
+    skipped are crosses at their norm, or, with the norm in digits, at the upper edge
     if it is not finite or far above all steps taken. Below: the losses, the best
     evaluation and the stop. Values that are not finite are crosses at the upper edge.
 
@@ -195,7 +195,7 @@ def plot_norms(
       history: Rows with ``step`` and any of ``grad_norm``, ``clipped_norm``,
         ``grad_norm_mean``, ``clip_threshold``, ``train_loss``, and ``val_loss`` or
         ``value``.
-      rejections: What `optax_guard.rejections` returned.
+      skipped_steps: What `optax_guard.skipped_steps` returned.
       stop: The state of early stopping, updated once a row.
       loss_label: Label of the lower axis, with its unit.
       title: Title of the figure.
@@ -213,10 +213,10 @@ def plot_norms(
       'log'
     """
     figure, (above, below) = panels(history, title)
-    check_iterable("rejections", rejections, "what `rejections` returned")
-    withheld = list(rejections)
-    for each in withheld:
-        check_kind("rejections", each, Rejection, "what `rejections` returned")
+    check_iterable("skipped_steps", skipped_steps, "a list of `SkippedStep`")
+    skipped = list(skipped_steps)
+    for each in skipped:
+        check_kind("skipped_steps", each, SkippedStep, "a list of `SkippedStep`")
     # Without a clip the threshold is infinite, which is no failure to be marked.
     is_clipped = np.isfinite(column(history, "clip_threshold")).any()
     line(above, history, "grad_norm", "before clipping, largest", LARGEST)
@@ -226,20 +226,20 @@ def plot_norms(
     if is_threshold_of_norms(history):
         line(above, history, "clip_threshold", "threshold", THRESHOLD)
     above.set_ylabel(NORM_LABEL)
-    top = _top_of_norms(history, withheld)
-    for i, rejection in enumerate(withheld):
-        norm = rejection.grad_norm
-        (mark,) = cross(above, rejection.update + 1, norm, VERMILLION, top=top)
+    top = _top_of_norms(history, skipped)
+    for i, step in enumerate(skipped):
+        norm = step.grad_norm
+        (mark,) = cross(above, step.update + 1, norm, VERMILLION, top=top)
         if i == 0:
-            many = "s" * (len(withheld) > 1)
-            mark.set_label(f"withheld: {len(withheld)} step{many}")
+            many = "s" * (len(skipped) > 1)
+            mark.set_label(f"skipped: {len(skipped)} step{many}")
 
     line(below, history, "train_loss", "training", AFTER)
     line(below, history, value_key(history), "validation", LARGEST)
     if stop is not None:
         mark_stop((above, below), below, history, stop)
     below.set_ylabel(loss_label)
-    log_scale(above, top if withheld else None)
+    log_scale(above, top if skipped else None)
     finish(above, below)
     return figure
 
@@ -301,11 +301,11 @@ def plot_runs(
     return figure
 
 
-def _top_of_norms(history: Sequence[Row], withheld: Sequence[Rejection]) -> float:
+def _top_of_norms(history: Sequence[Row], skipped: Sequence[SkippedStep]) -> float:
     """Where the axis ends: room above the steps that were taken."""
     norms = column(history, "grad_norm")
     norms = norms[np.isfinite(norms)]
-    lost = np.array([r.grad_norm for r in withheld if math.isfinite(r.grad_norm)])
+    lost = np.array([r.grad_norm for r in skipped if math.isfinite(r.grad_norm)])
     taken = norms[~np.isclose(norms[:, None], lost[None]).any(1)]
     limits = column(history, "clip_threshold")
     known = np.concatenate([taken, limits[np.isfinite(limits)]])

@@ -27,6 +27,7 @@ from optax_guard.stop._prechelt import (
     progress_quotient,
     successive_rises,
 )
+from optax_guard.stop._presets import from_flax, from_keras, from_lightning
 from optax_guard.stop._rule import Observation, StopRule, Verdict
 from optax_guard.stop._rules import PatienceState as PatienceState
 from optax_guard.stop._rules import SkipStormState as SkipStormState
@@ -47,6 +48,9 @@ __all__ = [
     "cooldown",
     "divergence",
     "ema",
+    "from_flax",
+    "from_keras",
+    "from_lightning",
     "generalization_loss",
     "held_for",
     "lag",

@@ -129,7 +129,7 @@ def not_before(
     steps: ArrayLike | None = None,
     seconds: ArrayLike | None = None,
 ) -> StopRule:
-    """Withholds a rule's verdict until the run is old enough.
+    """Holds back a rule's verdict until the run is old enough.
 
     The rule sees every evaluation, and is judged anew at each: a stall that is over
     when the time comes does not stop the run.

@@ -17,7 +17,7 @@ def check_needs(needs: frozenset[str], **given: Any) -> None:
     for name in sorted(needs):
         if given[name] is None:
             raise ValueError(
-                f"`{name}` is missing: the rule of this machine reads it. Call "
+                f"`{name}` is missing: the rule of this stopper reads it. Call "
                 f"`update(value, state, params, {name}=...)`."
             )
 
@@ -38,9 +38,9 @@ def check_same_rule(
     got = (state.rule_state, state.smooth_state)
     if jax.tree.structure(got) != jax.tree.structure(expected):
         raise ValueError(
-            "`state` belongs to another machine: its rule or smoothing has a state of "
+            "`state` belongs to another stopper: its rule or smoothing has a state of "
             f"{jax.tree.structure(got)}, this one's is "
-            f"{jax.tree.structure(expected)}. Make it with this machine's `init`."
+            f"{jax.tree.structure(expected)}. Make it with this stopper's `init`."
         )
 
 
@@ -127,7 +127,7 @@ def split(
     for name in sorted({key} | keys):
         if name not in value:
             raise ValueError(
-                f"`value` has no key {name!r}, which the machine monitors; it has "
+                f"`value` has no key {name!r}, which the stopper monitors; it has "
                 f"{sorted(value)}."
             )
     return value[key], {name: fixed("value", value[name]) for name in keys}

@@ -51,7 +51,7 @@ def plateau(
     """Reduces the learning rate at a stall, and stops at the first stall after.
 
     The rule holds the factor, `apply_plateau` writes it into the state of the
-    optimizer, where `scale_by_plateau` applies it. One machine decides both, so the
+    optimizer, where `scale_by_plateau` applies it. One stopper decides both, so the
     patience of stopping cannot run out before the rate was ever reduced. Unlike
     Optax's ``reduce_on_plateau``, ``rel_delta`` is right for negative values.
 

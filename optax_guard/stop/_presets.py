@@ -1,4 +1,4 @@
-"""Machines that stop where those of Flax, Keras and Lightning do."""
+"""Stoppers that stop where those of Flax, Keras and Lightning do."""
 
 from optax_guard._checks import (
     check_choice,
@@ -15,7 +15,7 @@ from optax_guard.stop._stopper import early_stopping
 
 
 def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
-    """Builds the machine that stops where `flax.training.early_stopping` does.
+    """Builds the stopper that stops where `flax.training.early_stopping` does.
 
     Flax stops at the evaluation after the patience, so its ``patience=p`` is our
     ``p + 1``. A non-finite value is a bad evaluation, never the best.
@@ -32,7 +32,7 @@ def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
 
     Examples:
       >>> import optax_guard as og
-      >>> stopper = og.from_flax(min_delta=1e-3, patience=0)
+      >>> stopper = og.stop.from_flax(min_delta=1e-3, patience=0)
       >>> state = stopper.update(1.0, stopper.init())
       >>> bool(stopper.update(1.0, state).should_stop)
       True
@@ -51,7 +51,7 @@ def from_keras(
     restore_best_weights: bool = False,
     start_from_epoch: int = 0,
 ) -> EarlyStopping:
-    """Builds the machine that stops where `keras.callbacks.EarlyStopping` does.
+    """Builds the stopper that stops where `keras.callbacks.EarlyStopping` does.
 
     Update it once an epoch, with a dict that has the key ``monitor`` or with that
     value alone. A non-finite value is a bad evaluation, never the best.
@@ -75,7 +75,7 @@ def from_keras(
 
     Examples:
       >>> import optax_guard as og
-      >>> stopper = og.from_keras("val_accuracy", patience=1)
+      >>> stopper = og.stop.from_keras("val_accuracy", patience=1)
       >>> state = stopper.update({"val_accuracy": 0.9}, stopper.init())
       >>> bool(stopper.update({"val_accuracy": 0.8}, state).should_stop)
       True
@@ -104,7 +104,7 @@ def from_lightning(
     stopping_threshold: float | None = None,
     divergence_threshold: float | None = None,
 ) -> EarlyStopping:
-    """Builds the machine that stops where Lightning's `EarlyStopping` does.
+    """Builds the stopper that stops where Lightning's `EarlyStopping` does.
 
     Update it once a validation check, with a dict that has the key ``monitor`` or
     with that value alone. Unlike Lightning, the value that reaches
@@ -129,7 +129,7 @@ def from_lightning(
 
     Examples:
       >>> import optax_guard as og
-      >>> stopper = og.from_lightning("val_loss", patience=1)
+      >>> stopper = og.stop.from_lightning("val_loss", patience=1)
       >>> state = stopper.update({"val_loss": 0.4}, stopper.init())
       >>> bool(stopper.update({"val_loss": 0.5}, state).should_stop)
       True

@@ -42,12 +42,12 @@ class StopReason(enum.IntEnum):
     NONFINITE = (
         4,
         "The value was NaN or infinite. Look at the last batches and gradient norms; "
-        "`guard` withholds steps with non-finite gradients.",
+        "`guard` skips steps with non-finite gradients.",
     )
     BUDGET = (
         5,
         "The budget of evaluations, steps or seconds is spent. To go on, call `reset` "
-        "of a machine with a larger budget.",
+        "of a stopper with a larger budget.",
     )
     GENERALIZATION_LOSS = (
         6,
@@ -76,7 +76,7 @@ class StopReason(enum.IntEnum):
     )
     SKIP_STORM = (
         11,
-        "The guard withholds too many steps. Look at the rejections it recorded, and "
+        "The guard skips too many steps. Look at the skipped steps it recorded, and "
         "at the data.",
     )
     PLATEAU = (

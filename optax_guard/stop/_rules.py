@@ -314,7 +314,7 @@ class SkipStormState(NamedTuple):
     """State of `skip_storm`.
 
     Attributes:
-      seen_skipped: Steps withheld up to the last evaluation, int32, shape (); -1
+      seen_skipped: Steps skipped up to the last evaluation, int32, shape (); -1
         before the first.
     """
 
@@ -322,14 +322,14 @@ class SkipStormState(NamedTuple):
 
 
 def skip_storm(n: ArrayLike) -> StopRule:
-    """Stops when the guard withholds many steps instead of training.
+    """Stops when the guard skips many steps instead of training.
 
-    Fires when the guard is exhausted, when its present streak of withheld steps is
-    at least ``n``, or when at least ``n`` were withheld since the last evaluation.
+    Fires when the guard is exhausted, when its present streak of skipped steps is
+    at least ``n``, or when at least ``n`` were skipped since the last evaluation.
     Several guards in one state are added up. `update` needs ``opt_state=``.
 
     Args:
-      n: Withheld steps that are too many; at least 1, may be traced.
+      n: Skipped steps that are too many; at least 1, may be traced.
 
     Returns:
       A rule whose state is a `SkipStormState`.

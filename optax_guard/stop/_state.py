@@ -80,7 +80,7 @@ class EarlyStopping(NamedTuple):
       init: ``init(params=None) -> state``. With parameters (any tree of arrays) the
         state carries copies of the best ones.
       update: ``update(value, state, params=None, *, step=None, seconds=None,
-        train_value=None, opt_state=None) -> state``: tells the machine the value of
+        train_value=None, opt_state=None) -> state``: tells the stopper the value of
         an evaluation, and the parameters it was computed with. ``step`` counts steps,
         below 2**31; ``seconds`` is the training time since the update before;
         ``train_value`` is a number, or an array of those since then. What is no number

@@ -45,7 +45,7 @@ def early_stopping(
     warmup: ArrayLike = 0,
     key: str | None = None,
 ) -> EarlyStopping:
-    """Builds a machine that stops a run by a rule and keeps its best parameters.
+    """Builds a stopper that stops a run by a rule and keeps its best parameters.
 
     At an evaluation, in this order: a stopped run changes no more (but the flags of
     the last update go to False); a non-finite value touches nothing but its count;

@@ -437,7 +437,7 @@ class TestManualSPMD:
         tx = og.guard(optax.adamw(1e-3), og.clip_by_global_norm(1.0, axis_name=specs))
 
         def step(params, grads):
-            return og.apply_gradients(tx, params, tx.init(params), grads)[0]
+            return og.apply_gradients(tx, params, tx.init(params), grads=grads)[0]
 
         mapped = jax.shard_map(
             step, mesh=grid, in_specs=(specs, specs), out_specs=specs
