@@ -163,7 +163,7 @@ def with_old_names(tree: Any) -> Any:
     def rename(x: Any) -> Any:
         if not is_renamed(x):
             return x
-        names = [OLD_NAMES.get(name, name) for name in x._fields]
+        names = [OLD_NAMES.get(name, str(name)) for name in x._fields]
         return namedtuple(type(x).__name__, names)(*map(with_old_names, x))
 
     return jax.tree.map(rename, tree, is_leaf=is_renamed)
