@@ -256,8 +256,6 @@ RIGHT: dict[str, set[str]] = {
     "stop.patience.seconds": NOTHING,
     "stop.plateau.cooldown": FROM_ZERO,
     "stop.target.value": NUMBER,
-    "threshold.as_threshold.name": ANYTHING,
-    "threshold.as_threshold.value": POSITIVE,
     "threshold.quantile.decay": NOTHING | FRACTION,
     "threshold.quantile.max_norm": NOTHING | POSITIVE,
     "threshold.quantile.warmup": FROM_ZERO,
@@ -276,7 +274,6 @@ ALSO = {
     "apply_gradients.params": "grads",
     "find_state.cls": "tree",
     "plotting.plot_leaves.histories": "history",
-    "threshold.as_threshold.value": "x",
     "clip_by_group_norm.labels": "max_norms",
 }
 
@@ -401,7 +398,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "stop.patience": {"n": 1},
     "stop.target": {"value": 1.0},
     "threshold.quantile": {"q": 0.5},
-    "threshold.as_threshold": {"name": "x", "value": 1.0},
 }
 # Methods, and functions of any number of rules.
 ALL_NEEDS = og.early_stopping(

@@ -246,11 +246,6 @@ ELSEWHERE = {
     },
     "test_guarding": {"apply_gradients", "keep_if_skipped"},
     "test_early_stopping": {"early_stopping", "explain"},
-    "test_stop_conformance": {
-        "stop.from_flax",
-        "stop.from_keras",
-        "stop.from_lightning",
-    },
     "test_sketch": {"norm_quantile"},
     "test_scopes": {"leaf_norms"},
 }
@@ -259,8 +254,10 @@ RULES = {"skip", "stop", "threshold"}
 
 
 def functions_of(module: Any) -> dict[str, Any]:
-    named = vars(module).items()
-    return {k: v for k, v in named if inspect.isfunction(v) and not k.startswith("_")}
+    """The public functions of a module; all of one that does not list them."""
+    names = getattr(module, "__all__", None) or list(vars(module))
+    named = {k: getattr(module, k) for k in names if not k.startswith("_")}
+    return {k: v for k, v in named.items() if inspect.isfunction(v)}
 
 
 def transformations_of(module: Any) -> set[str]:
