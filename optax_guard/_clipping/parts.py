@@ -9,7 +9,8 @@ import optax
 from jax import lax
 
 from optax_guard._norms.axis_norms import divide
-from optax_guard._norms.tree_norm import TreeNorm, accumulator_dtype
+from optax_guard._norms.tree_norm import TreeNorm
+from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._transformation import transformation
 from optax_guard._trees import dtype_of, is_inexact
 

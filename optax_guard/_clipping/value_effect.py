@@ -11,14 +11,18 @@ from jax import lax
 
 from optax_guard._norms.leaf_runs import add_pairwise
 from optax_guard._norms.mesh_axes import AxisName, by_axes, mesh_axes
-from optax_guard._norms.tree_norm import accumulator_dtype, not_folded
+from optax_guard._norms.two_scales import (
+    SCALES,
+    accumulator_dtype,
+    not_folded,
+    root_of_sums,
+)
 from optax_guard._trees import is_inexact
 
 Bounds = Callable[[Any], tuple[jax.Array, jax.Array]]
 _ROW_LENGTH = 1024
-# Scales for two sums of squares, as in `_norms`, and for two sums of products of a raw
-# entry with a clipped one, which is smaller: a large product has a large raw entry.
-_UP, _DOWN = 2.0**32, 2.0**-64
+# Scales for two sums of products of a raw entry with a clipped one. The clipped one is
+# the smaller: a large product has a large raw entry.
 _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN = 2.0**64, 2.0**-100, 2.0**-28
 
 
@@ -52,9 +56,7 @@ def effect_of_clipping(
         size += sum(x.size for x in own) * lax.axis_size(names)
     totals = map(add_pairwise, zip(*parts, strict=True))
     small, big, product, big_product, num_clipped = totals
-    after = jnp.where(
-        jnp.isfinite(small), jnp.sqrt(small) * (1 / _UP), jnp.sqrt(big) * (1 / _DOWN)
-    )
+    after = root_of_sums(small, big, dtype)
     has_direction = (norm > 0) & (after > 0)
     before = jnp.where(has_direction, norm, 1.0)
     length = jnp.where(has_direction, after, 1.0)
@@ -83,7 +85,7 @@ def _sum_terms(
     leaves: list[jax.Array], limits: Any, dtype: Any
 ) -> tuple[jax.Array, ...]:
     """Totals over all entries of what `_terms` gives for each."""
-    scales = not_folded(dtype, _UP, _DOWN, _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
+    scales = not_folded(dtype, *SCALES[dtype], _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
 
     def terms(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
         pairs = zip(leaves, limits, strict=True)

@@ -11,8 +11,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from optax_guard._norms.mesh_axes import Names, by_axes, own, place, whole_shape
-from optax_guard._norms.tree_norm import _SCALES as SCALES
-from optax_guard._norms.tree_norm import accumulator_dtype, not_folded
+from optax_guard._norms.two_scales import (
+    SCALES,
+    accumulator_dtype,
+    not_folded,
+    root_of_sums,
+)
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -94,7 +98,6 @@ def _divide_jvp(primals: Any, tangents: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _norms(leaves: list[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
     dtype = accumulator_dtype(leaves)
-    up, down = SCALES[dtype]
 
     def squares(members: tuple[int, ...]) -> tuple[jax.Array, ...]:
         own_axes = tuple(axes[i] for i in members)
@@ -105,8 +108,7 @@ def _norms(leaves: list[jax.Array], axes: Axes, splits: Splits) -> jax.Array:
         )
 
     small, big = _of_all_devices(squares, _shapes(leaves, axes), splits)
-    scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
-    return jnp.where(jnp.isfinite(small), *scaled_back)
+    return root_of_sums(small, big, dtype)
 
 
 @_norms.defjvp

@@ -25,16 +25,14 @@ from optax_guard._norms.leaf_runs import (
     split,
 )
 from optax_guard._norms.mesh_axes import AxisName, Names, mesh_axes
-from optax_guard._trees import dtype_of, is_inexact, path_names
+from optax_guard._norms.two_scales import (
+    SCALES,
+    accumulator_dtype,
+    not_folded,
+    root_of_sums,
+)
+from optax_guard._trees import is_inexact, path_names
 
-# Sums of squares are kept twice, of entries scaled up and of entries scaled down, so
-# that one read of the gradients is right for small and for huge ones (the idea of
-# Blue, "A portable Fortran program to find the Euclidean norm", ACM TOMS 1978). Both
-# scales are powers of two: on ordinary values the bits are those of the plain sum.
-_SCALES = {
-    jnp.dtype("float32"): (2.0**32, 2.0**-64),
-    jnp.dtype("float64"): (2.0**256, 2.0**-512),
-}
 # Below this, squares in the plain sum may have been flushed to zero.
 _SMALLEST_PLAIN_SUM = 2.0**-60
 
@@ -52,12 +50,6 @@ class TreeNorm(NamedTuple):
 
     value: jax.Array
     bad_leaf: jax.Array
-
-
-def accumulator_dtype(leaves: Sequence[Any]) -> Any:
-    """Float32, or float64 if a leaf is a double."""
-    is_double = any(jnp.finfo(dtype_of(leaf)).bits == 64 for leaf in leaves)
-    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNorm:
@@ -104,7 +96,6 @@ def _euclidean(
     leaves: list[jax.Array], parts: tuple[Part, ...], roles: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
-    up, down = _SCALES[dtype]
     sums, bad = [], []
     for part in parts:
         # Two reductions over one operand are one fusion on TPU and GPU, but cost many
@@ -121,8 +112,7 @@ def _euclidean(
         sums.append(of_all)
         bad.append(own_bad)
     small, big = map(add_pairwise, zip(*sums, strict=True))
-    scaled_back = jnp.sqrt(small) * (1 / up), jnp.sqrt(big) * (1 / down)
-    return jnp.where(jnp.isfinite(small), *scaled_back), earliest(bad)
+    return root_of_sums(small, big, dtype), earliest(bad)
 
 
 @_euclidean.defjvp
@@ -159,7 +149,7 @@ def _squares(
     dtype: Any, runs: Runs, roles: tuple[str, ...], *leaves: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
-    up, down = not_folded(dtype, *_SCALES[dtype])
+    up, down = not_folded(dtype, *SCALES[dtype])
     members = split(list(zip(roles, leaves, strict=True)), runs)
     groups = [_alike(run) for run in members]
 
@@ -196,7 +186,7 @@ def _squares_cpu(
     dtype: Any, runs: Runs, *leaves: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same numbers from a plain sum, and from a second look where that fails."""
-    up, down = not_folded(dtype, *_SCALES[dtype])
+    up, down = not_folded(dtype, *SCALES[dtype])
     # Here one vector compiles faster than many scalars.
     total = _sum_vector(jnp.stack([_sum_squares([x], dtype, 1.0) for x in leaves]))
     too_small = total < _SMALLEST_PLAIN_SUM
@@ -269,15 +259,6 @@ def _power_norm(
     total = add_pairwise([_psum(add_pairwise(p.of(sums)), p.axes) for p in parts])
     root = jnp.where(usable, total, 1.0) ** (1 / ord)
     return jnp.where(usable, unit * root, largest), bad
-
-
-def not_folded(dtype: Any, *factors: float) -> tuple[jax.Array, ...]:
-    """Constants that XLA does not multiply with each other.
-
-    It turns ``(x * c) * (x * c)`` into ``(x * x) * (c * c)``, which is what scaling is
-    there to avoid: the square of a small factor is zero in float32.
-    """
-    return lax.optimization_barrier(tuple(jnp.array(c, dtype) for c in factors))
 
 
 def _sum_squares(alike: Sequence[jax.Array], dtype: Any, scale: Any) -> jax.Array:
