@@ -18,9 +18,7 @@ from optax_guard._clipping.value import clip_by_value
 from optax_guard._guarding.accumulation import AccumulateState as AccumulateState
 from optax_guard._guarding.accumulation import accumulate
 from optax_guard._guarding.adoption import unwrap_state, wrap_state
-from optax_guard._guarding.guard import GuardState as GuardState
 from optax_guard._guarding.guard import guard
-from optax_guard._guarding.judging import SkipLog as SkipLog
 from optax_guard._guarding.readout import (
     GuardExhaustedError,
     SkippedStep,
@@ -28,6 +26,8 @@ from optax_guard._guarding.readout import (
     raise_if_exhausted,
     skipped_steps,
 )
+from optax_guard._guarding.state import GuardState as GuardState
+from optax_guard._guarding.state import SkipLog as SkipLog
 from optax_guard._guarding.step import apply_gradients
 from optax_guard._guarding.undoing import keep_if_skipped
 from optax_guard._norms.readout import leaf_norms, norm_quantile

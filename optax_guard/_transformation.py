@@ -1,40 +1,43 @@
-"""A transformation that carries its parts."""
+"""Transformations that carry their parts."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
 
 from optax_guard._checks import _CONCRETE
 
+P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
+
 
 def transformation(
-    init: Callable[..., Any], update: Callable[..., Any], **parts: Callable[..., Any]
+    init: Callable[..., Any], update: Callable[..., Any], parts: tuple[Any, ...]
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds a transformation whose ``update`` carries its parts as attributes.
+    """Builds a transformation whose ``update`` carries its parts, as ``update.parts``.
 
-    An attribute of the function, unlike one of the tuple, survives copying the tuple
-    and ``optax.with_extra_args_support``; a wrapper that replaces ``update`` drops it,
-    which is right, because the parts would no longer be the whole transformation.
+    An attribute of the function survives copying the tuple and
+    ``optax.with_extra_args_support``; one of the tuple would not. A wrapper with an
+    ``update`` of its own drops it. That is right: the parts would no longer be the
+    whole transformation.
     """
-    for name, part in parts.items():
-        setattr(update, name, part)
+    update.parts = parts  # pyright: ignore[reportFunctionMemberAccess] - see above
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def part_of(tx: optax.GradientTransformation, name: str) -> Callable[..., Any] | None:
-    """The part that ``transformation`` was given under ``name``, if it still is."""
-    return getattr(tx.update, name, None)
+def parts_of(tx: optax.GradientTransformation, kind: type[P]) -> P | None:
+    """The parts of this kind that ``transformation`` was given, if ``tx`` has them."""
+    parts = getattr(tx.update, "parts", None)
+    return parts if isinstance(parts, kind) else None
 
 
 def cached(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, compiled once for callers outside of ``jit``.
 
     Run operation by operation, a function with branches compiles them at every call.
-    Inside ``jit`` this changes nothing. Arguments that JAX cannot trace, such as the
-    functions that a line search takes, leave it as it is.
+    Inside ``jit`` this changes nothing. With arguments that JAX cannot trace, such as
+    the functions that a line search takes, the function runs as it is.
     """
     compiled = jax.jit(function, inline=True)
 

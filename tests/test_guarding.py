@@ -948,7 +948,9 @@ def test_devices_of_pmap_agree():
     states = jax.vmap(tx.init)(params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        step = jax.pmap(functools.partial(og.apply_gradients, tx), axis_name="d")
+        step = jax.pmap(
+            lambda p, s, g, tx=tx: og.apply_gradients(tx, p, s, grads=g), axis_name="d"
+        )
         grads = jax.tree.map(jnp.ones_like, params)
         after, states = step(params, states, grads)
         np.testing.assert_allclose(

@@ -1,26 +1,27 @@
-"""Clipping as three parts: ``init``, ``measure`` (scalars), ``rescale`` (elementwise).
-
-``measure`` reads the updates once and decides; ``rescale`` is elementwise and fuses
-into whatever consumes the updates. A clip alone runs one after the other; a guard
-rescales only inside the branch that takes the step.
-"""
+"""Clipping by the global norm, and recording it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_choice, check_part, check_positive, check_state
-from optax_guard._clipping.parts import Measurement, clip, factors_for, rescaled
+from optax_guard._checks import check_choice, check_positive, check_state
+from optax_guard._clipping.parts import (
+    ClipParts,
+    Measurement,
+    clip,
+    decide,
+    factors_for,
+    rescaled,
+)
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.statistics import NormStats, init_stats, update_stats
 from optax_guard._norms.tree_norm import tree_norm
-from optax_guard._trees import map_inexact, select
+from optax_guard._trees import map_inexact
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
 
@@ -134,36 +135,25 @@ def clip_by_global_norm(
         del params, extra_args
         check_state("clip_by_global_norm", state, ClipByNormState)
         norm = tree_norm(updates, ord, axis_name)
-        is_finite = jnp.isfinite(norm.value)
-        check_part(
-            "clip_by_global_norm",
-            "threshold",
-            state.threshold,
-            lambda: threshold.start(()),
+        value, is_finite = norm.value, jnp.isfinite(norm.value)
+        decision = decide(
+            "clip_by_global_norm", threshold, value, value, state.threshold
         )
-        trigger, target = threshold.limits(norm.value, norm.value, state.threshold)
-        # A traced number could be negative, and would turn the step around.
-        trigger, target = jnp.maximum(trigger, 0.0), jnp.maximum(target, 0.0)
-        is_clipped = is_finite & (norm.value > trigger)
-        clipped_norm = jnp.where(is_clipped, target, norm.value)
-        stats = update_stats(state.stats, norm.value, clipped_norm, trigger, is_clipped)
-        learned = threshold.learn(norm.value, clipped_norm, state.threshold)
-        kept = select(is_finite, learned, state.threshold)
-        factors = is_finite, factors_for(is_clipped, target, norm.value)
-        return Measurement(norm, is_finite, factors), ClipByNormState(stats, kept)
+        trigger, target, is_clipped, clipped_norm, learned = decision
+        stats = update_stats(state.stats, value, clipped_norm, trigger, is_clipped)
+        factors = is_finite, factors_for(is_clipped, target, value)
+        return Measurement(norm, is_finite, factors), ClipByNormState(stats, learned)
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
         is_finite, factors = measured.factors
+        if nonfinite == "propagate":
+            return map_inexact(lambda x: rescaled(x, factors), updates)
+        return map_inexact(
+            lambda x: jnp.where(is_finite, rescaled(x, factors), jnp.zeros_like(x)),
+            updates,
+        )
 
-        def leaf(x: jax.Array) -> jax.Array:
-            result = rescaled(x, factors)
-            if nonfinite == "zero":
-                result = jnp.where(is_finite, result, jnp.zeros_like(x))
-            return result
-
-        return map_inexact(leaf, updates)
-
-    return clip(init, measure, rescale)
+    return clip(ClipParts(init, measure, rescale))
 
 
 def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
@@ -209,4 +199,4 @@ def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationEx
         del measured
         return updates
 
-    return clip(init, measure, rescale)
+    return clip(ClipParts(init, measure, rescale))

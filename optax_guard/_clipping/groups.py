@@ -9,11 +9,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_flag, check_part, check_state
+from optax_guard._checks import check_flag, check_state
 from optax_guard._clipping.parts import (
+    ClipParts,
     Factors,
     Measurement,
     clip,
+    decide,
     factors_for,
     rescaled,
 )
@@ -35,7 +37,6 @@ from optax_guard._norms.statistics import (
     update_stats,
 )
 from optax_guard._norms.tree_norm import TreeNorm
-from optax_guard._trees import select
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._coerce import as_threshold
 
@@ -259,17 +260,8 @@ def _clip_groups(
         parts = groups.norms(groups.floating(updates), over)
         norms = _group_norms(parts, groups.group_of_part, state.group_stats)
         total = total_norm(parts, groups.leaf_of_part)
-        check_part(
-            factory, "threshold", state.threshold, lambda: threshold.start(norms.shape)
-        )
-        trigger, target = threshold.limits(norms, total.value, state.threshold)
-        # A traced number could be negative, and would turn the step around.
-        trigger = jnp.broadcast_to(jnp.maximum(trigger, 0.0), norms.shape)
-        target = jnp.maximum(target, 0.0)
-        is_clipped = jnp.isfinite(norms) & (norms > trigger)
-        clipped_norms = jnp.where(is_clipped, target, norms)
-        is_finite = jnp.isfinite(total.value)
-        learned = threshold.learn(norms, clipped_norms, state.threshold)
+        decision = decide(factory, threshold, norms, total.value, state.threshold)
+        trigger, target, is_clipped, clipped_norms, learned = decision
         new_state = make_state(
             update_total(state.stats, total, norms, clipped_norms, trigger, is_clipped),
             update_group_stats(
@@ -280,15 +272,15 @@ def _clip_groups(
                 trigger,
                 is_clipped,
             ),
-            select(is_finite, learned, state.threshold),
+            learned,
         )
         factors = factors_for(is_clipped, target, norms)
-        return Measurement(total, is_finite, factors), new_state
+        return Measurement(total, jnp.isfinite(total.value), factors), new_state
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
         return rescale_groups(updates, split(updates)[0], measured.factors)
 
-    return clip(init, measure, rescale)
+    return clip(ClipParts(init, measure, rescale))
 
 
 def check_same_groups(factory: str, names: Any, stats: GroupStats) -> None:

@@ -1,27 +1,35 @@
-"""Init, measure, rescale; the factors."""
+"""A clip as three parts, the decision by a threshold, and the factors.
+
+``measure`` reads the updates once and decides. Its results are scalars. ``rescale`` is
+elementwise and fuses into the operation that consumes the updates. A clip alone runs
+one after the other. A guard rescales only inside the branch that takes the step.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
+from optax_guard._checks import check_part
 from optax_guard._norms.axis_norms import divide
 from optax_guard._norms.tree_norm import TreeNorm
 from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._transformation import transformation
-from optax_guard._trees import dtype_of, is_inexact
+from optax_guard._trees import dtype_of, is_inexact, select
+from optax_guard.threshold._base import Threshold
 
 
 class Measurement(NamedTuple):
-    """What ``measure`` found out about some updates, before any of them is changed.
+    """The results of ``measure``, before any update is changed.
 
     Attributes:
       norm: The global norm before clipping, and its first non-finite leaf.
       is_finite: bool[], whether every floating entry is finite.
-      factors: What ``rescale`` needs, of the clip's own making; scalars.
+      factors: The input of ``rescale``. Each clip has its own; all are scalars.
     """
 
     norm: TreeNorm
@@ -29,14 +37,46 @@ class Measurement(NamedTuple):
     factors: Any
 
 
+class ClipParts(NamedTuple):
+    """The parts of a clip, as ``update.parts``.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      measure: ``measure(updates, state, params=None, **extra_args)`` gives a
+        ``Measurement`` and the new state.
+      rescale: ``rescale(updates, measurement)`` gives the clipped updates.
+    """
+
+    init: Callable[[optax.Params], Any]
+    measure: Callable[..., tuple[Measurement, Any]]
+    rescale: Callable[[optax.Updates, Measurement], optax.Updates]
+
+
+class Decision(NamedTuple):
+    """The verdict of a threshold on some norms, all of one shape.
+
+    Attributes:
+      trigger: float[...], the norm above which one clips; not negative.
+      target: float[...], the norm to clip to; not negative.
+      is_clipped: bool[...], whether a norm is finite and above its trigger.
+      clipped: float[...], the norms after clipping.
+      state: The threshold's new state; the old one if the global norm is not finite.
+    """
+
+    trigger: jax.Array
+    target: jax.Array
+    is_clipped: jax.Array
+    clipped: jax.Array
+    state: Any
+
+
 class Factors(NamedTuple):
-    """What to multiply entries by, as two factors; of shapes that broadcast to theirs.
+    """The coefficient of clipping as two factors; their shapes broadcast to entries.
 
     Attributes:
       is_clipped: bool[...], whether to multiply at all.
-      first: float[...]
-      second: float[...], the product of both is the coefficient of clipping, which may
-        itself underflow.
+      first: float[...], a power of two.
+      second: float[...]. The product of both, the coefficient, may underflow itself.
     """
 
     is_clipped: jax.Array
@@ -44,11 +84,7 @@ class Factors(NamedTuple):
     second: jax.Array
 
 
-def clip(
-    init: Callable[..., Any],
-    measure: Callable[..., tuple[Measurement, Any]],
-    rescale: Callable[..., Any],
-) -> optax.GradientTransformationExtraArgs:
+def clip(parts: ClipParts) -> optax.GradientTransformationExtraArgs:
     """The transformation that measures, then rescales."""
 
     def update(
@@ -57,17 +93,53 @@ def clip(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        measured, state = measure(updates, state, params, **extra_args)
-        return rescale(_read_again(updates), measured), state
+        measured, state = parts.measure(updates, state, params, **extra_args)
+        return parts.rescale(_read_again(updates), measured), state
 
-    return transformation(init, update, measure=measure, rescale=rescale)
+    return transformation(parts.init, update, parts)
+
+
+def decide(
+    factory: str,
+    threshold: Threshold,
+    norms: jax.Array,
+    global_norm: jax.Array,
+    state: Any,
+    *,
+    is_excluded: np.ndarray | None = None,
+) -> Decision:
+    """Asks the threshold, and lets it learn from updates that are finite.
+
+    Args:
+      factory: Name of the clip, for the error.
+      threshold: The threshold.
+      norms: float[...], the norms to judge.
+      global_norm: float[], the norm of all updates.
+      state: The threshold's state.
+      is_excluded: bool[...], norms that are never clipped; ``None`` if there are none.
+
+    Raises:
+      ValueError: If ``state`` is not like that of the threshold for these norms.
+    """
+    check_part(factory, "threshold", state, lambda: threshold.start(norms.shape))
+    trigger, target = threshold.limits(norms, global_norm, state)
+    # A traced number could be negative, and would turn the step around.
+    trigger, target = jnp.maximum(trigger, 0.0), jnp.maximum(target, 0.0)
+    trigger = jnp.broadcast_to(trigger, norms.shape)
+    if is_excluded is not None:
+        trigger = jnp.where(is_excluded, jnp.inf, trigger)
+    is_clipped = jnp.isfinite(norms) & (norms > trigger)
+    clipped = jnp.where(is_clipped, target, norms)
+    learned = threshold.learn(norms, clipped, state)
+    state = select(jnp.isfinite(global_norm), learned, state)
+    return Decision(trigger, target, is_clipped, clipped, state)
 
 
 def _read_again(updates: optax.Updates) -> optax.Updates:
-    """The updates, for XLA on CPU not those that were measured.
+    """The same updates, which XLA on CPU takes for others than those measured.
 
-    It would widen half precision once for the norm and for what follows, and keep a
-    copy of all in float32 between them. In a guard they are apart by its branch.
+    XLA would widen half precision once, for the norm and for the rescaling, and keep a
+    copy of all updates in float32 between them. In a guard its branch stands between.
     """
     leaves, treedef = jax.tree.flatten(updates)
     half = [i for i, x in enumerate(leaves) if is_inexact(x) and _is_half(x)]
@@ -89,8 +161,8 @@ def _is_half(x: Any) -> bool:
 def factors_for(is_clipped: jax.Array, target: jax.Array, norm: jax.Array) -> Factors:
     """Factors that bring ``norm`` to ``target`` where ``is_clipped``."""
     target, norm = jnp.where(is_clipped, target, 1.0), jnp.where(is_clipped, norm, 1.0)
-    # Float32 ends at 2**-126. The first factor leaves room on both sides for a norm of
-    # up to 2**128, and for one so small that it could not be made smaller itself.
+    # Float32 ends at 2**-126. The first factor leaves room for a norm of up to 2**128,
+    # and for a norm so small that it cannot be made smaller itself.
     underflows = target < norm * 2.0**-100
     first = jnp.where(underflows, jnp.where(norm > 1, 2.0**-120, 2.0**-96), 1.0)
     first = first.astype(norm.dtype)
@@ -102,6 +174,6 @@ def rescaled(x: jax.Array, factors: Factors) -> jax.Array:
     dtype = x.dtype if jnp.iscomplexobj(x) else accumulator_dtype([x])
     scaled = x.astype(dtype) * factors.first.astype(dtype)
     scaled = scaled * factors.second.astype(dtype)
-    # A selection, not a factor of one, so that what is not clipped keeps its bits: some
-    # backends flush denormals whenever they multiply.
+    # A selection, not a factor of one: some backends flush denormals whenever they
+    # multiply, and entries that are not clipped must keep their bits.
     return jnp.where(factors.is_clipped, scaled.astype(x.dtype), x)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_flag, check_part, check_positive, check_state
+from optax_guard._checks import check_flag, check_positive, check_state
 from optax_guard._clipping.groups import (
     check_same_groups,
     margin_of,
@@ -19,7 +19,13 @@ from optax_guard._clipping.groups import (
     total_norm,
     update_total,
 )
-from optax_guard._clipping.parts import Measurement, clip, factors_for
+from optax_guard._clipping.parts import (
+    ClipParts,
+    Measurement,
+    clip,
+    decide,
+    factors_for,
+)
 from optax_guard._norms.axis_norms import norm_of_norms, ratio
 from optax_guard._norms.groups import Groups, each_part, names_of_leaves, unit_axes
 from optax_guard._norms.mesh_axes import AxisName, layouts, mesh_axes
@@ -30,7 +36,7 @@ from optax_guard._norms.statistics import (
     init_stats,
     update_group_stats,
 )
-from optax_guard._trees import as_float, for_each_leaf, select
+from optax_guard._trees import as_float, for_each_leaf
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
 
@@ -118,20 +124,10 @@ def clip_by_unit_norm(
     check_positive("eps", eps)
     check_flag("record_quantiles", record_quantiles)
 
-    def split(tree: Any) -> tuple[Groups, np.ndarray]:
-        """The units, and which leaves are excluded: all of such a leaf is one unit."""
-        axes = unit_axes(tree, axis, axis_name)
-        excluded = for_each_leaf("exclude", exclude, tree)
-        for each in excluded:
-            check_flag("exclude", each)
-        for i, x in enumerate(jax.tree.leaves(tree)):
-            if excluded[i]:
-                axes[i] = tuple(range(np.ndim(x)))
-        parts = each_part(tree, axes, layouts(tree, axis_name))
-        return parts, np.array(excluded, bool)
+    config = _Config(threshold, eps, axis, exclude, axis_name)
 
     def init(params: optax.Params) -> ClipByUnitNormState:
-        groups, _ = split(params)
+        groups, _ = _units_of(config, params)
         return ClipByUnitNormState(
             stats=init_stats(),
             group_stats=init_group_stats(names_of_leaves(params), record_quantiles),
@@ -154,57 +150,92 @@ def clip_by_unit_norm(
             )
         names = names_of_leaves(updates)
         check_same_groups("clip_by_unit_norm", names, state.group_stats)
-        groups, excluded = split(updates)
-        is_excluded = excluded[groups.leaf_of_part]
-        over = mesh_axes(updates, axis_name)
-        norms = groups.norms(groups.floating(updates), over)
-        total = total_norm(norms, groups.leaf_of_part)
-        # What is excluded needs no read of its parameters.
-        weights = [
-            jnp.zeros((0,) * w.ndim, w.dtype) if excluded[i] else w
-            for i, w in zip(groups.indices, groups.floating(params), strict=True)
-        ]
-        sizes = groups.norms(weights, mesh_axes(params, axis_name))
-        sizes = jnp.maximum(sizes.astype(norms.dtype), as_float(eps, norms.dtype))
-        # A finite norm keeps a finite ratio, which is how it is known to be one.
-        ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)
-        ratios = jnp.where(jnp.isfinite(norms), ratios, norms)
-        check_part(
-            "clip_by_unit_norm",
-            "threshold and units",
-            state.threshold,
-            lambda: threshold.start(ratios.shape),
-        )
-        trigger, target = threshold.limits(ratios, total.value, state.threshold)
-        # A traced number could be negative, and would turn the step around.
-        trigger = jnp.where(is_excluded, jnp.inf, jnp.maximum(trigger, 0.0))
-        target = jnp.maximum(target, 0.0)
-        is_clipped = jnp.isfinite(norms) & (ratios > trigger)
-        clipped_norms = jnp.where(is_clipped, target * sizes, norms)
-        learned = threshold.learn(
-            ratios, jnp.where(is_clipped, target, ratios), state.threshold
-        )
-        is_finite = jnp.isfinite(total.value)
-        limits = trigger * sizes
-        new_state = ClipByUnitNormState(
-            stats=update_total(
-                state.stats, total, norms, clipped_norms, limits, is_clipped
-            ),
-            group_stats=_update_leaves(
-                state, groups, norms, clipped_norms, limits, is_clipped
-            ),
-            units_clipped=jnp.sum(is_clipped.astype(jnp.float32))
-            / float(max(1, np.sum(~is_excluded))),
-            threshold=select(is_finite, learned, state.threshold),
-        )
-        factors = factors_for(is_clipped, target * sizes, norms)
-        return Measurement(total, is_finite, factors), new_state
+        return _measure_units(config, updates, state, params)
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
-        groups, _ = split(updates)
+        groups, _ = _units_of(config, updates)
         return rescale_groups(updates, groups, measured.factors)
 
-    return clip(init, measure, rescale)
+    return clip(ClipParts(init, measure, rescale))
+
+
+class _Config(NamedTuple):
+    """The arguments of ``clip_by_unit_norm``."""
+
+    threshold: Threshold
+    eps: ArrayLike
+    axis: int | tuple[int, ...] | Callable[[str], Any] | None
+    exclude: Any
+    axis_name: AxisName
+
+
+def _units_of(config: _Config, tree: Any) -> tuple[Groups, np.ndarray]:
+    """The units, and the excluded leaves. All of an excluded leaf is one unit."""
+    axes = unit_axes(tree, config.axis, config.axis_name)
+    excluded = for_each_leaf("exclude", config.exclude, tree)
+    for each in excluded:
+        check_flag("exclude", each)
+    for i, x in enumerate(jax.tree.leaves(tree)):
+        if excluded[i]:
+            axes[i] = tuple(range(np.ndim(x)))
+    parts = each_part(tree, axes, layouts(tree, config.axis_name))
+    return parts, np.array(excluded, bool)
+
+
+def _measure_units(
+    config: _Config,
+    updates: optax.Updates,
+    state: ClipByUnitNormState,
+    params: optax.Params,
+) -> tuple[Measurement, ClipByUnitNormState]:
+    groups, excluded = _units_of(config, updates)
+    is_excluded = excluded[groups.leaf_of_part]
+    norms = groups.norms(groups.floating(updates), mesh_axes(updates, config.axis_name))
+    total = total_norm(norms, groups.leaf_of_part)
+    sizes = _sizes_of_params(config, groups, excluded, params, norms.dtype)
+    # A finite norm keeps a finite ratio: only an infinite ratio tells of a bad norm.
+    ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)
+    ratios = jnp.where(jnp.isfinite(norms), ratios, norms)
+    trigger, target, is_clipped, _, learned = decide(
+        "clip_by_unit_norm",
+        config.threshold,
+        ratios,
+        total.value,
+        state.threshold,
+        is_excluded=is_excluded,
+    )
+    clipped_norms = jnp.where(is_clipped, target * sizes, norms)
+    limits = trigger * sizes
+    new_state = ClipByUnitNormState(
+        stats=update_total(
+            state.stats, total, norms, clipped_norms, limits, is_clipped
+        ),
+        group_stats=_update_leaves(
+            state, groups, norms, clipped_norms, limits, is_clipped
+        ),
+        units_clipped=jnp.sum(is_clipped.astype(jnp.float32))
+        / float(max(1, np.sum(~is_excluded))),
+        threshold=learned,
+    )
+    factors = factors_for(is_clipped, target * sizes, norms)
+    return Measurement(total, jnp.isfinite(total.value), factors), new_state
+
+
+def _sizes_of_params(
+    config: _Config,
+    groups: Groups,
+    excluded: np.ndarray,
+    params: optax.Params,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """The norm of each unit's parameters, at least ``eps``."""
+    # The parameters of excluded leaves need not be read.
+    weights = [
+        jnp.zeros((0,) * w.ndim, w.dtype) if excluded[i] else w
+        for i, w in zip(groups.indices, groups.floating(params), strict=True)
+    ]
+    sizes = groups.norms(weights, mesh_axes(params, config.axis_name))
+    return jnp.maximum(sizes.astype(dtype), as_float(config.eps, dtype))
 
 
 def _update_leaves(

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_number, check_positive, check_state
-from optax_guard._clipping.parts import Measurement, clip
+from optax_guard._clipping.parts import ClipParts, Measurement, clip
 from optax_guard._clipping.value_effect import Bounds, effect_of_clipping
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.statistics import NormStats, init_stats, update_stats
@@ -136,7 +136,7 @@ def clip_by_value(
         is_symmetric = min_value is None
         return map_inexact(lambda x: _clip(x, bounds, is_symmetric), updates)
 
-    return clip(init, measure, rescale)
+    return clip(ClipParts(init, measure, rescale))
 
 
 def _clip(x: jax.Array, bounds: Bounds, is_symmetric: bool) -> jax.Array:

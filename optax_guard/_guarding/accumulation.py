@@ -9,11 +9,13 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_part, check_state
-from optax_guard._guarding.guard import GuardState, guard
-from optax_guard._guarding.step import cast_like, take_or_keep
+from optax_guard._clipping.parts import Measurement
+from optax_guard._guarding.guard import guard
+from optax_guard._guarding.state import GuardState
+from optax_guard._guarding.step import StepParts, take_or_keep
 from optax_guard._norms.statistics import as_float32
 from optax_guard._norms.two_scales import accumulator_dtype
-from optax_guard._transformation import cached, part_of, transformation
+from optax_guard._transformation import cached, parts_of, transformation
 from optax_guard._trees import increment, is_inexact, select
 from optax_guard.skip import SkipReason, is_nonfinite
 
@@ -94,96 +96,19 @@ def accumulate(
       >>> params, og.metrics(state)["num_dropped"].item()
       (Array([-0.5,  0. ], dtype=float32), 1)
     """
-    is_guard = isinstance(inner, optax.GradientTransformation) and part_of(
-        inner, "judge"
-    )
-    inner = optax.with_extra_args_support(inner if is_guard else guard(inner))
-    judge, take_step, wrap_inner = (
-        getattr(inner.update, name)
-        for name in ("judge", "apply_gradients", "wrap_state")
-    )
+    if not _is_guard(inner):
+        inner = guard(inner)
+    inner = optax.with_extra_args_support(inner)
+    parts: Any = parts_of(inner, StepParts)
     if not callable(every_k):
         check_count("every_k", every_k)
-
-    def around(params: optax.Params, guard_state: Any) -> AccumulateState:
-        return AccumulateState(
-            group_seen=jnp.zeros((), jnp.int32),
-            group_kept=jnp.zeros((), jnp.int32),
-            num_groups=jnp.zeros((), jnp.int32),
-            num_micro_batches=jnp.zeros((), jnp.int32),
-            num_dropped=jnp.zeros((), jnp.int32),
-            drop_reason=jnp.zeros((), jnp.int32),
-            value_mean=jnp.zeros((), jnp.float32),
-            grad_mean=jax.tree.map(_accumulator, params),
-            guard_state=guard_state,
-        )
+    config = _Config(inner, parts.apply_gradients, parts.judge, every_k)
 
     def init(params: optax.Params) -> AccumulateState:
-        return around(params, inner.init(params))
+        return _first_state(params, config.guard.init(params))
 
     def wrap_state(params: optax.Params, inner_state: Any) -> AccumulateState:
-        return around(params, wrap_inner(params, inner_state))
-
-    def gather(
-        updates: optax.Updates,
-        state: AccumulateState,
-        params: optax.Params | None,
-        extra_args: dict[str, Any],
-    ) -> tuple[jax.Array, AccumulateState, dict[str, Any]]:
-        """Judges a micro-batch and adds it; whether a step is to be taken now."""
-        check_state("accumulate", state, AccumulateState)
-        check_part(
-            "accumulate",
-            "parameters",
-            state.grad_mean,
-            lambda: jax.tree.map(_accumulator, updates),
-        )
-        judged: GuardState = judge(updates, state.guard_state, params, extra_args)[1]
-        is_dropped = is_nonfinite(judged.skip_reason)
-        kept = state.group_kept + jnp.where(is_dropped, 0, 1)
-        value_mean = state.value_mean
-        if (value := extra_args.get("value")) is not None:
-            value = as_float32(jnp.asarray(value))
-            value_mean = _running_mean(value_mean, value, kept, is_dropped)
-            extra_args = extra_args | {"value": value_mean}
-        k = every_k(state.num_groups) if callable(every_k) else every_k
-        seen = state.group_seen + 1
-        is_last = seen >= k
-        # Without a good micro-batch there is no mean: the guard records what it has
-        # just judged. Its optimizer's state is not touched, nor chosen between.
-        is_lost = is_last & (kept == 0)
-        records = select(
-            is_lost,
-            judged._replace(wrapped_state=()),
-            state.guard_state._replace(wrapped_state=()),
-        )
-        return (
-            is_last & (kept > 0),
-            AccumulateState(
-                group_seen=jnp.where(is_last, 0, seen),
-                group_kept=jnp.where(is_last, 0, kept),
-                num_groups=increment(state.num_groups, is_last),
-                num_micro_batches=increment(state.num_micro_batches, True),
-                num_dropped=increment(state.num_dropped, is_dropped),
-                drop_reason=jnp.where(
-                    is_dropped, judged.skip_reason, jnp.int32(SkipReason.NONE)
-                ),
-                value_mean=value_mean,
-                grad_mean=jax.tree.map(
-                    lambda g, mean: (
-                        _running_mean(mean, g.astype(mean.dtype), kept, is_dropped)
-                        if is_inexact(g)
-                        else mean
-                    ),
-                    updates,
-                    state.grad_mean,
-                ),
-                guard_state=records._replace(
-                    wrapped_state=state.guard_state.wrapped_state
-                ),
-            ),
-            extra_args,
-        )
+        return _first_state(params, parts.wrap_state(params, inner_state))
 
     @cached
     def update(
@@ -192,25 +117,7 @@ def accumulate(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
-        is_taken, state, extra_args = gather(updates, state, params, extra_args)
-
-        def take(grads: Any, guard_state: GuardState) -> tuple[Any, Any]:
-            return inner.update(grads, guard_state, params, **extra_args)
-
-        def keep(like: Any, grads: Any, guard_state: GuardState) -> Any:
-            del grads
-            zeros = jax.tree.map(jnp.zeros_like, like[0])
-            return zeros, cast_like(guard_state, like[1])
-
-        new_updates, guard_state = take_or_keep(
-            is_taken,
-            take,
-            keep,
-            _as_gradients(state.grad_mean, updates, params),
-            state.guard_state,
-            use_cond=True,
-        )
-        return new_updates, state._replace(guard_state=guard_state)
+        return _update(config, updates, state, params, extra_args)
 
     @cached
     def apply_gradients(
@@ -220,29 +127,152 @@ def accumulate(
         grads: optax.Updates,
         **extra_args: Any,
     ) -> tuple[optax.Params, AccumulateState]:
-        is_taken, state, extra_args = gather(grads, state, params, extra_args)
+        return _apply_gradients(config, params, state, grads, extra_args)
 
-        def take(grads: Any, params: Any, guard_state: GuardState) -> tuple[Any, Any]:
-            return take_step(params, guard_state, grads=grads, **extra_args)
+    return transformation(init, update, StepParts(apply_gradients, wrap_state))
 
-        def keep(like: Any, grads: Any, params: Any, guard_state: GuardState) -> Any:
-            del grads
-            return cast_like((params, guard_state), like)
 
-        new_params, guard_state = take_or_keep(
-            is_taken,
-            take,
-            keep,
-            _as_gradients(state.grad_mean, grads, params),
-            params,
-            state.guard_state,
-            use_cond=True,
-        )
-        return new_params, state._replace(guard_state=guard_state)
+def _is_guard(inner: Any) -> bool:
+    is_transformation = isinstance(inner, optax.GradientTransformation)
+    parts = parts_of(inner, StepParts) if is_transformation else None
+    return parts is not None and parts.judge is not None
 
-    return transformation(
-        init, update, apply_gradients=apply_gradients, wrap_state=wrap_state
+
+class _Config(NamedTuple):
+    """The guard of ``accumulate``, two of its parts, and the size of a group."""
+
+    guard: optax.GradientTransformationExtraArgs
+    apply_gradients: Callable[..., tuple[optax.Params, GuardState]]
+    judge: Callable[..., tuple[Measurement, GuardState]]
+    every_k: ArrayLike | Callable[[jax.Array], ArrayLike]
+
+
+class _Gathered(NamedTuple):
+    """A micro-batch, judged and added.
+
+    Attributes:
+      is_step: bool[], whether a step is to be taken now.
+      state: The new state; the guard has not taken the step.
+      extra_args: Extra arguments for the guard.
+    """
+
+    is_step: jax.Array
+    state: AccumulateState
+    extra_args: dict[str, Any]
+
+
+def _first_state(params: optax.Params, guard_state: Any) -> AccumulateState:
+    return AccumulateState(
+        group_seen=jnp.zeros((), jnp.int32),
+        group_kept=jnp.zeros((), jnp.int32),
+        num_groups=jnp.zeros((), jnp.int32),
+        num_micro_batches=jnp.zeros((), jnp.int32),
+        num_dropped=jnp.zeros((), jnp.int32),
+        drop_reason=jnp.zeros((), jnp.int32),
+        value_mean=jnp.zeros((), jnp.float32),
+        grad_mean=jax.tree.map(_accumulator, params),
+        guard_state=guard_state,
     )
+
+
+def _gather(
+    config: _Config,
+    updates: optax.Updates,
+    state: AccumulateState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> _Gathered:
+    check_state("accumulate", state, AccumulateState)
+    check_part(
+        "accumulate",
+        "parameters",
+        state.grad_mean,
+        lambda: jax.tree.map(_accumulator, updates),
+    )
+    judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)[1]
+    is_dropped = is_nonfinite(judged.skip_reason)
+    kept = state.group_kept + jnp.where(is_dropped, 0, 1)
+    value_mean = state.value_mean
+    if (value := extra_args.get("value")) is not None:
+        value = as_float32(jnp.asarray(value))
+        value_mean = _running_mean(value_mean, value, kept, is_dropped)
+        extra_args = extra_args | {"value": value_mean}
+    k = config.every_k(state.num_groups) if callable(config.every_k) else config.every_k
+    seen = state.group_seen + 1
+    is_last = seen >= k
+    new = AccumulateState(
+        group_seen=jnp.where(is_last, 0, seen),
+        group_kept=jnp.where(is_last, 0, kept),
+        num_groups=increment(state.num_groups, is_last),
+        num_micro_batches=increment(state.num_micro_batches, True),
+        num_dropped=increment(state.num_dropped, is_dropped),
+        drop_reason=jnp.where(
+            is_dropped, judged.skip_reason, jnp.int32(SkipReason.NONE)
+        ),
+        value_mean=value_mean,
+        grad_mean=_mean_with(updates, state.grad_mean, kept, is_dropped),
+        guard_state=_records_of(is_last & (kept == 0), judged, state.guard_state),
+    )
+    return _Gathered(is_last & (kept > 0), new, extra_args)
+
+
+def _records_of(
+    is_lost: jax.Array, judged: GuardState, before: GuardState
+) -> GuardState:
+    """The guard's state before its step, or with the record of a lost group.
+
+    Without a good micro-batch there is no mean. The guard then keeps the record of the
+    last micro-batch. Its optimizer's state is neither touched nor chosen between.
+    """
+    inner_state = before.wrapped_state
+    records = select(
+        is_lost, judged._replace(wrapped_state=()), before._replace(wrapped_state=())
+    )
+    return records._replace(wrapped_state=inner_state)
+
+
+def _update(
+    config: _Config,
+    updates: optax.Updates,
+    state: AccumulateState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, AccumulateState]:
+    is_step, state, extra_args = _gather(config, updates, state, params, extra_args)
+
+    def take(grads: Any, guard_state: GuardState) -> tuple[Any, ...]:
+        return config.guard.update(grads, guard_state, params, **extra_args)
+
+    new_updates, guard_state = take_or_keep(
+        is_step,
+        take,
+        _as_gradients(state.grad_mean, updates, params),
+        (state.guard_state,),
+        use_cond=True,
+    )
+    return new_updates, state._replace(guard_state=guard_state)
+
+
+def _apply_gradients(
+    config: _Config,
+    params: optax.Params,
+    state: AccumulateState,
+    grads: optax.Updates,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Params, AccumulateState]:
+    is_step, state, extra_args = _gather(config, grads, state, params, extra_args)
+
+    def take(grads: Any, params: Any, guard_state: GuardState) -> tuple[Any, ...]:
+        return config.apply_gradients(params, guard_state, grads=grads, **extra_args)
+
+    new_params, guard_state = take_or_keep(
+        is_step,
+        take,
+        _as_gradients(state.grad_mean, grads, params),
+        (params, state.guard_state),
+        use_cond=True,
+    )
+    return new_params, state._replace(guard_state=guard_state)
 
 
 def _accumulator(leaf: Any) -> Any:
@@ -251,6 +281,19 @@ def _accumulator(leaf: Any) -> Any:
         return optax.MaskedNode()
     dtype = leaf.dtype if jnp.iscomplexobj(leaf) else accumulator_dtype([leaf])
     return jnp.zeros_like(leaf, dtype=dtype)
+
+
+def _mean_with(
+    updates: optax.Updates, mean: Any, num: jax.Array, is_dropped: jax.Array
+) -> Any:
+    """The mean gradient of ``num`` micro-batches, with these updates."""
+
+    def leaf(g: Any, old: Any) -> Any:
+        if not is_inexact(g):
+            return old
+        return _running_mean(old, g.astype(old.dtype), num, is_dropped)
+
+    return jax.tree.map(leaf, updates, mean)
 
 
 def _running_mean(

@@ -9,8 +9,9 @@ import optax
 
 from optax_guard._checks import check_leaves, check_transformation
 from optax_guard._guarding.accumulation import AccumulateState
-from optax_guard._guarding.guard import GuardState
-from optax_guard._transformation import part_of
+from optax_guard._guarding.state import GuardState
+from optax_guard._guarding.step import StepParts
+from optax_guard._transformation import parts_of
 from optax_guard._trees import first_difference, opt_state_of, outermost_states
 
 
@@ -52,8 +53,8 @@ def wrap_state(
     check_transformation("tx", tx)
     check_leaves("params", params)
     check_leaves("old_opt_state", old_opt_state)
-    around = part_of(tx, "wrap_state")
-    if around is None:
+    parts = parts_of(tx, StepParts)
+    if parts is None:
         raise TypeError(
             "`tx` must be a `guard`, or an `accumulate` around one, not inside of "
             f"another transformation, got {tx!r}."
@@ -70,7 +71,7 @@ def wrap_state(
             "`old_opt_state` must be the state of the optimizer inside of `tx`, for "
             f"these `params`: {difference}. {_advice(old_opt_state)}"
         )
-    return around(params, state)
+    return parts.wrap_state(params, state)
 
 
 def unwrap_state(opt_state: Any) -> Any:

@@ -1,65 +1,25 @@
 """The guard: a bad step changes nothing but the guard's own records."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_count, check_flag, check_part, check_state
+from optax_guard._checks import check_count, check_flag
 from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
-from optax_guard._clipping.parts import Measurement
-from optax_guard._guarding.judging import (
-    SkipLog,
-    as_rules,
-    check_shared,
-    checked_loss,
-    empty_log,
-    is_lost_in_rounding,
-    logged,
-    verdict,
-)
-from optax_guard._guarding.masking import counting_only, hide
-from optax_guard._guarding.step import cast_like, check_same_tree, take_or_keep
-from optax_guard._transformation import cached, part_of, transformation
-from optax_guard._trees import first_difference, increment, select
+from optax_guard._clipping.parts import ClipParts
+from optax_guard._guarding.judging import as_rules, judge_step
+from optax_guard._guarding.masking import counting_only
+from optax_guard._guarding.state import GuardConfig, GuardState, first_state
+from optax_guard._guarding.step import StepParts, check_same_tree, take_or_keep
+from optax_guard._transformation import cached, parts_of, transformation
+from optax_guard._trees import first_difference
 from optax_guard.skip import SkipReason, SkipRule
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
-
-
-class GuardState(NamedTuple):
-    """State of ``guard``.
-
-    Attributes:
-      num_skipped: int32[], steps skipped; 0 after ``init``.
-      skip_streak: int32[], steps skipped in a row up to the last; 0 after ``init``.
-      skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
-      guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
-        were all skipped; False after ``init`` and again after a step that is taken.
-      num_vanished: int32[], steps taken whose clipping has made the gradients' norm
-        smaller than a quarter of the parameters' machine epsilon times what it was
-        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes that
-        count: the coarsest): where the optimizer scales its updates with the gradients,
-        as SGD does, a parameter of that dtype then keeps its bits, unless its update
-        would have been larger than itself without the clip; 0 after ``init``.
-      skip_log: The last 16 skipped steps, a ``SkipLog``.
-      clip_state: State of the clip, with the norm's statistics.
-      rule_states: States of the skip rules, a tuple.
-      wrapped_state: State of the optimizer inside, as of the last step taken.
-    """
-
-    num_skipped: jax.Array
-    skip_streak: jax.Array
-    skip_reason: jax.Array
-    guard_exhausted: jax.Array
-    num_vanished: jax.Array
-    skip_log: SkipLog
-    clip_state: Any
-    rule_states: tuple[Any, ...]
-    wrapped_state: Any
 
 
 def guard(
@@ -142,6 +102,51 @@ def guard(
       >>> tx.update(grads, tx.init(grads))[1].clip_state.stats.grad_norm.item()
       5.0
     """
+    _check_inner(inner)
+    check_count("max_consecutive_skips", max_consecutive_skips)
+    check_flag("use_cond", use_cond)
+    parts = _clip_parts(clip)
+    config = GuardConfig(
+        inner=optax.with_extra_args_support(inner),
+        clip=parts if mask is True else counting_only(mask, parts),
+        is_clipping=clip is not None,
+        rules=as_rules(skip),
+        mask=mask,
+        max_consecutive_skips=max_consecutive_skips,
+        use_cond=use_cond,
+    )
+
+    def init(params: optax.Params) -> GuardState:
+        return first_state(config, params, config.inner.init(params))
+
+    @cached
+    def update(
+        updates: optax.Updates,
+        state: GuardState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GuardState]:
+        return _update(config, updates, state, params, extra_args)
+
+    @cached
+    def apply_gradients(
+        params: optax.Params,
+        state: GuardState,
+        *,
+        grads: optax.Updates,
+        **extra_args: Any,
+    ) -> tuple[optax.Params, GuardState]:
+        return _apply_gradients(config, params, state, grads, extra_args)
+
+    step_parts = StepParts(
+        apply_gradients,
+        wrap_state=functools.partial(first_state, config),
+        judge=functools.partial(judge_step, config),
+    )
+    return transformation(init, update, step_parts)
+
+
+def _check_inner(inner: Any) -> None:
     if not isinstance(inner, optax.GradientTransformation):
         advice = (
             " Call its `gradient_transformation()`."
@@ -152,190 +157,109 @@ def guard(
             "`inner` must be an optax transformation such as `optax.adamw(1e-3)`, got "
             f"{inner!r} of type {type(inner).__name__}.{advice}"
         )
-    inner = optax.with_extra_args_support(inner)
-    clip_init, measure, rescale = _clip_parts(clip)
-    if mask is not True:
-        clip_init, measure, rescale = counting_only(mask, clip_init, measure, rescale)
-    # Without a clip, `inner` may read the updates in the same pass as the guard, which
-    # it could not if it had to wait for the verdict.
-    hides_bad = clip is not None
-    rules = as_rules(skip)
-    check_count("max_consecutive_skips", max_consecutive_skips)
-    check_flag("use_cond", use_cond)
-
-    def start_rules() -> tuple[Any, ...]:
-        return tuple(rule.start() for rule in rules)
-
-    def step_inside(
-        updates: optax.Updates, inner_state: Any, params: Any, extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        try:
-            return inner.update(updates, inner_state, params, **extra_args)
-        except (AttributeError, TypeError, ValueError) as error:
-            # Looked for once it is too late: to trace `init` takes time.
-            like = updates if params is None else params
-            if jax.tree.structure(updates) != jax.tree.structure(like):
-                raise ValueError(
-                    "`updates` of `guard` must have the structure of `params`, "
-                    f"{jax.tree.structure(like)}, got {jax.tree.structure(updates)}."
-                ) from error
-            fitting = jax.eval_shape(inner.init, like)
-            if difference := first_difference(inner_state, fitting):
-                raise ValueError(
-                    "`state` of `guard` must be that of `inner` for these parameters: "
-                    f"{difference}."
-                ) from error
-            raise
-
-    def wrap_state(params: optax.Params, inner_state: Any) -> GuardState:
-        return GuardState(
-            num_skipped=jnp.zeros((), jnp.int32),
-            skip_streak=jnp.zeros((), jnp.int32),
-            skip_reason=jnp.zeros((), jnp.int32),
-            guard_exhausted=jnp.zeros((), jnp.bool_),
-            num_vanished=jnp.zeros((), jnp.int32),
-            skip_log=empty_log(),
-            clip_state=clip_init(params),
-            rule_states=start_rules(),
-            wrapped_state=inner_state,
-        )
-
-    def init(params: optax.Params) -> GuardState:
-        return wrap_state(params, inner.init(params))
-
-    def judge(
-        updates: optax.Updates,
-        state: GuardState,
-        params: optax.Params | None,
-        extra_args: dict[str, Any],
-    ) -> tuple[Measurement, GuardState]:
-        """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
-        check_state("guard", state, GuardState)
-        check_part("guard", "skip rules", state.rule_states, start_rules)
-        value = checked_loss(extra_args.get("value"))
-        measured, clip_state = measure(updates, state.clip_state, params, **extra_args)
-        check_shared(value, measured.norm.value)
-        reason, rule_states = verdict(
-            rules,
-            measured,
-            value,
-            state.rule_states,
-            state.skip_streak >= max_consecutive_skips,
-        )
-        is_skipped = reason != SkipReason.NONE
-        streak = jnp.where(is_skipped, increment(state.skip_streak, True), 0)
-        num_vanished = state.num_vanished
-        if clip is not None:  # What only watches makes nothing smaller.
-            like = updates if params is None else params
-            counted = like if mask is True else hide(mask, like)
-            has_vanished = is_lost_in_rounding(clip_state.stats, counted)
-            num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
-        # What the clip learns steers later steps, so a skipped step must not teach it;
-        # what it counts and shows is a record of every step.
-        clip_state = clip_state._replace(
-            threshold=select(
-                is_skipped, state.clip_state.threshold, clip_state.threshold
-            )
-        )
-        return measured, GuardState(
-            num_skipped=increment(state.num_skipped, is_skipped),
-            skip_streak=streak,
-            skip_reason=reason,
-            guard_exhausted=streak >= max_consecutive_skips,
-            num_vanished=num_vanished,
-            skip_log=logged(
-                state.skip_log,
-                measured,
-                value,
-                reason,
-                update=state.clip_state.stats.num_updates,
-                num_skipped=state.num_skipped,
-                num_leaves=len(jax.tree.leaves(updates)),
-            ),
-            clip_state=clip_state,
-            rule_states=rule_states,
-            wrapped_state=state.wrapped_state,
-        )
-
-    @cached
-    def update(
-        updates: optax.Updates,
-        state: GuardState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, GuardState]:
-        measured, state = judge(updates, state, params, extra_args)
-
-        def take(updates: optax.Updates, inner_state: Any) -> tuple[Any, Any]:
-            clipped = rescale(updates, measured)
-            return step_inside(clipped, inner_state, params, extra_args)
-
-        def keep(like: Any, updates: optax.Updates, inner_state: Any) -> Any:
-            del updates
-            zeros = jax.tree.map(jnp.zeros_like, like[0])
-            return zeros, cast_like(inner_state, like[1])
-
-        new_updates, new_inner_state = take_or_keep(
-            state.skip_reason == SkipReason.NONE,
-            take,
-            keep,
-            updates,
-            state.wrapped_state,
-            hides_bad=hides_bad,
-            use_cond=use_cond,
-        )
-        return new_updates, state._replace(wrapped_state=new_inner_state)
-
-    @cached
-    def apply_gradients(
-        params: optax.Params, state: GuardState, grads: optax.Updates, **extra_args: Any
-    ) -> tuple[optax.Params, GuardState]:
-        measured, state = judge(grads, state, params, extra_args)
-        check_same_tree(params, grads)
-
-        def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, Any]:
-            clipped = rescale(grads, measured)
-            updates, inner_state = step_inside(clipped, inner_state, params, extra_args)
-            return optax.apply_updates(params, updates), inner_state
-
-        def keep(like: Any, grads: Any, params: Any, inner_state: Any) -> Any:
-            del grads
-            return cast_like((params, inner_state), like)
-
-        new_params, new_inner_state = take_or_keep(
-            state.skip_reason == SkipReason.NONE,
-            take,
-            keep,
-            grads,
-            params,
-            state.wrapped_state,
-            hides_bad=hides_bad,
-            use_cond=use_cond,
-        )
-        return new_params, state._replace(wrapped_state=new_inner_state)
-
-    return transformation(
-        init,
-        update,
-        apply_gradients=apply_gradients,
-        judge=judge,
-        wrap_state=wrap_state,
-    )
 
 
-def _clip_parts(clip: Any) -> tuple[Callable[..., Any], ...]:
-    """``init``, ``measure`` and ``rescale`` of what was given as ``clip=``."""
+def _clip_parts(clip: Any) -> ClipParts:
+    """The parts of the clip that was given as ``clip=``."""
     if clip is None:
         tx = record_norm()
     elif isinstance(clip, optax.GradientTransformation):
         tx = clip
     else:
         tx = clip_by_global_norm(as_threshold("clip", clip))
-    measure, rescale = part_of(tx, "measure"), part_of(tx, "rescale")
-    if measure is None or rescale is None:
+    parts = parts_of(tx, ClipParts)
+    if parts is None:
         raise TypeError(
             "`clip` must be a number, a schedule, a threshold or one of this library's "
             "own clips, got another transformation. Put that one inside: "
             "`guard(optax.chain(clip, optimizer))`; the guard then only measures."
         )
-    return tx.init, measure, rescale
+    return parts
+
+
+def _update(
+    config: GuardConfig,
+    updates: optax.Updates,
+    state: GuardState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, GuardState]:
+    measured, state = judge_step(config, updates, state, params, extra_args)
+
+    def take(updates: optax.Updates, inner_state: Any) -> tuple[Any, ...]:
+        clipped = config.clip.rescale(updates, measured)
+        return _step_inside(config, clipped, inner_state, params, extra_args)
+
+    new_updates, inner_state = _guarded(
+        config, state, take, updates, (state.wrapped_state,)
+    )
+    return new_updates, state._replace(wrapped_state=inner_state)
+
+
+def _apply_gradients(
+    config: GuardConfig,
+    params: optax.Params,
+    state: GuardState,
+    grads: optax.Updates,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Params, GuardState]:
+    measured, state = judge_step(config, grads, state, params, extra_args)
+    check_same_tree(params, grads)
+
+    def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, ...]:
+        clipped = config.clip.rescale(grads, measured)
+        updates, inner_state = _step_inside(
+            config, clipped, inner_state, params, extra_args
+        )
+        return optax.apply_updates(params, updates), inner_state
+
+    new_params, inner_state = _guarded(
+        config, state, take, grads, (params, state.wrapped_state)
+    )
+    return new_params, state._replace(wrapped_state=inner_state)
+
+
+def _guarded(
+    config: GuardConfig,
+    state: GuardState,
+    take: Callable[..., tuple[Any, ...]],
+    grads: optax.Updates,
+    kept: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    return take_or_keep(
+        state.skip_reason == SkipReason.NONE,
+        take,
+        grads,
+        kept,
+        # Without a clip, `inner` may read the gradients in the same pass as the guard.
+        # It could not if it had to wait for the verdict.
+        hides_bad=config.is_clipping,
+        use_cond=config.use_cond,
+    )
+
+
+def _step_inside(
+    config: GuardConfig,
+    updates: optax.Updates,
+    inner_state: optax.OptState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+    """A step of the optimizer; its errors say whether its state fits."""
+    try:
+        return config.inner.update(updates, inner_state, params, **extra_args)
+    except (AttributeError, TypeError, ValueError) as error:
+        # Checked only after a failure, because it takes time to trace `init`.
+        like = updates if params is None else params
+        if jax.tree.structure(updates) != jax.tree.structure(like):
+            raise ValueError(
+                "`updates` of `guard` must have the structure of `params`, "
+                f"{jax.tree.structure(like)}, got {jax.tree.structure(updates)}."
+            ) from error
+        fitting = jax.eval_shape(config.inner.init, like)
+        if difference := first_difference(inner_state, fitting):
+            raise ValueError(
+                "`state` of `guard` must be that of `inner` for these parameters: "
+                f"{difference}."
+            ) from error
+        raise

@@ -1,16 +1,19 @@
-"""What a guard decides about a step, by what was measured of it."""
+"""The guard's verdict on a step, from the measurements of its gradients."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from optax_guard._checks import check_number
+from optax_guard._checks import check_number, check_part, check_state
 from optax_guard._clipping.parts import Measurement
+from optax_guard._guarding.masking import hide
+from optax_guard._guarding.state import GuardConfig, GuardState, logged, start_rules
 from optax_guard._norms.mesh_axes import varying_axes
 from optax_guard._norms.statistics import NormStats, as_float32
-from optax_guard._trees import dtype_of, is_inexact, select
+from optax_guard._trees import dtype_of, increment, is_inexact, select
 from optax_guard.skip import Signals, SkipReason, SkipRule
 
 
@@ -86,73 +89,57 @@ def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
     return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
 
 
-LOG_LENGTH = 16
-
-
-class SkipLog(NamedTuple):
-    """The last 16 skipped steps, in a ring: entry ``i`` is skipped step ``i mod 16``.
-
-    Attributes:
-      skipped_update: int32[16], index of the step among all that the guard has seen,
-        from 0; -1 after ``init``.
-      skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
-      skipped_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
-        ``init``.
-      skipped_reason: int32[16], a ``SkipReason``; 0 after ``init``.
-      skipped_leaf: int32[16], index among the leaves of its gradients of the first
-        whose norm is not finite, -1 if there was none; -1 after ``init``.
-      skipped_num_leaves: int32[16], how many leaves its gradients had; 0 after
-        ``init``.
-    """
-
-    skipped_update: jax.Array
-    skipped_norm: jax.Array
-    skipped_value: jax.Array
-    skipped_reason: jax.Array
-    skipped_leaf: jax.Array
-    skipped_num_leaves: jax.Array
-
-
-def empty_log() -> SkipLog:
-    """The log after ``init``."""
-    return SkipLog(
-        skipped_update=jnp.full(LOG_LENGTH, -1, jnp.int32),
-        skipped_norm=jnp.zeros(LOG_LENGTH, jnp.float32),
-        skipped_value=jnp.zeros(LOG_LENGTH, jnp.float32),
-        skipped_reason=jnp.zeros(LOG_LENGTH, jnp.int32),
-        skipped_leaf=jnp.full(LOG_LENGTH, -1, jnp.int32),
-        skipped_num_leaves=jnp.zeros(LOG_LENGTH, jnp.int32),
+def judge_step(
+    config: GuardConfig,
+    updates: optax.Updates,
+    state: GuardState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[Measurement, GuardState]:
+    """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
+    check_state("guard", state, GuardState)
+    check_part(
+        "guard", "skip rules", state.rule_states, lambda: start_rules(config.rules)
     )
-
-
-def logged(
-    log: SkipLog,
-    measured: Measurement,
-    value: jax.Array | None,
-    reason: jax.Array,
-    *,
-    update: jax.Array,
-    num_skipped: jax.Array,
-    num_leaves: int,
-) -> SkipLog:
-    """The log with this step in it, if there is a reason to skip it.
-
-    Args:
-      log: The log before.
-      measured: What the clip measured.
-      value: The loss, if it was given.
-      reason: int32[], 0 if the step is taken.
-      update: int32[], index of the step.
-      num_skipped: int32[], steps skipped before it.
-      num_leaves: How many leaves the gradients have.
-    """
-    entry = SkipLog(
-        skipped_update=update,
-        skipped_norm=as_float32(measured.norm.value),
-        skipped_value=as_float32(jnp.array(jnp.nan) if value is None else value),
-        skipped_reason=reason,
-        skipped_leaf=measured.norm.bad_leaf,
-        skipped_num_leaves=jnp.int32(num_leaves),
+    value = checked_loss(extra_args.get("value"))
+    measured, clip_state = config.clip.measure(
+        updates, state.clip_state, params, **extra_args
     )
-    slot = jnp.arange(LOG_LENGTH, dtype=jnp.int32) == num_skipped % LOG_LENGTH
-    return select(slot & (reason != SkipReason.NONE), entry, log)
+    check_shared(value, measured.norm.value)
+    reason, rule_states = verdict(
+        config.rules,
+        measured,
+        value,
+        state.rule_states,
+        state.skip_streak >= config.max_consecutive_skips,
+    )
+    is_skipped = reason != SkipReason.NONE
+    streak = jnp.where(is_skipped, increment(state.skip_streak, True), 0)
+    num_vanished = state.num_vanished
+    if config.is_clipping:  # A clip that only measures makes nothing smaller.
+        like = updates if params is None else params
+        counted = like if config.mask is True else hide(config.mask, like)
+        has_vanished = is_lost_in_rounding(clip_state.stats, counted)
+        num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
+    # The threshold steers later steps, so it must not learn from a skipped step. The
+    # statistics are a record of every step.
+    threshold = select(is_skipped, state.clip_state.threshold, clip_state.threshold)
+    return measured, GuardState(
+        num_skipped=increment(state.num_skipped, is_skipped),
+        skip_streak=streak,
+        skip_reason=reason,
+        guard_exhausted=streak >= config.max_consecutive_skips,
+        num_vanished=num_vanished,
+        skip_log=logged(
+            state.skip_log,
+            measured,
+            value,
+            reason,
+            update=state.clip_state.stats.num_updates,
+            num_skipped=state.num_skipped,
+            num_leaves=len(jax.tree.leaves(updates)),
+        ),
+        clip_state=clip_state._replace(threshold=threshold),
+        rule_states=rule_states,
+        wrapped_state=state.wrapped_state,
+    )

@@ -1,43 +1,46 @@
-"""Clips that leave some leaves out: of the norm, of the verdict and of clipping."""
+"""Clips that leave out some leaves: of the norm, of the verdict and of clipping."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import optax
+
+from optax_guard._clipping.parts import ClipParts, Measurement
+
+# A tree of bools, a tree prefix of the parameters; or a function that returns one.
+Mask = Any
 
 
-def counting_only(
-    mask: Any,
-    init: Callable[..., Any],
-    measure: Callable[..., Any],
-    rescale: Callable[..., Any],
-) -> tuple[Callable[..., Any], ...]:
-    """The three parts of a clip, for the leaves where ``mask`` is true."""
+def counting_only(mask: Mask, parts: ClipParts) -> ClipParts:
+    """The parts of a clip, for the leaves where ``mask`` is true."""
 
-    def init_counted(params: Any) -> Any:
-        return init(hide(mask, params))
+    def init(params: optax.Params) -> Any:
+        return parts.init(hide(mask, params))
 
-    def measure_counted(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> Any:
+    def measure(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[Measurement, Any]:
         params = None if params is None else hide(mask, params)
-        return measure(hide(mask, updates), state, params, **extra_args)
+        return parts.measure(hide(mask, updates), state, params, **extra_args)
 
-    def rescale_counted(updates: Any, measured: Any) -> Any:
-        rescaled = jax.tree.leaves(rescale(hide(mask, updates), measured))
+    def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
+        rescaled = jax.tree.leaves(parts.rescale(hide(mask, updates), measured))
         leaves, structure = jax.tree.flatten(updates)
         counts = _counts(mask, updates)
         chosen = zip(counts, rescaled, leaves, strict=True)
         return structure.unflatten([new if c else old for c, new, old in chosen])
 
-    return init_counted, measure_counted, rescale_counted
+    return ClipParts(init, measure, rescale)
 
 
-def hide(mask: Any, tree: Any) -> Any:
-    """The tree with something that is not floating in place of what does not count.
+def hide(mask: Mask, tree: Any) -> Any:
+    """The tree, with a leaf that is not floating in place of each that does not count.
 
-    All other leaves keep their index, and settings that are trees still fit.
+    The other leaves keep their index, and settings that are trees still fit.
     """
     leaves, structure = jax.tree.flatten(tree)
     hidden = [
@@ -47,7 +50,7 @@ def hide(mask: Any, tree: Any) -> Any:
     return structure.unflatten(hidden)
 
 
-def _counts(mask: Any, tree: Any) -> list[bool]:
+def _counts(mask: Mask, tree: Any) -> list[bool]:
     """For each leaf whether it counts."""
     found = mask(tree) if callable(mask) else mask
     try:

@@ -12,8 +12,7 @@ from optax_guard._clipping.groups import ClipByGroupNormState, ClipByLeafNormSta
 from optax_guard._clipping.units import ClipByUnitNormState
 from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
-from optax_guard._guarding.guard import GuardState
-from optax_guard._guarding.judging import LOG_LENGTH
+from optax_guard._guarding.state import LOG_LENGTH, GuardState
 from optax_guard._norms.tree_norm import leaves_of_part
 from optax_guard._trees import find_states, only_state, path_names
 from optax_guard.skip import SkipReason

@@ -1,7 +1,7 @@
-"""Taking a step or keeping what was: a branch where it is free, else a mask."""
+"""One guarded step: a branch where a branch is free, else a mask."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,50 +9,79 @@ import optax
 from jax import lax
 
 from optax_guard._checks import check_leaves, check_transformation
-from optax_guard._transformation import part_of
+from optax_guard._transformation import parts_of
 from optax_guard._trees import map_inexact, select
+
+
+class StepParts(NamedTuple):
+    """The parts of a guard and of an accumulation, as ``update.parts``.
+
+    Attributes:
+      apply_gradients: ``apply_gradients(params, state, *, grads, **extra_args)`` gives
+        new parameters and the new state.
+      wrap_state: ``wrap_state(params, inner_state)`` gives the first state around the
+        state of the optimizer inside.
+      judge: Of a guard: ``judge(updates, state, params, extra_args)`` gives a
+        ``Measurement`` and the state with the verdict. ``None`` for an accumulation.
+    """
+
+    apply_gradients: Callable[..., tuple[optax.Params, Any]]
+    wrap_state: Callable[[optax.Params, Any], Any]
+    judge: Callable[..., tuple[Any, Any]] | None = None
 
 
 def take_or_keep(
     is_taken: jax.Array,
-    take: Callable[..., Any],
-    keep: Callable[..., Any],
-    *operands: Any,
+    take: Callable[..., tuple[Any, ...]],
+    grads: Any,
+    kept: tuple[Any, ...],
+    *,
     hides_bad: bool = False,
     use_cond: bool = False,
-) -> Any:
-    """``take(*operands)`` where ``is_taken``, else ``keep``.
+) -> tuple[Any, ...]:
+    """``take(grads, *kept)`` where ``is_taken``, else ``kept``.
 
-    On CPU a masked result is a second copy of everything, and a branch is free; on TPU
-    and GPU the mask fuses into the optimizer and a branch is what costs. There,
-    ``hides_bad`` makes the first operand zeros where ``take`` does not count. With
-    ``use_cond`` it is a branch everywhere.
+    On CPU a masked result is a second copy of everything, and a branch is free. On TPU
+    and GPU the mask fuses into the optimizer, and a branch costs.
+
+    Args:
+      is_taken: bool[].
+      take: The step. Its last results are the trees of ``kept`` after the step. If a
+        step is not taken, results before those are zeros.
+      grads: The gradients.
+      kept: The trees before the step.
+      hides_bad: Whether ``take`` sees zeros for gradients where its result is masked.
+      use_cond: Whether to branch on every platform.
     """
     # Under jit it is traced once for its shapes and for both platforms.
     take = jax.jit(take, inline=True)
-    like = jax.eval_shape(take, *operands)
+    like = jax.eval_shape(take, grads, *kept)
 
-    def branch(*operands: Any) -> Any:
-        return lax.switch(
-            is_taken.astype(jnp.int32), [lambda *x: keep(like, *x), take], *operands
-        )
+    def keep(grads: Any, *kept: Any) -> tuple[Any, ...]:
+        del grads
+        first = len(like) - len(kept)
+        zeros = jax.tree.map(jnp.zeros_like, like[:first])
+        return (*zeros, *map(cast_like, kept, like[first:]))
 
-    def mask(updates: Any, *others: Any) -> Any:
-        seen = updates
-        if hides_bad:
-            # What is masked out must not have been NaN: its derivative is 0 * NaN.
-            seen = map_inexact(
-                lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), seen
-            )
-        return select(is_taken, take(seen, *others), keep(like, updates, *others))
+    def branch(grads: Any, *kept: Any) -> tuple[Any, ...]:
+        return lax.switch(is_taken.astype(jnp.int32), [keep, take], grads, *kept)
+
+    def mask(grads: Any, *kept: Any) -> tuple[Any, ...]:
+        # A masked result must not have been NaN: its derivative would be 0 * NaN.
+        seen = _zeros_unless(is_taken, grads) if hides_bad else grads
+        return select(is_taken, take(seen, *kept), keep(grads, *kept))
 
     if use_cond:
-        return branch(*operands)
-    return lax.platform_dependent(*operands, cpu=branch, default=mask)
+        return branch(grads, *kept)
+    return lax.platform_dependent(grads, *kept, cpu=branch, default=mask)
+
+
+def _zeros_unless(condition: jax.Array, tree: Any) -> Any:
+    return map_inexact(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
-    """``tree`` with the dtypes of ``like``, as both sides of a choice must have."""
+    """``tree`` with the dtypes of ``like``, for both sides of a choice must agree."""
     if jax.tree.structure(tree) != jax.tree.structure(like):
         raise ValueError(
             "`inner` must not change the structure of its state in `update`, but "
@@ -114,10 +143,10 @@ def apply_gradients(
     check_transformation("tx", tx)
     check_leaves("params", params)
     check_leaves("grads", grads)
-    whole_step = part_of(tx, "apply_gradients")
-    if whole_step is not None:
+    parts = parts_of(tx, StepParts)
+    if parts is not None:
         check_leaves("opt_state", opt_state)
-        return whole_step(params, opt_state, grads=grads, **extra_args)
+        return parts.apply_gradients(params, opt_state, grads=grads, **extra_args)
     check_same_tree(params, grads)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._guarding.accumulation import AccumulateState
-from optax_guard._guarding.guard import GuardState
-from optax_guard._guarding.step import cast_like, take_or_keep
+from optax_guard._guarding.state import GuardState
+from optax_guard._guarding.step import take_or_keep
 from optax_guard._trees import outermost_states
 from optax_guard.skip import SkipReason
 
@@ -51,13 +51,9 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
             f"{jax.tree.structure(new)} and {jax.tree.structure(old)}."
         )
     new, old = jax.tree.map(jnp.asarray, (new, old))
-    return take_or_keep(
-        functools.reduce(jnp.maximum, reasons) == SkipReason.NONE,
-        lambda new, old: new,
-        lambda like, new, old: cast_like(old, like),
-        new,
-        old,
-    )
+    is_taken = functools.reduce(jnp.maximum, reasons) == SkipReason.NONE
+    [chosen] = take_or_keep(is_taken, lambda new, old: (new,), new, (old,))
+    return chosen
 
 
 def last_reasons(tree: Any) -> list[jax.Array]:

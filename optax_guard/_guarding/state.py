@@ -1,0 +1,161 @@
+"""The guard's configuration, its state and its log."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_guard._clipping.parts import ClipParts, Measurement
+from optax_guard._guarding.masking import Mask
+from optax_guard._norms.statistics import as_float32
+from optax_guard._trees import select
+from optax_guard.skip import SkipReason, SkipRule
+
+LOG_LENGTH = 16
+
+
+class SkipLog(NamedTuple):
+    """The last 16 skipped steps, in a ring: entry ``i`` is skipped step ``i mod 16``.
+
+    Attributes:
+      skipped_update: int32[16], index of the step among all that the guard has seen,
+        from 0; -1 after ``init``.
+      skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
+      skipped_value: float32[16], its loss, NaN if ``value=`` was not given; 0 after
+        ``init``.
+      skipped_reason: int32[16], a ``SkipReason``; 0 after ``init``.
+      skipped_leaf: int32[16], index among the leaves of its gradients of the first
+        whose norm is not finite, -1 if there was none; -1 after ``init``.
+      skipped_num_leaves: int32[16], how many leaves its gradients had; 0 after
+        ``init``.
+    """
+
+    skipped_update: jax.Array
+    skipped_norm: jax.Array
+    skipped_value: jax.Array
+    skipped_reason: jax.Array
+    skipped_leaf: jax.Array
+    skipped_num_leaves: jax.Array
+
+
+class GuardState(NamedTuple):
+    """State of ``guard``.
+
+    Attributes:
+      num_skipped: int32[], steps skipped; 0 after ``init``.
+      skip_streak: int32[], steps skipped in a row up to the last; 0 after ``init``.
+      skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
+      guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
+        were all skipped; False after ``init`` and again after a step that is taken.
+      num_vanished: int32[], steps taken whose clipping has made the gradients' norm
+        smaller than a quarter of the parameters' machine epsilon times what it was
+        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes that
+        count: the coarsest): where the optimizer scales its updates with the gradients,
+        as SGD does, a parameter of that dtype then keeps its bits, unless its update
+        would have been larger than itself without the clip; 0 after ``init``.
+      skip_log: The last 16 skipped steps, a ``SkipLog``.
+      clip_state: State of the clip, with the norm's statistics.
+      rule_states: States of the skip rules, a tuple.
+      wrapped_state: State of the optimizer inside, as of the last step taken.
+    """
+
+    num_skipped: jax.Array
+    skip_streak: jax.Array
+    skip_reason: jax.Array
+    guard_exhausted: jax.Array
+    num_vanished: jax.Array
+    skip_log: SkipLog
+    clip_state: Any
+    rule_states: tuple[Any, ...]
+    wrapped_state: Any
+
+
+class GuardConfig(NamedTuple):
+    """The arguments of ``guard``, checked.
+
+    Attributes:
+      inner: The optimizer.
+      clip: The parts of the clip, for the leaves that count.
+      is_clipping: Whether a clip was given; otherwise ``clip`` only measures.
+      rules: The skip rules.
+      mask: ``True``, or the leaves that count.
+      max_consecutive_skips: Steps in a row that rules may skip.
+      use_cond: Whether to branch on every platform.
+    """
+
+    inner: optax.GradientTransformationExtraArgs
+    clip: ClipParts
+    is_clipping: bool
+    rules: tuple[SkipRule, ...]
+    mask: Mask
+    max_consecutive_skips: ArrayLike
+    use_cond: bool
+
+
+def start_rules(rules: tuple[SkipRule, ...]) -> tuple[Any, ...]:
+    """The states of the rules after ``init``."""
+    return tuple(rule.start() for rule in rules)
+
+
+def first_state(
+    config: GuardConfig, params: optax.Params, inner_state: optax.OptState
+) -> GuardState:
+    """The state after ``init``, around the state of the optimizer."""
+    return GuardState(
+        num_skipped=jnp.zeros((), jnp.int32),
+        skip_streak=jnp.zeros((), jnp.int32),
+        skip_reason=jnp.zeros((), jnp.int32),
+        guard_exhausted=jnp.zeros((), jnp.bool_),
+        num_vanished=jnp.zeros((), jnp.int32),
+        skip_log=empty_log(),
+        clip_state=config.clip.init(params),
+        rule_states=start_rules(config.rules),
+        wrapped_state=inner_state,
+    )
+
+
+def empty_log() -> SkipLog:
+    """The log after ``init``."""
+    return SkipLog(
+        skipped_update=jnp.full(LOG_LENGTH, -1, jnp.int32),
+        skipped_norm=jnp.zeros(LOG_LENGTH, jnp.float32),
+        skipped_value=jnp.zeros(LOG_LENGTH, jnp.float32),
+        skipped_reason=jnp.zeros(LOG_LENGTH, jnp.int32),
+        skipped_leaf=jnp.full(LOG_LENGTH, -1, jnp.int32),
+        skipped_num_leaves=jnp.zeros(LOG_LENGTH, jnp.int32),
+    )
+
+
+def logged(
+    log: SkipLog,
+    measured: Measurement,
+    value: jax.Array | None,
+    reason: jax.Array,
+    *,
+    update: jax.Array,
+    num_skipped: jax.Array,
+    num_leaves: int,
+) -> SkipLog:
+    """The log with this step in it, if there is a reason to skip it.
+
+    Args:
+      log: The log before.
+      measured: What the clip measured.
+      value: The loss, if it was given.
+      reason: int32[], 0 if the step is taken.
+      update: int32[], index of the step.
+      num_skipped: int32[], steps skipped before it.
+      num_leaves: How many leaves the gradients have.
+    """
+    entry = SkipLog(
+        skipped_update=update,
+        skipped_norm=as_float32(measured.norm.value),
+        skipped_value=as_float32(jnp.array(jnp.nan) if value is None else value),
+        skipped_reason=reason,
+        skipped_leaf=measured.norm.bad_leaf,
+        skipped_num_leaves=jnp.int32(num_leaves),
+    )
+    slot = jnp.arange(LOG_LENGTH, dtype=jnp.int32) == num_skipped % LOG_LENGTH
+    return select(slot & (reason != SkipReason.NONE), entry, log)
