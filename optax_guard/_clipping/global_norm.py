@@ -30,7 +30,7 @@ class ClipByNormState(NamedTuple):
     """State of ``clip_by_global_norm``.
 
     Attributes:
-      stats: What was seen of the norm, a ``NormStats``.
+      stats: Statistics of the norm, a ``NormStats``.
       threshold: The threshold's own state; () for a constant.
     """
 
@@ -42,7 +42,7 @@ class RecordNormState(NamedTuple):
     """State of ``record_norm``.
 
     Attributes:
-      stats: What was seen of the norm, a ``NormStats``.
+      stats: Statistics of the norm, a ``NormStats``.
       threshold: Always ().
     """
 
@@ -62,9 +62,9 @@ def clip_by_global_norm(
     Bounds the length of a step and keeps its direction: updates :math:`g` with
     :math:`\|g\| > c` become :math:`g \, c / \|g\|`, all others come back bit for bit.
     The norm is over all floating entries of the tree, in float32 (float64 if a leaf
-    is), right from entries of 1e-25 to a norm of 3e38. Leaves that are not floating do
-    not count and are left alone. Non-finite updates pass unscaled and are counted:
-    skipping them is the work of ``guard``.
+    is). It is right from entries of 1e-25 to a norm of 3e38. Leaves that are not
+    floating do not count and are left alone. Non-finite updates pass unscaled and are
+    counted; ``guard`` skips them.
 
     Args:
       max_norm: Largest norm :math:`c` that passes unchanged, in units of the gradient;
@@ -73,21 +73,20 @@ def clip_by_global_norm(
         number of finite updates before this one (in a guard: of updates taken).
       ord: Which norm: ``None`` for the Euclidean; 1, 2, ``inf`` or any positive
         number. Other than 1, 2 and ``inf`` cost a second read of the updates.
-      axis_name: How the updates are split over devices in manual SPMD, that is under
-        ``jax.shard_map`` or ``jax.pmap``; not for arrays sharded under ``jax.jit``. A
-        mesh axis or several, for all leaves. Or, for leaves that differ (experts,
-        tensor parallelism), the tree of ``PartitionSpec`` that is in ``in_specs`` of
+      axis_name: The mesh axes over which the updates are split in manual SPMD, that is
+        under ``jax.shard_map`` or ``jax.pmap``. Arrays sharded under ``jax.jit`` need
+        none. Give one axis or several for all leaves. If leaves differ (experts, tensor
+        parallelism), give the tree of ``PartitionSpec`` that is in ``in_specs`` of
         ``shard_map``, or a function from the path of a leaf to its spec, its axes or
-        ``None``: each leaf is added up over its own axes and counts once on all
-        others, with an all-reduce for each distinct set of axes. With names for all,
-        a leaf counts once that does not vary over an axis by its type, which
-        ``shard_map`` tells unless ``check_vma=False``. Where it tells, an axis that is
-        left out is an error, not a norm of the device's own part. ``()`` says that
-        each device is to go its own way. ``optax.inject_hyperparams`` takes a function
-        for a schedule, unless told ``static_args="axis_name"``.
-      nonfinite: ``"propagate"`` or ``"zero"``: what becomes of updates with a NaN or
-        infinite entry. Note that momentum and weight decay move parameters on zeros
-        too.
+        ``None``. Each leaf is then added up over its own axes and counts once on all
+        others, with an all-reduce for each distinct set of axes. With names for all
+        leaves, a replicated leaf counts once: ``shard_map`` tells by its type, unless
+        ``check_vma=False``. Then it is also an error to leave out an axis. With ``()``
+        each device clips its own part. ``optax.inject_hyperparams`` takes a function
+        for a schedule: name it by ``static_args="axis_name"``.
+      nonfinite: ``"propagate"`` passes updates with a NaN or infinite entry on;
+        ``"zero"`` makes zeros of them. Note that momentum and weight decay move
+        parameters on zeros too.
 
     Returns:
       A transformation whose state is a ``ClipByNormState``. Post-clipping norms exceed
@@ -159,8 +158,8 @@ def clip_by_global_norm(
 def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
     """Records the global norm of updates and changes nothing.
 
-    For watching a run before choosing a threshold, and for the norm at a second place
-    of a chain, such as the optimizer's output.
+    Use it to watch a run before you choose a threshold, or to record the norm at a
+    second place of a chain, such as the optimizer's output.
 
     Args:
       axis_name: As for ``clip_by_global_norm``.

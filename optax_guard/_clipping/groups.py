@@ -45,10 +45,10 @@ class ClipByLeafNormState(NamedTuple):
     """State of ``clip_by_leaf_norm``.
 
     Attributes:
-      stats: What was seen of the global norm, a ``NormStats``. Its ``clip_threshold``
-        is the global norm at which the last updates, made longer or shorter as a
-        whole, would just not have been clipped.
-      group_stats: What was seen of the norm of each leaf, a ``GroupStats``.
+      stats: Statistics of the global norm, a ``NormStats``. Its ``clip_threshold`` is
+        the largest global norm at which the last updates, scaled as a whole, would not
+        have been clipped.
+      group_stats: Statistics of the norm of each leaf, a ``GroupStats``.
       threshold: The threshold's own state, for all leaves; () for a constant.
     """
 
@@ -61,8 +61,8 @@ class ClipByGroupNormState(NamedTuple):
     """State of ``clip_by_group_norm``.
 
     Attributes:
-      stats: What was seen of the global norm, as in ``ClipByLeafNormState``.
-      group_stats: What was seen of the norm of each group, a ``GroupStats``.
+      stats: Statistics of the global norm, as in ``ClipByLeafNormState``.
+      group_stats: Statistics of the norm of each group, a ``GroupStats``.
       threshold: For each label its threshold's own state; () for a constant.
     """
 
@@ -83,18 +83,19 @@ def clip_by_leaf_norm(
     A leaf :math:`g_i` with :math:`\|g_i\| > c_i` becomes
     :math:`g_i \, c_i / \|g_i\|`; all others come back bit for bit. One tensor that
     explodes does not shrink the steps of the others, but the direction of the whole
-    step changes, unlike with ``clip_by_global_norm``. A threshold that adapts does so
-    for each leaf. Norms are right as those of ``clip_by_global_norm`` are; a leaf that
-    is not finite passes unscaled and is counted.
+    step changes, unlike with ``clip_by_global_norm``. A threshold that adapts has a
+    state for each leaf. Norms are as exact as those of ``clip_by_global_norm``. A leaf
+    that is not finite passes unscaled and is counted.
 
     Args:
       max_norm: As for ``clip_by_global_norm``. With ``threshold.quantile`` the state
         has a sketch for every leaf, 23 kB each by default.
       layer_axis: The axis of stacked leaves along which layers lie, as ``nn.scan``
-        makes them: each layer is clipped by its own norm. A number for all leaves, or a
-        function from the path of a leaf (``"blocks/mlp/kernel"``) to its axis, ``None``
-        where it is not stacked. ``optax.inject_hyperparams`` takes a function for a
-        schedule and traces a number, unless told ``static_args="layer_axis"``.
+        makes them. Each layer is then clipped by its own norm. It is a number for all
+        leaves, or a function from the path of a leaf (``"blocks/mlp/kernel"``) to its
+        axis, or to ``None`` if the leaf is not stacked. ``optax.inject_hyperparams``
+        takes a function for a schedule and traces a number: name it by
+        ``static_args="layer_axis"``.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
       axis_name: As for ``clip_by_global_norm``. Layers that lie on different devices
@@ -102,7 +103,7 @@ def clip_by_leaf_norm(
 
     Returns:
       A transformation whose state is a ``ClipByLeafNormState``. ``leaf_norms(state)``
-      gives the norms by path. To only watch, let ``max_norm`` be infinite.
+      gives the norms by path. To only watch, set ``max_norm`` to infinity.
 
     Raises:
       ValueError: If ``max_norm`` is a Python number and not positive, or ``layer_axis``
@@ -146,8 +147,8 @@ def clip_by_group_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips groups of leaves, each by its own norm and with its own threshold.
 
-    Groups are made by labels, as in ``optax.partition``. Whatever holds for a leaf in
-    ``clip_by_leaf_norm`` holds here for a group.
+    Labels make the groups, as in ``optax.partition``. A group here is treated like a
+    leaf in ``clip_by_leaf_norm``.
 
     Args:
       max_norms: For each label a threshold: a positive number (infinite to only watch

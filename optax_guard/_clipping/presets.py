@@ -33,13 +33,13 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips updates by their global norm as ZClip does.
 
-    A norm more than ``z_thresh`` deviations above the running mean is clipped to the
-    mean plus ``z_thresh / z`` times as many, with ``z`` its own z-score. Decisions and
-    statistics are those of the authors' code, with three differences: non-finite and
-    zero norms do not enter the statistics, where there one NaN turns clipping off for
-    good; norms are right in every dtype; ``max_norm`` is off by default, there 1. What
-    is theirs, too: after a lasting rise, or norms without variance, it clips to about
-    the old mean for good. ``clip_by_global_norm(threshold.zscore())`` recovers.
+    A norm with a z-score ``z`` above ``z_thresh`` is clipped to ``z_thresh**2 / z``
+    deviations above the running mean. Decisions and statistics are those of the
+    authors' code, with three differences. Non-finite and zero norms do not enter the
+    statistics; in their code one NaN turns clipping off for good. Norms are right in
+    every dtype. ``max_norm`` is off by default; theirs is 1. Like theirs, after a
+    lasting rise, or norms without variance, it clips to about the old mean for good.
+    ``clip_by_global_norm(threshold.zscore())`` recovers.
 
     Args:
       clip_option: ``"adaptive_scaling"``, or ``"mean"`` to clip to the running mean.
@@ -50,8 +50,8 @@ def zclip(
       warmup_steps: How many norms make up the first mean and variance.
       mode: ``"zscore"``, or ``"percentile"`` to clip to ``z_thresh`` deviations above
         the mean.
-      skip_update_on_spike: Whether clipped norms stay out of the statistics, which
-        they else enter as what they were clipped to.
+      skip_update_on_spike: Whether clipped norms do not enter the statistics. By
+        default they enter after clipping.
       axis_name: As for ``clip_by_global_norm``.
 
     Returns:
@@ -142,18 +142,19 @@ def adagc(
     """Clips each leaf by the ratio to the running mean of its clipped norms: AdaGC.
 
     During warm-up, updates are clipped by their global norm, and each mean starts as
-    the smallest norm that this leaves. Decisions and means are those of the authors'
-    code, but that zero and non-finite norms do not enter: there, a leaf whose norm is
-    zero once in warm-up gets no update ever after. What is theirs, too: a mean grows by
-    a factor of at most ``1 + (1 - beta) * (lambda_rel - 1)`` a step, 1.001 by default.
-    ``clip_by_leaf_norm(threshold.relative_to_mean())`` follows a lasting rise.
+    the smallest norm after that clip. Decisions and means are those of the authors'
+    code, with one difference: zero and non-finite norms do not enter. In their code, a
+    leaf whose norm is zero once in warm-up gets no update ever after. Like theirs, a
+    mean grows by a factor of at most ``1 + (1 - beta) * (lambda_rel - 1)`` a step,
+    1.001 by default. ``clip_by_leaf_norm(threshold.relative_to_mean())`` follows a
+    lasting rise.
 
     Args:
       lambda_rel: How far above its mean a norm may be; above 1.
       lambda_abs: Largest global norm in warm-up, in units of the gradient; positive.
       beta: Weight of the past in the means, in (0, 1).
-      warmup_steps: Which update, the first being 1, is the first that is not clipped
-        by its global norm; at least 2. All numbers may be traced.
+      warmup_steps: Number of the first update that is not clipped by its global norm,
+        counted from 1; at least 2. All numbers may be traced.
       axis_name: As for ``clip_by_leaf_norm``.
 
     Returns:

@@ -45,8 +45,8 @@ class ClipByUnitNormState(NamedTuple):
     """State of ``clip_by_unit_norm``.
 
     Attributes:
-      stats: What was seen of the global norm, as in ``ClipByLeafNormState``.
-      group_stats: What was seen of the norm of each leaf, a ``GroupStats``.
+      stats: Statistics of the global norm, as in ``ClipByLeafNormState``.
+      group_stats: Statistics of the norm of each leaf, a ``GroupStats``.
       units_clipped: float32[], share of the units that the last update clipped, in
         [0, 1], without those of excluded leaves; 0 after ``init``.
       threshold: The threshold's own state, for the vector of the units' ratios, leaf
@@ -70,12 +70,12 @@ def clip_by_unit_norm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each unit of the updates by its norm relative to its parameters' norm.
 
-    Adaptive gradient clipping (AGC). A unit is what one output of a layer depends on:
-    a column of a matrix, a filter of a convolution, all of a bias. With its parameters
-    :math:`w`, a unit :math:`g` of more than
-    :math:`c = \lambda \max(\|w\|, \epsilon)` becomes :math:`g \, c / \|g\|`; all others
-    come back bit for bit. The same as ``optax.adaptive_grad_clip`` wherever that is
-    defined. Measuring the parameters costs one more read of them.
+    This is adaptive gradient clipping (AGC). A unit holds the weights of one output of
+    a layer: a column of a matrix, a filter of a convolution, all of a bias. If a unit
+    :math:`g` with parameters :math:`w` is longer than
+    :math:`c = \lambda \max(\|w\|, \epsilon)`, it becomes :math:`g \, c / \|g\|`; all
+    others come back bit for bit. The result is that of ``optax.adaptive_grad_clip``
+    where that is defined. The norms of the parameters cost one more read of them.
 
     Args:
       max_ratio: Largest ratio :math:`\lambda` of the norms that passes unchanged, such
@@ -84,13 +84,13 @@ def clip_by_unit_norm(
       eps: Smallest norm assumed of a unit's parameters, so that those initialised to
         zero can grow; positive, may be traced.
       axis: The axes along which a unit lies, for all leaves, or a function from the
-        path of a leaf to them. If ``None``, or the function returns it, by rank: all of
-        a scalar, of a vector and of what has at most one axis longer than 1; axis 0 of
-        rank 2 and 3; all but the last of rank 4 and 5.
-      exclude: Which leaves are never clipped, only watched (the paper's last layer): a
-        function from the path of a leaf to a bool, or a tree of bools like the
-        parameters, or like the top of their tree. Under ``optax.inject_hyperparams``
-        name this and ``axis`` in ``static_args``.
+        path of a leaf to them. With ``None``, the rank decides: all axes of a scalar,
+        of a vector and of a leaf with at most one axis longer than 1; axis 0 of rank 2
+        and 3; all but the last axis of rank 4 and 5.
+      exclude: The leaves that are watched and never clipped (the paper's last layer): a
+        function from the path of a leaf to a bool, or a tree prefix of the parameters
+        with a bool for each. Under ``optax.inject_hyperparams`` name this and ``axis``
+        in ``static_args``.
       record_quantiles: Whether to keep a sketch of the norms of each leaf, 5.6 kB each,
         for ``norm_quantile(state, q, by_group=True)``.
       axis_name: As for ``clip_by_global_norm``. Units that lie on different devices

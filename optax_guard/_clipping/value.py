@@ -22,7 +22,7 @@ class ClipByValueState(NamedTuple):
     """State of ``clip_by_value``.
 
     Attributes:
-      stats: What was seen of the norm, a ``NormStats``.
+      stats: Statistics of the norm, a ``NormStats``.
       entries_clipped: float32[], share of the floating entries that the last update
         changed, in [0, 1]; 0 after ``init``.
       update_cosine: float32[], cosine of the angle between the last updates before and
@@ -42,14 +42,14 @@ def clip_by_value(
     min_value: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips every entry of the updates, and records how far that turned them.
+    r"""Clips every entry of the updates, and records the turn of the step.
 
     Each floating entry :math:`x` becomes :math:`\min(\max(x, l), u)`. This bounds
     single entries but changes the direction of the step, unlike
-    ``clip_by_global_norm``: the state shows by how much, as the cosine between the
+    ``clip_by_global_norm``. The state shows the change as the cosine between the
     updates before and after. An infinite entry becomes the bound; NaN stays NaN; both
     count as non-finite. The parts of a complex entry are clipped separately. Entries
-    within the bounds keep their bits; given ``min_value``, but for denormals on CPU.
+    within the bounds keep their bits (with ``min_value``, except denormals on CPU).
 
     Args:
       max_value: Upper bound :math:`u`, in units of the gradient; positive unless
@@ -144,9 +144,9 @@ def _clip(x: jax.Array, bounds: Bounds, is_symmetric: bool) -> jax.Array:
         parts = (_clip(part, bounds, is_symmetric) for part in (x.real, x.imag))
         return lax.complex(*parts)
     low, high = bounds(x.dtype)
-    # Selections by comparisons that NaN fails, so that entries within keep their bits.
+    # NaN fails each comparison, and entries within the bounds keep their bits.
     if is_symmetric:
-        # By size and sign, because XLA on CPU makes a minimum of a comparison with each
-        # bound, and that flushes denormals.
+        # By size and sign: XLA on CPU turns a comparison with each bound into a
+        # minimum, which flushes denormals.
         return jnp.where(jnp.abs(x) > high, jnp.where(x > 0, high, low), x)
     return jnp.where((x > high) | (x < low), jnp.where(x > high, high, low), x)

@@ -1,4 +1,4 @@
-"""How far clipping by value turns a step: norm after, share of entries, cosine."""
+"""The effect of clipping by value: norm after it, share of entries, cosine."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,13 @@ _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN = 2.0**64, 2.0**-100, 2.0**-28
 
 
 class Effect(NamedTuple):
-    """What clipping by value does to a tree."""
+    """The effect of clipping by value on a tree.
+
+    Attributes:
+      norm: float[], the norm after clipping.
+      entries_clipped: float32[], share of the entries that clipping changes.
+      cosine: float32[], cosine of the angle between before and after.
+    """
 
     norm: jax.Array
     entries_clipped: jax.Array
@@ -60,7 +66,8 @@ def effect_of_clipping(
     has_direction = (norm > 0) & (after > 0)
     before = jnp.where(has_direction, norm, 1.0)
     length = jnp.where(has_direction, after, 1.0)
-    # Divided in two steps: XLA would make one of them, by a product that may overflow.
+    # Two divisions behind a barrier: XLA would divide once, by a product that may
+    # overflow.
     by_norm = lax.optimization_barrier(
         (product / before, big_product / (before * _RAW_DOWN))
     )
@@ -84,7 +91,7 @@ def effect_of_clipping(
 def _sum_terms(
     leaves: list[jax.Array], limits: Any, dtype: Any
 ) -> tuple[jax.Array, ...]:
-    """Totals over all entries of what `_terms` gives for each."""
+    """Totals of `_terms` over all entries."""
     scales = not_folded(dtype, *SCALES[dtype], _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
 
     def terms(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
@@ -92,7 +99,7 @@ def _sum_terms(
         return [_terms(x, low, high, scales) for x, (low, high) in pairs]
 
     # Reductions of one operand are one fusion on TPU and GPU. On CPU each would read
-    # the operand again, several times slower in all than one reduction to many sums.
+    # the operand again, which is several times slower than one reduction to many sums.
     def on_cpu(*leaves: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(_add_leaves(list(map(_sum_at_once, terms(leaves)))))
 
@@ -127,7 +134,7 @@ def _terms(
 def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Sums of several arrays of one shape in one loop.
 
-    That loop adds one by one, so it runs over rows: rounding grows with their length.
+    The loop adds one by one, so it runs over rows: rounding grows with their length.
     """
     if any(jax.typeof(terms[0]).sharding.spec):
         # With a sharding in its type an array cannot be made flat without moving it.

@@ -21,7 +21,7 @@ from optax_guard.skip import SkipReason, is_nonfinite
 
 
 class AccumulateState(NamedTuple):
-    """State of ``accumulate``. A group is the micro-batches that make one step.
+    """State of ``accumulate``. The micro-batches that make one step are a group.
 
     Attributes:
       group_seen: int32[], micro-batches of the group at hand so far; 0 after ``init``
@@ -55,22 +55,22 @@ def accumulate(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes one step of the mean gradient of every ``every_k`` micro-batches.
 
-    What ``optax.MultiSteps`` does, and on clean data with the same result, except that
-    a micro-batch whose gradients, or whose loss given as ``value=``, are not finite is
-    dropped and counted, and the mean is over the others. So one of them costs one
-    micro-batch, where ``MultiSteps`` keeps the NaN in its accumulator for good. A group
-    without a good micro-batch is a step that the guard skips, on the record of its
-    last micro-batch. Put ``accumulate`` outermost, around the guard: norm, clip, skip
-    rules and their statistics are then those of accumulated steps.
+    On clean data the result is that of ``optax.MultiSteps``. A micro-batch is dropped
+    and counted if its gradients, or its loss given as ``value=``, are not finite; the
+    mean is over the others. So a bad micro-batch costs one micro-batch, whereas
+    ``MultiSteps`` keeps the NaN in its accumulator for good. If no micro-batch of a
+    group is good, the guard skips the step and records the last micro-batch. Put
+    ``accumulate`` outermost, around the guard. The norm, the clip, the skip rules and
+    their statistics are then those of accumulated steps.
 
-    A micro-batch that closes no group gives zeros as updates; by ``apply_gradients`` it
-    leaves the parameters out. It is read once to be judged and once to be added, by a
-    branch on every platform; the only new array as large as the parameters is the
-    accumulator.
+    A micro-batch that closes no group gives zeros as updates; ``apply_gradients`` does
+    not touch the parameters. The gradients are read once to judge them and once to add
+    them, by a branch on every platform. The accumulator is the only new array as large
+    as the parameters.
 
     Args:
-      inner: A ``guard``, or any optimizer, which is then put into one that only
-        skips: ``guard(inner)``.
+      inner: A ``guard``, or any optimizer. An optimizer is put into ``guard(inner)``,
+        which only skips.
       every_k: Micro-batches that make a step; a whole number of at least 1, may be
         traced, or a function of the number of groups closed so far, as in
         ``MultiSteps``.

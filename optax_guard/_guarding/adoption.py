@@ -18,25 +18,25 @@ from optax_guard._trees import first_difference, opt_state_of, outermost_states
 def wrap_state(
     tx: optax.GradientTransformation, params: optax.Params, old_opt_state: Any
 ) -> Any:
-    """The state of a guarded optimizer that goes on from an unguarded one's.
+    """Puts the optimizer state of a run into a guard.
 
-    Guard, clip and thresholds start afresh; the state of the optimizer inside is
+    Guard, clip and thresholds start afresh. The state of the optimizer inside is
     ``old_opt_state``. On clean data below the threshold the run goes on as it would
     have without the guard.
 
     Args:
       tx: The ``guard``, or the ``accumulate`` around one, from now on.
       params: The parameters that belong to ``old_opt_state``.
-      old_opt_state: State of the optimizer that is now inside of ``tx``. Outer parts of
+      old_opt_state: State of the optimizer that is now inside of ``tx``. First parts of
         a chain that have no state, such as ``optax.clip_by_global_norm`` in
-        ``chain(clip_by_global_norm(c), adamw)``, are left out where ``tx`` has none of
-        them, as in ``guard(adamw, clip=c)``. Restore a checkpoint of it with a target,
-        the unguarded optimizer's ``init(params)``.
+        ``chain(clip_by_global_norm(c), adamw)``, are left out if ``tx`` does not have
+        them, as in ``guard(adamw, clip=c)``. To restore it from a checkpoint, use the
+        unguarded optimizer's ``init(params)`` as the target.
 
     Returns:
-      State of ``tx``. It holds the arrays of ``old_opt_state`` themselves, where and
-      how they are sharded: to donate one is to donate the other. Under ``jit`` donate
-      ``old_opt_state``, or they are copied.
+      State of ``tx``. It holds the same arrays as ``old_opt_state``, with their
+      shardings: if one is donated, the other is too. Under ``jit`` donate
+      ``old_opt_state``; otherwise the arrays are copied.
 
     Raises:
       TypeError: If ``tx`` has no guard outermost, or a leaf is no array.
@@ -75,13 +75,14 @@ def wrap_state(
 
 
 def unwrap_state(opt_state: Any) -> Any:
-    """The state of the optimizer inside of a guard, to go on without the guard.
+    """Takes the optimizer state out of a guard, to go on without the guard.
 
-    The reverse of ``wrap_state``.
+    It is the reverse of ``wrap_state``.
 
     Args:
-      opt_state: State of a ``guard`` or of an ``accumulate`` around one, whose group at
-        hand is given up; a ``TrainState`` or an ``nnx.Optimizer`` with such a state.
+      opt_state: State of a ``guard``, or of an ``accumulate`` around one; a
+        ``TrainState`` or an ``nnx.Optimizer`` with such a state. Micro-batches of a
+        group that is not closed are lost.
 
     Returns:
       The state of ``inner``, of the last step that was taken. The arrays are those in

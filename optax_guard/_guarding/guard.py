@@ -39,48 +39,49 @@ def guard(
     """Keeps bad steps away from parameters and from the state of ``inner``.
 
     A step is bad if its gradients, or the loss given as ``value=``, hold a NaN or an
-    infinity, or if a skip rule says so. On a bad step the updates are zeros and the
-    state of ``inner`` (moments, schedules, counts) is that of before, bit for bit. Good
-    steps are clipped and go to ``inner``. Put the guard outermost, and the clip in
-    ``clip``: the gradients are then read once for norm, verdict and all statistics.
+    infinity, or if a skip rule says so. A bad step is skipped: the updates are zeros,
+    and the state of ``inner`` (moments, schedules, counts) stays as it was, bit for
+    bit. A good step is clipped and goes to ``inner``. Put the guard outermost, and the
+    clip in ``clip``. The guard then reads the gradients once for norm, verdict and all
+    statistics.
 
-    Non-finite steps are never applied, however many there are: after
-    ``max_consecutive_skips`` in a row ``guard_exhausted`` is set, for
-    ``raise_if_exhausted`` and stop rules to read. Finite steps skipped by a rule are
-    bounded: after that many bad steps in a row, the next finite one is taken and the
-    rules start afresh, so that a lasting change of scale cannot stop a run for good.
+    A non-finite step is never applied. After ``max_consecutive_skips`` skipped steps in
+    a row the guard sets ``guard_exhausted``, and ``raise_if_exhausted`` and stop rules
+    read it. A rule cannot skip finite steps for ever: after that many skipped steps in
+    a row, the guard takes the next finite step and starts the rules afresh. So a
+    lasting change of scale does not end a run.
 
     Args:
-      inner: The optimizer, from ``optax.adamw`` to any chain; a clip of Optax's own
-        goes in here.
+      inner: The optimizer, from ``optax.adamw`` to any chain. A clip of Optax belongs
+        into this chain.
       clip: A threshold for the global norm (number, schedule or one of
         ``optax_guard.threshold``), a clip of this library, or ``None`` to only measure.
       skip: One or several rules of ``optax_guard.skip``.
-      mask: Which leaves count: a tree of bools like the parameters, or like the top of
-        their tree, or a function from the tree to that, as for ``optax.masked``. The
-        others are not in the norm, are not clipped, and may be NaN without the step
-        being skipped; on a good step they go to ``inner`` as they are. For frozen
-        parameters, whose gradients would make the norm too large, and for what is
-        overwritten rather than added to. ``optax.inject_hyperparams`` takes a function
-        for a schedule, unless told ``static_args=("inner", "mask")``.
-      max_consecutive_skips: Bad steps in a row that count as too many; a whole number
-        of at least 1, may be traced.
-      use_cond: Whether a bad step leaves ``inner`` out on TPU and GPU, too, as it does
-        on CPU, by a ``lax.cond``. By default all is computed there and masked, which
-        needs no branch. Worth it if ``inner`` does more than read and write (Muon,
-        Shampoo) and bad steps are not rare, or if its state is offloaded to
-        ``pinned_host`` memory, where a mask would choose between old and new. Around
-        AdamW, compiled for v5e and H100 and not run: by ``apply_gradients`` one
-        conditional and no more traffic, by ``update`` 11.0 passes over the parameters
-        instead of 8.0 and a copy of them; with offloaded moments, on v5e, 24.0 passes
-        instead of 26.2 (unguarded: 23.0). Under ``vmap`` it is a mask again.
+      mask: The leaves that count: a tree prefix of the parameters with a bool for each,
+        or a function from the tree to one, as for ``optax.masked``. The other leaves
+        are not in the norm, are not clipped, and may be NaN in a step that is taken.
+        They go to ``inner`` as they are. Use it for frozen parameters, whose gradients
+        would make the norm too large, and for leaves that are overwritten and not added
+        to. ``optax.inject_hyperparams`` takes a function for a schedule: name it by
+        ``static_args=("inner", "mask")``.
+      max_consecutive_skips: Skipped steps in a row that are too many; a whole number of
+        at least 1, may be traced.
+      use_cond: Whether a bad step does not compute ``inner`` on TPU and GPU either, by
+        a ``lax.cond``; on CPU it never does. By default these platforms compute all and
+        mask it, which needs no branch. Use it if ``inner`` does more than read and
+        write (Muon, Shampoo) and bad steps are not rare, or if its state is offloaded
+        to ``pinned_host`` memory. Cost around AdamW, compiled for v5e and H100 and not
+        run: ``apply_gradients`` has one conditional and no more traffic; ``update`` has
+        11.0 passes over the parameters instead of 8.0 and a copy of them; with
+        offloaded moments, on v5e, 24.0 passes instead of 26.2 (unguarded: 23.0). Under
+        ``vmap`` it is a mask again.
 
     Returns:
       A transformation whose state is a ``GuardState``. ``value=`` and all other extra
       arguments of ``update`` go on to ``inner``. Under ``jax.shard_map`` and
       ``jax.pmap``, gradients that are split over devices need a clip with
       ``axis_name`` (to only measure, ``record_norm(axis_name=...)``), and ``value``
-      must be the same on all, by ``jax.lax.pmean``: all devices then come to one
+      must be the same on all devices, by ``jax.lax.pmean``. All devices then reach one
       verdict.
 
     Raises:

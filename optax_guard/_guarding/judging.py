@@ -39,7 +39,7 @@ def checked_loss(value: Any) -> jax.Array | None:
 
 
 def check_shared(value: jax.Array | None, norm: jax.Array) -> None:
-    """Raises if some devices could skip a step for their loss that others take."""
+    """Raises if devices could differ in their verdict because their losses differ."""
     differs = set() if value is None else varying_axes(value) - varying_axes(norm)
     if differs:
         names = tuple(sorted(map(str, differs)))
@@ -82,10 +82,10 @@ def verdict(
 def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
     """Whether clipping has scaled by less than a quarter of the coarsest epsilon."""
     dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-    # A change of half the distance to the next number, or less, is rounded away; that
+    # A change of at most half the distance to the next number is rounded away. That
     # distance is at least half of epsilon times the number.
     coarsest = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
-    # Strictly, so that zeros have not vanished.
+    # Strictly smaller, because zeros have not vanished.
     return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
 
 

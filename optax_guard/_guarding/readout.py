@@ -1,4 +1,4 @@
-"""Reading the state: scalars to log, and what was skipped."""
+"""Reading the state: scalars to log, and the last skipped steps."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -53,10 +53,10 @@ class SkippedStep(NamedTuple):
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
-    """The scalars worth logging, from wherever they are in the optimizer state.
+    """Finds the scalars to log, wherever they are in the optimizer state.
 
-    Works on the host and inside a jitted step; the arrays are copies, so a state that
-    is donated afterwards does not take them along.
+    It works on the host and inside a jitted step. The arrays are copies: they outlive a
+    state that is donated.
 
     Args:
       state: An optimizer state, a Flax ``TrainState`` or an ``nnx.Optimizer``.

@@ -49,14 +49,14 @@ class GuardState(NamedTuple):
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
       guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
         were all skipped; False after ``init`` and again after a step that is taken.
-      num_vanished: int32[], steps taken whose clipping has made the gradients' norm
-        smaller than a quarter of the parameters' machine epsilon times what it was
-        (bfloat16: 1/512; without parameters: the gradients'; of several dtypes that
-        count: the coarsest): where the optimizer scales its updates with the gradients,
-        as SGD does, a parameter of that dtype then keeps its bits, unless its update
-        would have been larger than itself without the clip; 0 after ``init``.
+      num_vanished: int32[], steps taken in which the clip multiplied the gradients by
+        less than a quarter of the parameters' machine epsilon (bfloat16: 1/512). The
+        epsilon is that of the coarsest dtype that counts; without parameters, that of
+        the gradients. If the optimizer scales its updates with the gradients, as SGD
+        does, a parameter of that dtype then keeps its bits, unless its update without
+        the clip would have been larger than itself. 0 after ``init``.
       skip_log: The last 16 skipped steps, a ``SkipLog``.
-      clip_state: State of the clip, with the norm's statistics.
+      clip_state: State of the clip, with the statistics of the norm.
       rule_states: States of the skip rules, a tuple.
       wrapped_state: State of the optimizer inside, as of the last step taken.
     """

@@ -1,4 +1,4 @@
-"""What became of the last step, by the records of whatever skips steps."""
+"""Undoing other changes of a skipped step, by the records of guards."""
 
 import functools
 from typing import Any
@@ -15,10 +15,10 @@ from optax_guard.skip import SkipReason
 
 
 def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
-    """What else a step has changed, undone if the guard skipped the step.
+    """Undoes other changes of a step if the guard skipped it.
 
-    For batch statistics, moving averages of parameters, a loss scale: whatever the
-    forward pass of a bad batch has spoilt outside of ``params`` and ``opt_state``.
+    Use it for trees outside of ``params`` and ``opt_state`` that the forward pass of a
+    bad batch may spoil: batch statistics, moving averages of parameters, a loss scale.
 
     Args:
       opt_state: Optimizer state after the step, with a guard in it.
@@ -57,10 +57,10 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
 
 
 def last_reasons(tree: Any) -> list[jax.Array]:
-    """Of each guard and accumulator, why it left the last call's batch out, if it did.
+    """The reason of each guard and accumulator for the batch of the last call.
 
-    A guard inside of an accumulation judges only the calls that close a group; of the
-    others its record tells nothing.
+    A guard inside of an accumulation judges only the calls that close a group. After
+    other calls its record does not count.
     """
     reasons = []
     for state in outermost_states(

@@ -67,7 +67,7 @@ def norm_of_norms(norms: jax.Array, axis: int | None = None) -> jax.Array:
     shares = jnp.where(usable, ratio(norms, jnp.where(usable, largest, 1.0)), 0.0)
     squares = jnp.sum(shares * shares, axis=axis, keepdims=True)
     root = jnp.sqrt(jnp.where(usable, squares, 1.0))
-    # Without a usable unit the norms are zeros, or their sum is as bad as the worst.
+    # Otherwise all norms are zero, or one is not finite and so is their sum.
     plain = jnp.sum(norms, axis=axis, keepdims=True)
     return jnp.squeeze(jnp.where(usable, largest * root, plain), axis)
 
@@ -184,11 +184,11 @@ def _squares(dtype: Any, axes: Axes, *leaves: jax.Array) -> tuple[jax.Array, jax
 def _squares_cpu(
     dtype: Any, axes: Axes, *leaves: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The same numbers; of entries scaled down only where the others overflow."""
+    """The same numbers; entries are scaled down only if the other sums overflow."""
     up, down = SCALES[dtype]
     up, down, change = not_folded(dtype, up, down, down / up)
-    # Zeros, as of idle units and experts, need no second look then: scaled up, every
-    # norm is right that is below 4e9.
+    # Scaled up, every norm below 4e9 is right. So zeros, as of idle units and experts,
+    # need no second look.
     small = _sums(axes, up, *leaves)
     overflows = jnp.any(~jnp.isfinite(small))
     big = lax.switch(
@@ -217,13 +217,13 @@ def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _whole(x: jax.Array) -> jax.Array:
-    """The array on all devices, where its type says that it is spread over them."""
+    """The array on all devices, if its type says that it is split over them."""
     # With different shardings in their types, arrays cannot be joined.
     return jax.sharding.reshard(x, P()) if any(jax.typeof(x).sharding.spec) else x
 
 
 def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
-    """What `_stack` joined."""
+    """The arrays that `_stack` has joined."""
     parts, start = [], 0
     for shape in shapes:
         end = start + math.prod(shape)

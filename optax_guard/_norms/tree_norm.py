@@ -38,14 +38,14 @@ _SMALLEST_PLAIN_SUM = 2.0**-60
 
 
 class TreeNorm(NamedTuple):
-    """A norm of a tree, and where it stopped being finite.
+    """A norm of a tree, and its first leaf that is not finite.
 
     Attributes:
       value: float[], the norm; float32, or float64 if a leaf is.
       bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
-        norm is not finite, because an entry is not or because it overflows; -1 if there
-        is none. In a tree of more than 128 leaves, index of the first floating leaf in
-        the run of neighbours that holds it: 32 of them, or 1/128 of a larger tree.
+        norm is not finite, because of an entry or because it overflows; -1 if there is
+        none. In a tree of more than 128 leaves it is the index of the first floating
+        leaf in a run of neighbours, 32 or 1/128 of the tree, that holds the bad leaf.
     """
 
     value: jax.Array
@@ -98,8 +98,8 @@ def _euclidean(
     dtype = accumulator_dtype(leaves)
     sums, bad = [], []
     for part in parts:
-        # Two reductions over one operand are one fusion on TPU and GPU, but cost many
-        # times one on CPU, where a rare second look is cheap instead.
+        # Two reductions over one operand are one fusion on TPU and GPU. On CPU they
+        # cost many times one reduction; there a rare second look is cheap.
         *own, own_bad = lax.platform_dependent(
             *part.of(leaves),
             cpu=functools.partial(_squares_cpu, dtype, part.runs),
@@ -119,8 +119,8 @@ def _euclidean(
 def _euclidean_jvp(
     parts: tuple[Part, ...], roles: tuple[str, ...], primals: Any, tangents: Any
 ) -> Any:
-    # The derivative of the sums is 0 * inf where one of them overflows or vanishes;
-    # that of the norm is the unit vector, and by convention zero at zero.
+    # The derivative of the sums is 0 * inf if one of them overflows or vanishes. The
+    # derivative of the norm is the unit vector, and by convention zero at zero.
     (leaves,), (dots,) = primals, tangents
     value, bad = _euclidean(leaves, parts, roles)
     usable = jnp.isfinite(value) & (value > 0)
@@ -163,18 +163,18 @@ def _squares(
 
 
 def _roles(paths: list[str]) -> tuple[str, ...]:
-    """What a leaf is in its layer: its path without the number of the layer."""
+    """The paths without the number of the layer: the roles of leaves in their layer."""
     return tuple(re.sub(r"\d+", "*", path, count=1) for path in paths)
 
 
 def _alike(run: list[tuple[str, jax.Array]]) -> list[list[jax.Array]]:
     """Leaves of a run that one reduction adds up.
 
-    A GPU takes two kernels or three to reduce one leaf; with hundreds of leaves that is
-    more kernels than the optimizer has. So leaves of one type are added entry by entry
-    first. Under `jit` their type does not tell how they are sharded, and to add those
-    that are sharded differently would move them; the same leaf of another layer is
-    sharded alike. From five leaves on, XLA for GPUs begins to write the sum to memory.
+    A GPU takes two or three kernels to reduce one leaf. With hundreds of leaves these
+    are more kernels than the optimizer has. So leaves of one type are first added entry
+    by entry. Under `jit` the type does not tell the sharding, and to add leaves of
+    different shardings would move them; but the same leaf of another layer is sharded
+    alike. From five leaves on, XLA for GPUs begins to write the sum to memory.
     """
     groups: dict[Any, list[jax.Array]] = {}
     for role, leaf in run:
@@ -185,7 +185,7 @@ def _alike(run: list[tuple[str, jax.Array]]) -> list[list[jax.Array]]:
 def _squares_cpu(
     dtype: Any, runs: Runs, *leaves: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same numbers from a plain sum, and from a second look where that fails."""
+    """The same numbers from a plain sum, and from a second look if that fails."""
     up, down = not_folded(dtype, *SCALES[dtype])
     # Here one vector compiles faster than many scalars.
     total = _sum_vector(jnp.stack([_sum_squares([x], dtype, 1.0) for x in leaves]))
