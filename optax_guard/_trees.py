@@ -1,4 +1,4 @@
-"""Names of leaves, and settings that differ from leaf to leaf."""
+"""Leaves of a tree and their names, settings by leaf, and states inside a state."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,19 +6,68 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import Partial
 
 from optax_guard._checks import check_kind
 
+# Leaves ----------------------------------------------------------------------------
+
+
+def dtype_of(leaf: Any) -> Any:
+    """Returns the dtype of an array, a tracer, a ``float0`` or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether ``leaf`` is real or complex floating. Only such leaves have gradients."""
+    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+
+
+def map_inexact(f: Callable[[Any], Any], tree: Any) -> Any:
+    """Applies ``f`` to the floating leaves and leaves the others alone."""
+    return jax.tree.map(lambda x: f(x) if is_inexact(x) else x, tree)
+
 
 def path_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
-    """Names of the leaves, as ``encoder/layers/0/kernel``."""
+    """Names the leaves by their paths, such as ``encoder/layers/0/kernel``."""
     paths = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
 
 
-def described(tree: Any) -> dict[str, str]:
-    """Dtype and shape of each leaf, by its name."""
+def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
+    """Lists the value of a setting for each leaf of ``tree``.
+
+    Args:
+      name: The argument's name, for the error.
+      setting: A function from the name of a leaf to its value, or a tree prefix of
+        ``tree`` with values as leaves, such as a single value.
+      tree: Parameters or updates.
+
+    Returns:
+      A list with as many values as there are leaves.
+
+    Raises:
+      ValueError: If ``setting`` is a tree and no tree prefix of ``tree``.
+    """
+    if callable(setting):
+        return [setting(path) for path in path_names(tree)]
+    if setting is None:
+        return [None] * len(jax.tree.leaves(tree))
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(setting, tree))
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must be a function of a leaf's path or a tree prefix of the "
+            f"parameters: {error}"
+        ) from error
+
+
+# Differences between two trees -----------------------------------------------------
+
+
+def leaf_types(tree: Any) -> dict[str, str]:
+    """Maps the name of each leaf to its dtype and shape, such as ``float32[3, 4]``."""
     leaves = jax.tree.leaves(tree)
     return {
         name: f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
@@ -27,8 +76,8 @@ def described(tree: Any) -> dict[str, str]:
 
 
 def first_difference(old: Any, expected: Any) -> str:
-    """Where a tree is not like another one, in words; empty if it is."""
-    was, now = described(old), described(expected)
+    """Says where ``old`` differs in type from ``expected``; empty if it does not."""
+    was, now = leaf_types(old), leaf_types(expected)
     for name in [*now, *was]:
         if was.get(name) != now.get(name):
             return (
@@ -41,45 +90,19 @@ def first_difference(old: Any, expected: Any) -> str:
     )
 
 
-def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
-    """The value of a setting for each leaf of ``tree``.
-
-    Args:
-      name: The argument's name, for the error.
-      setting: A function from the name of a leaf to its value, or a tree of values of
-        which ``tree`` is a continuation; a single value is one such.
-      tree: Parameters or updates.
-
-    Returns:
-      A list with as many values as there are leaves.
-
-    Raises:
-      ValueError: If ``setting`` is a tree that does not fit.
-    """
-    if callable(setting):
-        return [setting(path) for path in path_names(tree)]
-    if setting is None:
-        return [None] * len(jax.tree.leaves(tree))
-    try:
-        return jax.tree.leaves(jax.tree.broadcast(setting, tree))
-    except ValueError as error:
-        raise ValueError(
-            f"`{name}` must be a function of a leaf's path, or a tree that ends where "
-            f"the parameters' tree ends or before: {error}"
-        ) from error
-
+# States inside a state -------------------------------------------------------------
 
 State = TypeVar("State")
 
 
 def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[State]:
-    """All states of one class, outermost first and then in the order of the chain.
+    """Finds all states of one class, outermost first, then in the order of the chain.
 
     Args:
       tree: An optimizer state, nested in any way (``optax.chain``, ``guard``,
         ``optax.MultiSteps``, ``optax.masked``, ``optax.partition``,
-        ``optax.inject_hyperparams``); or what holds one as ``opt_state``: a Flax
-        ``TrainState`` or an ``nnx.Optimizer``.
+        ``optax.inject_hyperparams``); or an object that holds one as ``opt_state``, as
+        a Flax ``TrainState`` and an ``nnx.Optimizer`` do.
       cls: The state's class, such as ``GuardState``, or a tuple of classes.
 
     Returns:
@@ -103,7 +126,7 @@ def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[S
 def outermost_states(
     tree: Any, cls: type[State] | tuple[type[State], ...]
 ) -> list[State]:
-    """Those of ``find_states`` that are in no other of them."""
+    """Finds the states of one class that are not inside another state of it."""
     return _find(tree, cls, within_found=False)
 
 
@@ -125,13 +148,13 @@ def _find(tree: Any, cls: Any, *, within_found: bool) -> list[Any]:
 
 
 def opt_state_of(tree: Any) -> Any:
-    """The optimizer state of a ``TrainState`` or an ``nnx.Optimizer``, or itself."""
+    """Returns the optimizer state that ``tree`` holds, or ``tree`` if it is one."""
     # A tuple is an optimizer state itself, whatever its fields are called.
     return tree if isinstance(tree, tuple) else getattr(tree, "opt_state", tree)
 
 
 def find_state(tree: Any, cls: type[State]) -> State:
-    """The only state of one class; see ``find_states``.
+    """Finds the only state of one class; see ``find_states``.
 
     Args:
       tree: As for ``find_states``.
@@ -153,24 +176,25 @@ def find_state(tree: Any, cls: type[State]) -> State:
 
 
 def only_state(argument: str, tree: Any, cls: type[State]) -> State:
-    """The only state of one class in an argument of that name."""
+    """Finds the only state of one class; the error names ``argument``."""
     states = find_states(tree, cls)
     if len(states) != 1:
         advice = (
-            "use `find_states` to choose"
+            "Choose one with `find_states`."
             if states
-            else "was the optimizer built with the transformation that makes it?"
+            else "Was the optimizer built with the transformation that makes it?"
         )
         names = [c.__name__ for c in (cls if isinstance(cls, tuple) else (cls,))]
         raise ValueError(
             f"`{argument}` must hold one {' or '.join(f'`{name}`' for name in names)}, "
-            f"found {len(states)}: {advice}"
+            f"found {len(states)}. {advice}"
         )
     return states[0]
 
 
 def _is_variable(node: Any) -> bool:
-    # What nnx.Optimizer keeps its state in; told by its methods, not to import flax.
+    """Whether ``node`` is an ``nnx.Variable``, which ``nnx.Optimizer`` consists of."""
+    # Its methods tell, so that Flax is not imported.
     return hasattr(node, "get_metadata") and hasattr(node, "copy_from")
 
 
@@ -178,42 +202,33 @@ def _unwrap(node: Any) -> Any:
     return node[...] if _is_variable(node) else node
 
 
-def is_inexact(leaf: Any) -> bool:
-    """Whether ``leaf`` is real or complex floating: what has a gradient."""
-    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
-
-
-def dtype_of(leaf: Any) -> Any:
-    """The dtype of an array, a tracer, a ``float0`` array or a Python number."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+# Numbers and functions -------------------------------------------------------------
 
 
 def as_float(value: Any, dtype: Any) -> jax.Array:
-    """A number as an array of ``dtype``; one that is too large becomes infinite."""
+    """Converts a number to an array of ``dtype``; too large ones become infinite."""
     if isinstance(value, jax.Array):
         return value.astype(dtype)
     with np.errstate(over="ignore"):
         return jnp.asarray(np.asarray(float(value)).astype(dtype))
 
 
-def map_inexact(f: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies ``f`` to the floating leaves and leaves the others alone."""
-    return jax.tree.map(lambda x: f(x) if is_inexact(x) else x, tree)
+def increment(counter: jax.Array, by: jax.Array | bool = True) -> jax.Array:
+    """Counts up by one where ``by`` holds, and stays at the largest integer."""
+    return jnp.where(by, optax.safe_increment(counter), counter)
 
 
 def select(condition: jax.Array, new: Any, old: Any) -> Any:
     """Leaf by leaf ``new`` where ``condition`` holds, else ``old``."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    return optax.tree.where(condition, new, old)
 
 
 def as_argument(function: Any) -> Any:
-    """The function as a pytree, for `jit`: arrays in a `Partial` become arguments."""
+    """Makes a function a pytree, which ``jit`` takes as an argument.
+
+    The arrays in a ``Partial`` are then arguments of the compiled function, not
+    constants in it.
+    """
     if function is None or isinstance(function, Partial):
         return function
     return Partial(function)
-
-
-def increment(counter: jax.Array, by: jax.Array | bool) -> jax.Array:
-    """Counts up by one where ``by``, and stays at the largest int32 for good."""
-    is_full = counter == jnp.iinfo(jnp.int32).max
-    return counter + jnp.where(is_full, 0, jnp.asarray(by, jnp.int32))

@@ -140,7 +140,6 @@ RIGHT: dict[str, set[str]] = {
     "max_ratio": POSITIVE,
     "max_reductions": FROM_ZERO,
     "max_value": POSITIVE,
-    "merge": {"[]"},
     "min_delta": NOT_NEGATIVE,
     "min_deviation": NOT_NEGATIVE,
     "min_history": NOTHING | COUNT,

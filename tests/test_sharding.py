@@ -482,7 +482,7 @@ def test_what_is_no_axis_is_an_error():
     for axis_name, error, match in [
         ({"cols": "model"}, TypeError, "`axis_name` must be a name or names"),
         ({"cols": P("model")}, ValueError, "`axis_name` must be a function"),
-        (TENSOR | {"bias": P(None, "data")}, ValueError, "no more entries for a leaf"),
+        (TENSOR | {"bias": P(None, "data")}, ValueError, "at most one entry for each"),
     ]:
         tx = og.clip_by_leaf_norm(1.0, axis_name=axis_name)
         with pytest.raises(error, match=match):

@@ -1,6 +1,5 @@
 """The quantile sketch, and quantiles of the norms that a run has seen."""
 
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from optax_guard._norms.readout import norm_quantile
 from optax_guard._norms.sketch import (
     sketch_add,
     sketch_init,
-    sketch_merge,
     sketch_quantile,
 )
 from tests.strategies import types_of
@@ -59,12 +57,6 @@ def test_quantiles_are_exact_to_the_stated_relative_error(name, relative_error):
     np.testing.assert_allclose(found, np.quantile(values, QUANTILES), relative_error)
 
 
-def test_merged_sketch_is_that_of_all_values():
-    a, b = SAMPLES["lognormal"], SAMPLES["heavy"]
-    merged = sketch_merge(filled(a), filled(b))
-    np.testing.assert_array_equal(merged, filled([*a, *b]))
-
-
 def test_nonfinite_values_change_nothing():
     bad = [np.nan, np.inf, -np.inf]
     np.testing.assert_array_equal(filled([1.0, *bad, 2.0]), filled([1.0, 2.0]))
@@ -90,10 +82,7 @@ def test_counts_saturate():
     largest = np.iinfo(np.int32).max
     full = jnp.where(filled([1.0]) > 0, largest, 0).astype(jnp.int32)
     assert sketch_add(full, jnp.float32(1.0)).max() == largest
-    merged = sketch_merge(full, full)
-    assert merged.min() == 0
-    assert merged.max() == largest
-    both = sketch_merge(full, filled([8.0]))
+    both = full + filled([8.0])
     np.testing.assert_allclose(sketch_quantile(both, 0.5), 1.0, 0.01)
 
 
@@ -153,32 +142,6 @@ def test_norm_quantile_is_of_all_raw_finite_norms(tx):
         np.testing.assert_allclose(jax.jit(norm_quantile)(state, q), exact, 0.02)
     exact = np.quantile(norms.astype(np.float64), QUANTILES)
     np.testing.assert_allclose(norm_quantile(state, QUANTILES), exact, 0.02)
-
-
-def test_norms_of_several_runs_are_merged():
-    norms = np.asarray(SAMPLES["lognormal"][:400], np.float32)
-    tx = og.record_norm()
-    first, second, third = (after(tx, part) for part in np.split(norms, [50, 120]))
-    for q in (0.1, 0.5, 0.99):
-        exact = np.quantile(norms.astype(np.float64), q)
-        got = norm_quantile(first, q, merge=[second, third])
-        np.testing.assert_allclose(got, exact, 0.02)
-
-
-def test_norms_of_groups_are_merged():
-    tx = og.clip_by_leaf_norm(math.inf, record_quantiles=True)
-    grads = {"a": jnp.ones(1), "b": 2 * jnp.ones(1)}
-    states = []
-    for factor in (1.0, 3.0):
-        scaled = jax.tree.map(lambda x, c=factor: c * x, grads)
-        states.append(tx.update(scaled, tx.init(grads))[1])
-    found = norm_quantile(states[0], 1.0, by_group=True, merge=states[1:])
-    assert {k: x.item() for k, x in found.items()} == pytest.approx(
-        {"a": 3.0, "b": 6.0}, rel=0.02, abs=0
-    )
-    other = tx.init(jnp.ones(1))
-    with pytest.raises(ValueError, match="`merge` must hold states of the same groups"):
-        norm_quantile(states[0], 1.0, by_group=True, merge=[other])
 
 
 def test_sketch_in_the_state_is_as_small_as_it_says():

@@ -137,9 +137,9 @@ def test_faults_of_published_rules_are_not_copied(run):
 
 def oracle(sigma, window, norms, losses, min_history, min_deviation, skipped):
     """The rule in double precision, for finite values."""
-    past, skipped = ([], []), []
+    past, decisions = ([], []), []
 
-    def limit(values):
+    def largest_that_passes(values):
         if len(values) < min_history:
             return math.inf
         recent = np.array(values[-window:])
@@ -147,15 +147,15 @@ def oracle(sigma, window, norms, losses, min_history, min_deviation, skipped):
         return recent.mean() + sigma * max(recent.std(ddof=1), floor)
 
     for signals in zip(norms, losses, strict=True):
-        limits = [limit(values) for values in past]
-        is_skipped = any(x > y for x, y in zip(signals, limits, strict=True))
-        skipped.append(is_skipped)
-        for x, values, top in zip(signals, past, limits, strict=True):
+        tops = [largest_that_passes(values) for values in past]
+        is_skipped = any(x > top for x, top in zip(signals, tops, strict=True))
+        decisions.append(is_skipped)
+        for x, values, top in zip(signals, past, tops, strict=True):
             if not is_skipped or skipped == "enter":
                 values.append(x)
             elif skipped == "limit":
                 values.append(min(x, top))
-    return skipped
+    return decisions
 
 
 @pytest.mark.parametrize("skipped", ["limit", "enter", "nothing"])

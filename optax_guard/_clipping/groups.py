@@ -27,7 +27,7 @@ from optax_guard._norms.groups import (
     each_part,
     names_of_parts,
 )
-from optax_guard._norms.mesh_axes import AxisName, layouts, mesh_axes, own
+from optax_guard._norms.mesh_axes import AxisName, layouts, local_part, mesh_axes
 from optax_guard._norms.statistics import (
     GroupStats,
     NormStats,
@@ -342,7 +342,9 @@ def rescale_groups(
     leaves, structure = jax.tree.flatten(updates)
     each = zip(groups.indices, groups.members, groups.dims, strict=True)
     for i, members, dims in each:
-        of_leaf = Factors(*(own(pick(vector, members), dims) for vector in factors))
+        of_leaf = Factors(
+            *(local_part(pick(vector, members), dims) for vector in factors)
+        )
         leaves[i] = rescaled(jnp.asarray(leaves[i]), of_leaf)
     return structure.unflatten(leaves)
 

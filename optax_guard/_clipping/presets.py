@@ -84,7 +84,7 @@ def zclip(
         z_thresh,
         decay=alpha,
         warmup=warmup_steps,
-        clip_to=clip_to if mode == "zscore" else "limit",
+        clip_to=clip_to if mode == "zscore" else "threshold",
         learn="nothing" if skip_update_on_spike else "target",
         min_deviation=0.0,
         restart=False,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from optax_guard._norms.mesh_axes import Names, by_axes, own, place, whole_shape
+from optax_guard._norms.mesh_axes import Names, by_axes, local_part, place, whole_shape
 from optax_guard._norms.two_scales import (
     SCALES,
     accumulator_dtype,
@@ -134,7 +134,7 @@ def _norms_jvp(axes: Axes, splits: Splits, primals: Any, tangents: Any) -> Any:
 
     def slopes(members: tuple[int, ...]) -> tuple[jax.Array, ...]:
         each = [
-            along(leaves[i], dots[i], own(lengths[i], splits[i].dims), axes[i])
+            along(leaves[i], dots[i], local_part(lengths[i], splits[i].dims), axes[i])
             for i in members
         ]
         return (_stack(each),)

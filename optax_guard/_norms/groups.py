@@ -1,4 +1,4 @@
-"""How the leaves of a tree form groups that share a norm."""
+"""Groups of entries that share a norm: whole leaves, layers, labels and units."""
 
 import math
 import operator
@@ -16,15 +16,18 @@ from optax_guard._trees import for_each_leaf, is_inexact, path_names
 
 
 class Groups(NamedTuple):
-    """The floating leaves of a tree, each in one part or more, and the parts' groups.
+    """The floating leaves of a tree, their parts, and the group of each part.
+
+    A part is a whole leaf, a layer of a stacked leaf or a unit. Every list has one item
+    for each floating leaf.
 
     Attributes:
-      indices: For each floating leaf its index among all leaves of the tree.
-      axes: For each of them the axes that the norms of its parts reduce.
-      members: For each of them the groups of its parts, in the shape of their norms:
-        one group, or consecutive ones.
-      dims: For each of them, for each of its axes, the mesh axes over which its parts
-        lie on different devices.
+      indices: The leaf's index among all leaves of the tree.
+      axes: The axes that the norms of its parts reduce.
+      members: The groups of its parts, in the shape of their norms: one group, or
+        consecutive ones.
+      dims: For each of its axes the mesh axes over which its parts lie on different
+        devices.
     """
 
     indices: list[int]
@@ -33,30 +36,30 @@ class Groups(NamedTuple):
     dims: list[tuple[Names, ...]]
 
     def floating(self, tree: Any) -> list[jax.Array]:
-        """The floating leaves of ``tree``."""
+        """Lists the floating leaves of ``tree``."""
         leaves = jax.tree.leaves(tree)
         return [jnp.asarray(leaves[i]) for i in self.indices]
 
     def norms(self, leaves: list[jax.Array], over: list[Names]) -> jax.Array:
-        """The norms of all parts of floating leaves, split over some mesh axes."""
+        """Computes the norms of all parts of leaves that are split over mesh axes."""
         splits = tuple(map(Split, over, self.dims))
         return stacked_norms(leaves, self.axes, splits)
 
     @property
     def group_of_part(self) -> np.ndarray:
-        """For each part of all leaves its group."""
+        """The group of each part of all leaves, as a vector."""
         return np.concatenate([m.ravel() for m in self.members] or [np.zeros(0, int)])
 
     @property
     def leaf_of_part(self) -> np.ndarray:
-        """For each part of all leaves the index of its leaf among all leaves."""
+        """The index of each part's leaf among all leaves, as a vector."""
         return np.repeat(self.indices, [m.size for m in self.members]).astype(int)
 
 
 def each_part(
     tree: Any, axes: Sequence[tuple[int, ...]], layouts: Sequence[Layout]
 ) -> Groups:
-    """A group for each part that is left when ``axes`` of each leaf are reduced."""
+    """Makes a group of each part that is left when ``axes`` of a leaf are reduced."""
     leaves = jax.tree.leaves(tree)
     indices = [i for i, x in enumerate(leaves) if is_inexact(x)]
     members, dims, start = [], [], 0
@@ -72,7 +75,7 @@ def each_part(
 
 
 def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
-    """For each leaf all axes, but for that along which its layers lie."""
+    """Lists for each leaf all of its axes except the one along which layers lie."""
     along = for_each_leaf("layer_axis", layer_axis, tree)
     axes = []
     for i, (x, axis) in enumerate(zip(jax.tree.leaves(tree), along, strict=True)):
@@ -92,36 +95,36 @@ def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
 def names_of_parts(
     tree: Any, axes: Sequence[tuple[int, ...]], layouts: Sequence[Layout]
 ) -> Any:
-    """A tree like ``tree`` with a ``None`` for each part."""
+    """Builds a tree like ``tree`` with a ``None`` for each part."""
 
-    def name(layout: Layout, reduced: tuple[int, ...]) -> Any:
+    def names_of_leaf(layout: Layout, reduced: tuple[int, ...]) -> Any:
         kept = [n for a, n in enumerate(layout.shape) if a not in reduced]
         return (None,) * math.prod(kept) if kept else None
 
-    return _named(tree, list(map(name, layouts, axes)))
+    return _at_floating_leaves(tree, list(map(names_of_leaf, layouts, axes)))
 
 
 def names_of_leaves(tree: Any) -> Any:
-    """A tree like ``tree`` with a ``None`` for each floating leaf."""
-    return _named(tree, [None] * len(jax.tree.leaves(tree)))
+    """Builds a tree like ``tree`` with a ``None`` for each floating leaf."""
+    return _at_floating_leaves(tree, [None] * len(jax.tree.leaves(tree)))
 
 
-def _named(tree: Any, names: list[Any]) -> Any:
-    """``names`` in the places of the floating leaves, and ``()`` elsewhere."""
+def _at_floating_leaves(tree: Any, names: list[Any]) -> Any:
+    """Puts each leaf's name in its place if it is floating, else ``()``."""
     remaining = iter(names)
 
-    def place(x: Any) -> Any:
-        # A tree's own `None` is no leaf, and must not be taken for a name.
+    def name_or_nothing(x: Any) -> Any:
+        # A `None` in the tree is no leaf and has no name, but the names are `None` too.
         if x is None:
             return ()
-        found = next(remaining)
-        return found if is_inexact(x) else ()
+        name = next(remaining)
+        return name if is_inexact(x) else ()
 
-    return jax.tree.map(place, tree, is_leaf=lambda x: x is None)
+    return jax.tree.map(name_or_nothing, tree, is_leaf=lambda x: x is None)
 
 
 def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
-    """A group for each label, numbered as in ``known``."""
+    """Makes a group of the leaves with one label; ``known`` says its number."""
     leaves = jax.tree.leaves(tree)
     given = for_each_leaf("labels", labels, tree)
     indices = [i for i, x in enumerate(leaves) if is_inexact(x)]
@@ -130,8 +133,8 @@ def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
         if given[i] not in known:
             raise ValueError(
                 "`max_norms` must have every label of `labels`, got none for "
-                f"{given[i]!r} of {path_names(tree)[i]!r}. An infinite threshold only "
-                "watches."
+                f"{given[i]!r} of {path_names(tree)[i]!r}. To only watch that group, "
+                "give it an infinite threshold."
             )
     if unused := [label for label in known if label not in given]:
         raise ValueError(
@@ -147,49 +150,54 @@ def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
     )
 
 
-# The axes along which a unit lies, by the rank of a leaf: inputs come before outputs.
+# The axes along which a unit lies, by the rank of its leaf: Flax puts the inputs first.
 AXES_BY_RANK = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
 
 
 def unit_axes(
     tree: Any, axis: Any, axis_name: AxisName = None
 ) -> list[tuple[int, ...]]:
-    """For each leaf the axes along which its units lie."""
+    """Lists for each leaf the axes along which its units lie."""
     rules = for_each_leaf("axis", axis if callable(axis) else lambda _: axis, tree)
-    axes = []
-    for i, (layout, rule) in enumerate(
-        zip(layouts(tree, axis_name), rules, strict=True)
-    ):
-        shape = layout.shape
-        if rule is not None:
-            try:
-                axes.append(_normalized(rule, len(shape)))
-            except (TypeError, ValueError, IndexError) as error:
-                raise ValueError(
-                    f"`axis` must name axes of each leaf, got {rule} for "
-                    f"{path_names(tree)[i]!r} of shape {shape}."
-                ) from error
-        elif not layout.is_whole and len(shape) > 1 >= sum(n != 1 for n in shape):
-            raise ValueError(
-                "`axis` must be given with `axis_name` for a leaf of which a device "
-                f"has one row or column, got None for {path_names(tree)[i]!r} of local "
-                f"shape {shape}. Its rank alone does not tell its units."
-            )
-        elif sum(n != 1 for n in shape) <= 1:
-            axes.append(tuple(range(len(shape))))
-        elif len(shape) in AXES_BY_RANK:
-            axes.append(AXES_BY_RANK[len(shape)])
-        else:
-            raise ValueError(
-                f"`axis` must be given for a leaf of more than 5 axes, got None for "
-                f"{path_names(tree)[i]!r} of shape {shape}."
-            )
-    return axes
+    return [
+        _unit_axes_of_leaf(path, layout, rule)
+        for path, layout, rule in zip(
+            path_names(tree), layouts(tree, axis_name), rules, strict=True
+        )
+    ]
 
 
-def _normalized(axis: Any, ndim: int) -> tuple[int, ...]:
+def _unit_axes_of_leaf(path: str, layout: Layout, rule: Any) -> tuple[int, ...]:
+    shape = layout.shape
+    num_long_axes = sum(n != 1 for n in shape)
+    if rule is not None:
+        try:
+            return _as_axes(rule, len(shape))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"`axis` must name axes of each leaf, got {rule} for {path!r} of shape "
+                f"{shape}."
+            ) from error
+    if not layout.is_whole and len(shape) > 1 >= num_long_axes:
+        raise ValueError(
+            "`axis` must be given with `axis_name` where a device has one row or "
+            f"column of a leaf, got None for {path!r} of local shape {shape}. The rank "
+            "of that leaf alone does not tell its units."
+        )
+    if num_long_axes <= 1:
+        return tuple(range(len(shape)))
+    if len(shape) not in AXES_BY_RANK:
+        raise ValueError(
+            f"`axis` must be given for a leaf of more than 5 axes, got None for "
+            f"{path!r} of shape {shape}."
+        )
+    return AXES_BY_RANK[len(shape)]
+
+
+def _as_axes(axis: Any, rank: int) -> tuple[int, ...]:
+    """Turns one axis or several, possibly negative, into distinct numbers from 0."""
     named = axis if isinstance(axis, tuple | list) else (axis,)
-    axes = tuple(range(ndim)[operator.index(a)] for a in named)
+    axes = tuple(range(rank)[operator.index(a)] for a in named)
     if len(set(axes)) < len(axes):
         raise ValueError("an axis is named twice")
     return axes

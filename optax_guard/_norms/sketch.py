@@ -1,4 +1,4 @@
-"""Quantile sketches: any quantile of all values so far, in fixed memory."""
+"""Quantile sketches give any quantile of all values so far, in fixed memory."""
 
 import functools
 import math
@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-# The values that quantile sketches tell apart. Outside they still count, as the ends.
+# A sketch tells values in this range apart. Values outside count as its ends.
 SMALLEST_IN_SKETCH = 1e-12
 _LARGEST_IN_SKETCH = 1e12
-# How many bins are added up before the search for a rank looks at single ones.
+# The search for a rank first looks at sums of so many bins, then at single ones.
 _ROW = 128
 
 
 def sketch_init(
     shape: tuple[int, ...], relative_error: float, dtype: Any = jnp.int32
 ) -> jax.Array:
-    """An empty quantile sketch for each entry of an array of shape ``shape``.
+    """Makes an empty quantile sketch for each entry of an array of shape ``shape``.
 
-    A DDSketch over a fixed range: counts in bins that grow geometrically from 1e-12 to
-    1e12, so that every quantile of values within is right to ``relative_error``. The
-    number of bins says everything about it: the functions below need nothing else.
+    A DDSketch over a fixed range counts values in bins that grow geometrically from
+    1e-12 to 1e12, so every quantile of values within is right to ``relative_error``.
+    The functions below read all settings of a sketch from its number of bins.
 
     Args:
       shape: Shape of the values to come; () for scalars.
@@ -38,9 +38,9 @@ def sketch_init(
       relative-error guarantees <https://arxiv.org/abs/1908.10693>`_, 2019
     """
     log_growth = 2 * math.atanh(relative_error)
-    # A per mille more bins than that, for the rounding of logarithms in float32.
+    # One bin in a thousand is added, because logarithms are rounded to float32.
     num_bins = math.ceil(1.001 * _log_range() / log_growth)
-    # The first is for what is at or below the range; and whole rows, to be searched.
+    # One more bin is for values at or below the range. The search needs whole rows.
     num_rows = -(-(num_bins + 1) // _ROW)
     return jnp.zeros((*shape, num_rows * _ROW), dtype)
 
@@ -48,12 +48,12 @@ def sketch_init(
 def sketch_add(
     sketch: jax.Array, value: jax.Array, decay: ArrayLike | None = None
 ) -> jax.Array:
-    """Adds one non-negative value to each sketch; what is not finite changes nothing.
+    """Adds one non-negative value to each sketch, unless it is not finite.
 
     Args:
       sketch: int32[..., bins] or float32[..., bins].
       value: float32[...].
-      decay: What the weight of all earlier values is multiplied by; needs float32.
+      decay: Multiplies the weight of all earlier values; needs a float32 sketch.
 
     Returns:
       The new sketch. An int32 bin stays at its largest value for good.
@@ -70,15 +70,8 @@ def sketch_add(
     return sketch + hit.astype(sketch.dtype)
 
 
-def sketch_merge(sketch: jax.Array, other: jax.Array) -> jax.Array:
-    """The sketch of all values of two sketches with equally many bins."""
-    if jnp.issubdtype(sketch.dtype, jnp.integer):
-        other = jnp.minimum(other, jnp.iinfo(sketch.dtype).max - sketch)
-    return sketch + other
-
-
 def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
-    """The ``q``-quantile of all values, between neighbours as in ``np.quantile``.
+    """Computes the ``q``-quantile of all values, interpolated as in ``np.quantile``.
 
     Args:
       sketch: int32[..., bins] or float32[..., bins].
@@ -89,7 +82,7 @@ def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
       it is empty. With a decay, the quantile of the weighted values.
     """
     num_bins = sketch.shape[-1]
-    # In float32 nothing overflows; beyond 2**24 values a rank is off by 1e-4 at most.
+    # A float32 cannot overflow here; beyond 2**24 values a rank is off by 1e-4 at most.
     total = jnp.sum(sketch.astype(jnp.float32), axis=-1)
     last = total - 1
     position = jnp.asarray(q, jnp.float32) * last
@@ -98,18 +91,18 @@ def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
         _value_of(_bin_of_rank(sketch, k), num_bins)
         for k in (below, jnp.minimum(below + 1, last))
     )
-    # Each neighbour is right to the relative error, and so is what lies between.
+    # Each neighbour is right to the relative error, and so are the values between them.
     between = low + (position - below) * (high - low)
     return jnp.where(total > 0, between, jnp.nan)
 
 
 @functools.partial(jnp.vectorize, signature="(b),()->()")
 def _bin_of_rank(sketch: jax.Array, rank: jax.Array) -> jax.Array:
-    """The bin in which the value of that rank lies, counting from 0."""
-    # First the row, then the bin in it: one sum over all bins, not one for each.
+    """Finds the bin of the value that has this rank; ranks count from 0."""
+    # The row is found first, then the bin in it, so that all bins are added up once.
     rows = sketch.reshape(-1, _ROW)
     ends = _running_sum(jnp.sum(rows.astype(jnp.float32), axis=1))
-    # Below the end, which a rank of so many values may reach by rounding.
+    # Rounding may bring a large rank to the end; there it would be in no bin.
     rank = jnp.minimum(rank, ends[-1] * (1 - 2.0**-20))
     row = jnp.minimum(jnp.sum(ends <= rank), len(rows) - 1)
     start = jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0.0)
@@ -119,7 +112,7 @@ def _bin_of_rank(sketch: jax.Array, rank: jax.Array) -> jax.Array:
 
 
 def _running_sum(x: jax.Array) -> jax.Array:
-    # Unlike `jnp.cumsum` this fuses with what is around it.
+    # Unlike `jnp.cumsum`, XLA fuses this with the operations around it.
     i = jnp.arange(len(x), dtype=jnp.int32)
     return jnp.sum(jnp.where(i <= i[:, None], x, 0.0), axis=1)
 
@@ -137,9 +130,9 @@ def _bin_of(value: jax.Array, num_bins: int) -> jax.Array:
 
 
 def _value_of(bin_of: jax.Array, num_bins: int) -> jax.Array:
-    """The value that is off by the same factor at both ends of the bin; 0 for bin 0."""
+    """Returns a value with one relative error to both ends of the bin; 0 for bin 0."""
     growth = _log_range() / (num_bins - 1)
-    # 2 g**i / (g + 1) times the smallest value, for bins between powers of g.
+    # Bin i ends at g**i times the smallest value, and this value is 2 g**i / (g + 1).
     first = math.log(SMALLEST_IN_SKETCH) + math.log(2 / (1 + math.exp(growth)))
     exponent = first + growth * jnp.minimum(bin_of, num_bins - 1).astype(jnp.float32)
     return jnp.where(bin_of == 0, 0.0, jnp.exp(exponent))

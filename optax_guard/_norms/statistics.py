@@ -11,25 +11,25 @@ from optax_guard._trees import increment
 
 # Weight of the past in the running mean and variance: about the last 100 updates.
 _DECAY = 0.99
-# A larger squared deviation would leave infinity in the variance for good.
+# With a larger squared deviation the variance would become infinite, for good.
 _LARGEST_SQUARE = 1e37
 
-# Of the sketch that every clip carries: 2 % is finer than any choice of a threshold.
+# The relative error of the sketch of every clip: finer than a choice of a threshold.
 NORM_SKETCH_ERROR = 0.02
 
 
 class NormStats(NamedTuple):
-    """What a clip has seen of the global norm of the updates that it was given.
+    """Statistics of the global norm of all updates that a clip was given.
 
-    All scalars; float32 even under x64. Units are those of the gradient. "Last" is the
-    most recent call of ``update``, whatever became of the step.
+    All are scalars; float32 even under x64. Units are those of the gradient. "Last" is
+    the most recent call of ``update``, even if its step was skipped.
 
     Attributes:
       num_updates: int32[], updates seen; 0 after ``init``.
       num_clipped: int32[], updates that were changed by clipping; 0 after ``init``.
       num_nonfinite: int32[], updates with a NaN or infinite norm; 0 after ``init``.
-      grad_norm: float32[], norm of the last updates before clipping, NaN or infinite
-        if they were; 0 after ``init``.
+      grad_norm: float32[], norm of the last updates before clipping; NaN or infinite
+        if an entry was; 0 after ``init``.
       clipped_norm: float32[], norm of the last updates after clipping; 0 after
         ``init``.
       clip_threshold: float32[], norm above which the last updates would have been
@@ -57,7 +57,7 @@ class NormStats(NamedTuple):
 
 
 def init_stats() -> NormStats:
-    """Statistics of no updates. Every leaf has a buffer of its own, for donation."""
+    """Makes statistics of no updates, with a buffer for each leaf, for donation."""
     return NormStats(
         num_updates=jnp.zeros((), jnp.int32),
         num_clipped=jnp.zeros((), jnp.int32),
@@ -79,7 +79,7 @@ def update_stats(
     clip_threshold: jax.Array,
     is_clipped: jax.Array,
 ) -> NormStats:
-    """Adds one update. A non-finite norm is counted and enters no statistic."""
+    """Adds one update. A non-finite norm is counted, and enters no other statistic."""
     stats = update_moments(stats, grad_norm, clipped_norm, clip_threshold, is_clipped)
     sketch = sketch_add(stats.norm_sketch, stats.grad_norm)
     return stats._replace(norm_sketch=sketch)
@@ -92,10 +92,10 @@ def update_moments(
     clip_threshold: jax.Array,
     is_clipped: jax.Array,
 ) -> NormStats:
-    """The same without the sketch; also for vectors of norms."""
+    """Does the same without the sketch; also for vectors of norms."""
     grad_norm = as_float32(grad_norm)
     is_finite = jnp.isfinite(grad_norm)
-    num_updates = increment(stats.num_updates, True)
+    num_updates = increment(stats.num_updates)
     num_nonfinite = increment(stats.num_nonfinite, ~is_finite)
     mean, var = running_moments(
         stats.norm_mean,
@@ -120,68 +120,17 @@ def update_moments(
     )
 
 
-def as_float32(x: jax.Array) -> jax.Array:
-    """``x`` as float32, in which a finite double stays finite."""
-    if x.dtype != jnp.float64:
-        return x.astype(jnp.float32)
-    largest = jnp.array(jnp.finfo(jnp.float32).max, x.dtype)
-    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(
-        jnp.float32
-    )
-
-
-def running_moments(
-    mean: jax.Array,
-    var: jax.Array,
-    value: jax.Array,
-    num_values: jax.Array,
-    decay: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Debiased exponential mean and variance after one more value.
-
-    The weights are those of ``decay ** age``, normalised, so that after the first value
-    the mean is that value. In the incremental form nothing cancels: the variance stays
-    non-negative and right for values that hardly vary.
-
-    Args:
-      mean: float32[], before this value.
-      var: float32[], before this value.
-      value: float32[], the new value.
-      num_values: int32[], how many values there are with this one.
-      decay: Weight of a value relative to its successor's, in (0, 1).
-
-    Returns:
-      The new mean and variance.
-
-    References:
-      West, `Updating mean and variance estimates: an improved method
-      <https://doi.org/10.1145/359146.359153>`_, 1979
-    """
-    num_values = jnp.maximum(num_values, 1).astype(jnp.float32)
-    sum_of_weights = -jnp.expm1(num_values * math.log(decay))
-    # Rounded to above one, the weight would make the first variance negative.
-    weight = jnp.minimum((1 - decay) / sum_of_weights, 1.0)
-    deviation = value - mean
-    square = bounded_square(deviation)
-    return mean + weight * deviation, (1 - weight) * (var + weight * square)
-
-
-def bounded_square(value: jax.Array) -> jax.Array:
-    """The square, bounded so that a variance made of such squares stays finite."""
-    return jnp.minimum(value * value, _LARGEST_SQUARE)
-
-
 class GroupStats(NamedTuple):
-    """What a clip has seen of the norm of each of its G groups.
+    """Statistics of the norm of each of the G groups of a clip.
 
-    Vectors over the groups, in the order of ``group_names``; float32 even under x64.
+    All are vectors in the order of ``group_names``; float32 even under x64.
     Units are those of the gradient. "Last" is the most recent call of ``update``.
 
     Attributes:
-      group_names: Says which group is which, and holds no arrays: for leaves a tree
-        like the parameters with ``None`` for a group, ``(None, ..., None)`` for the
-        layers of a stacked leaf and ``()`` for a leaf that is not floating; for
-        labelled groups a dict from label to ``None``.
+      group_names: Names the groups and holds no arrays. For leaves it is a tree like
+        the parameters, with ``None`` for a group, ``(None, ..., None)`` for the layers
+        of a stacked leaf and ``()`` for a leaf that is not floating. For labelled
+        groups it is a dict from label to ``None``.
       group_num_clipped: int32[G], updates in which the group was clipped; 0 after
         ``init``.
       group_num_nonfinite: int32[G], updates in which its norm was NaN or infinite; 0
@@ -195,8 +144,8 @@ class GroupStats(NamedTuple):
         norms before clipping; 0 after ``init``.
       group_norm_var: float32[G], variance around that mean; 0 after ``init``.
       group_norm_max: float32[G], largest finite norm before clipping; 0 after ``init``.
-      group_sketch: int32[G, 1408], for ``norm_quantile``, if it was asked for, else
-        ``None``; zeros after ``init``.
+      group_sketch: int32[G, 1408], for ``norm_quantile``; zeros after ``init``;
+        ``None`` without ``record_quantiles``.
     """
 
     group_names: Any
@@ -212,7 +161,7 @@ class GroupStats(NamedTuple):
 
 
 def init_group_stats(names: Any, has_sketch: bool) -> GroupStats:
-    """Statistics of no updates; ``names`` has a ``None`` for each group."""
+    """Makes statistics of no updates; ``names`` has a ``None`` for each group."""
     num_groups = len(jax.tree.leaves(names, is_leaf=lambda x: x is None))
 
     def zeros(dtype: Any) -> jax.Array:
@@ -242,7 +191,7 @@ def update_group_stats(
     threshold: jax.Array,
     is_clipped: jax.Array,
 ) -> GroupStats:
-    """Adds one update, as ``update_stats`` does; ``num_updates`` is without it."""
+    """Adds one update, as ``update_stats`` does; ``num_updates`` does not count it."""
     names, *before, sketch = stats
     _, *after, _ = update_moments(
         NormStats(num_updates, *before, norm_sketch=jnp.zeros(())),
@@ -255,3 +204,54 @@ def update_group_stats(
     if sketch is None:
         return new
     return new._replace(group_sketch=sketch_add(sketch, new.group_norm))
+
+
+def as_float32(x: jax.Array) -> jax.Array:
+    """Converts ``x`` to float32; a finite double stays finite."""
+    if x.dtype != jnp.float64:
+        return x.astype(jnp.float32)
+    largest = jnp.array(jnp.finfo(jnp.float32).max, x.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(
+        jnp.float32
+    )
+
+
+def running_moments(
+    mean: jax.Array,
+    var: jax.Array,
+    value: jax.Array,
+    num_values: jax.Array,
+    decay: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds one value to a debiased exponential mean and variance.
+
+    A value has the weight ``decay ** age``, and the weights are normalised, so that
+    after the first value the mean is that value. In the incremental form nothing
+    cancels: the variance of values that hardly vary is right, and never negative.
+
+    Args:
+      mean: float32[], before this value.
+      var: float32[], before this value.
+      value: float32[], the new value.
+      num_values: int32[], how many values there are with this one.
+      decay: Weight of a value relative to its successor's, in (0, 1).
+
+    Returns:
+      The new mean and variance.
+
+    References:
+      West, `Updating mean and variance estimates: an improved method
+      <https://doi.org/10.1145/359146.359153>`_, 1979
+    """
+    num_values = jnp.maximum(num_values, 1).astype(jnp.float32)
+    sum_of_weights = -jnp.expm1(num_values * math.log(decay))
+    # A weight that is rounded to above one would make the first variance negative.
+    weight = jnp.minimum((1 - decay) / sum_of_weights, 1.0)
+    deviation = value - mean
+    square = bounded_square(deviation)
+    return mean + weight * deviation, (1 - weight) * (var + weight * square)
+
+
+def bounded_square(value: jax.Array) -> jax.Array:
+    """Squares a value, with a bound that keeps a variance of such squares finite."""
+    return jnp.minimum(value * value, _LARGEST_SQUARE)

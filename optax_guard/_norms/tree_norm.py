@@ -20,9 +20,9 @@ from optax_guard._norms.leaf_runs import (
     earliest,
     first_bad,
     first_true,
-    part_size,
     parts_of,
-    split,
+    run_size,
+    values_by_run,
 )
 from optax_guard._norms.mesh_axes import AxisName, Names, mesh_axes
 from optax_guard._norms.two_scales import (
@@ -84,7 +84,7 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
 def leaves_of_part(tree: Any, first: int) -> list[int]:
     """Indices of the leaves that a ``bad_leaf`` of ``first`` stands for."""
     leaves = jax.tree.leaves(tree)
-    size = part_size(len(leaves))
+    size = run_size(len(leaves))
     end = first // size * size + size
     return [i for i, x in enumerate(leaves[:end]) if i >= first and is_inexact(x)]
 
@@ -150,7 +150,7 @@ def _squares(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
     up, down = not_folded(dtype, *SCALES[dtype])
-    members = split(list(zip(roles, leaves, strict=True)), runs)
+    members = values_by_run(list(zip(roles, leaves, strict=True)), runs)
     groups = [_alike(run) for run in members]
 
     def sums(scale: jax.Array) -> list[jax.Array]:
@@ -218,7 +218,7 @@ def _sum_norm(
     sums, bad = [], []
     for part in parts:
         each = [jnp.sum(jnp.abs(x).astype(dtype)) for x in part.of(leaves)]
-        runs = [add_pairwise(run) for run in split(each, part.runs)]
+        runs = [add_pairwise(run) for run in values_by_run(each, part.runs)]
         (total,), own_bad = add_up(
             part, (add_pairwise(runs),), first_bad(runs, part.runs)
         )
@@ -239,7 +239,7 @@ def _max_norm(
     largest, bad = [], []
     for part in parts:
         each = [jnp.max(size(x), initial=0.0) for x in part.of(leaves)]
-        runs = [combine(jnp.maximum, run) for run in split(each, part.runs)]
+        runs = [combine(jnp.maximum, run) for run in values_by_run(each, part.runs)]
         of_all = combine(jnp.maximum, runs)
         largest.append(lax.pmax(of_all, part.axes) if part.axes else of_all)
         bad.append(add_up(part, (), first_bad(runs, part.runs))[1])

@@ -11,7 +11,7 @@ import numpy as np
 
 from optax_guard._checks import check_kind
 from optax_guard._guarding.adoption import with_old_names
-from optax_guard._trees import described
+from optax_guard._trees import leaf_types
 
 # The items of a checkpoint: two trees of arrays, the first of which loads alone, and
 # a dict of JSON.
@@ -111,7 +111,7 @@ def restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
         tree = jax.tree.map(_without_key, jax.tree.map(like, target))
         with _readable(manager, step):
             saved = _saved_tree(manager, step, name)
-        if described(saved).keys() == described(with_old_names(tree)).keys():
+        if leaf_types(saved).keys() == leaf_types(with_old_names(tree)).keys():
             tree = with_old_names(tree)
         _check_same_tree(saved, tree, f"{manager.directory}, step {step}")
         arguments[name] = ocp.args.PyTreeRestore(
@@ -190,7 +190,7 @@ def _saved_tree(manager: Any, step: int, item: str) -> Any:
 
 def _check_same_tree(saved: Any, target: Any, where: str) -> None:
     # Orbax knows the names along a path, but not whether they are keys or attributes.
-    was, now = described(saved), described(target)
+    was, now = leaf_types(saved), leaf_types(target)
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Thresholds: from a norm and its past, when to clip and what to clip to."""
+"""Thresholds decide, from a norm and its past, when to clip and what to clip to."""
 
 from optax_guard._public import publish
 from optax_guard.threshold._base import Threshold
@@ -15,7 +15,7 @@ __all__ = [
     "relative_to_mean",
     "zscore",
 ]
-# Classes that are met in states and never constructed by users.
+# Users meet these classes in states and never construct them.
 _STATES = [
     "QuantileState",
     "RelativeToMeanState",

@@ -1,4 +1,4 @@
-"""What a threshold is, and what all of them share."""
+"""The type of a threshold, and the helpers that all thresholds share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from jax.typing import ArrayLike
 from optax_guard._checks import check_positive
 from optax_guard._trees import as_float
 
+# The norm above which one clips (trigger), and the norm to clip to (target).
 Limits = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Threshold:
-    """When to clip and what to clip to, as three pure functions.
+    """Decides when to clip and what to clip to, by three pure functions.
 
     Not a transformation: pass it where a clip takes a number. ``start(shape)`` makes
     the state for norms of that shape. ``limits(norm, global_norm, state)`` gives the
@@ -32,7 +33,7 @@ class Threshold:
 
     @property
     def init(self) -> NoReturn:
-        """Raises: what asks for this takes the threshold for a transformation."""
+        """Raises, because the caller takes the threshold for a transformation."""
         raise TypeError(
             "A threshold is not a gradient transformation and cannot be chained. Pass "
             "it to one: `clip_by_global_norm(threshold)`."
@@ -45,7 +46,7 @@ def capped(
     limits: Callable[[jax.Array, jax.Array, Any], Limits],
     max_norm: ArrayLike | None,
 ) -> Callable[[jax.Array, jax.Array, Any], Limits]:
-    """The same limits, and ``max_norm`` as one more that always holds."""
+    """Adds ``max_norm`` to ``limits``, as a threshold that always holds."""
     if max_norm is None:
         return limits
     check_positive("max_norm", max_norm)
@@ -61,24 +62,50 @@ def capped(
 
 
 def is_informative(norm: jax.Array) -> jax.Array:
-    """Whether a norm says something about the scale of norms: finite, and not zero.
+    """Whether a norm tells something about the scale of norms: finite, and not zero.
 
     Zeros come from parameters that took no part (an idle expert, LoRA's first step). A
-    threshold that learnt them could end at zero, and hold all later updates there.
+    threshold that learnt them could fall to zero, and clip all later updates to that.
     """
     return jnp.isfinite(norm) & (norm > 0)
 
 
+def end_of_row(
+    is_unusual: jax.Array, length: jax.Array, warmup: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Decides whether a row of unusual norms restarts a threshold, and if it goes on.
+
+    Args:
+      is_unusual: bool[S], whether this norm is; one that is not ends the row.
+      length: int32[S], length of the row with this norm.
+      warmup: Length of a row that restarts the threshold.
+
+    Returns:
+      bool[S] and bool[S], at most one of them true.
+    """
+    is_restart = is_unusual & (length >= warmup)
+    return is_restart, is_unusual & ~is_restart
+
+
 def float32(value: ArrayLike) -> jax.Array:
-    """A setting as an array; of float32 whatever it was given as."""
+    """Converts a setting to a float32 array."""
     return as_float(value, jnp.float32)
 
 
-def where(condition: jax.Array, new: Any, old: Any) -> Any:
-    """``jnp.where`` over two states of the same class, entry by entry of the norms."""
+def where_norm(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Takes ``new`` for the norms where ``condition`` holds, and ``old`` for others.
 
-    def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+    Args:
+      condition: bool[S], with one entry for each norm.
+      new: A state, whose leaves have shapes that begin with S.
+      old: A state of the same class.
+
+    Returns:
+      A state of that class.
+    """
+
+    def where_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
         extra = (1,) * (b.ndim - condition.ndim)
         return jnp.where(condition.reshape(condition.shape + extra), a, b)
 
-    return jax.tree.map(leaf, new, old)
+    return jax.tree.map(where_leaf, new, old)

@@ -1,4 +1,4 @@
-"""Optax_guard/threshold/_coerce.py."""
+"""Turns a number, a schedule or a table into a threshold."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_number, check_positive, is_number
@@ -23,13 +24,13 @@ _KINDS: dict[str, Callable[..., Threshold]] = {
 
 
 def as_threshold(name: str, value: Any) -> Threshold:
-    """A threshold from whatever a user may pass for one.
+    """Makes a threshold of any value that a user may pass for one.
 
     Args:
       name: The argument's name, for the error.
-      value: A positive number, possibly traced; or a function from the number of
-        updates taken so far to one, as in ``optax.schedules``; or a threshold; or a
-        table as a configuration file holds it, ``{"kind": "zscore", "sigma": 2.5}``.
+      value: A positive number, possibly traced; a schedule, called with the number of
+        updates taken so far; a threshold; or a table, as a configuration file holds it:
+        ``{"kind": "zscore", "sigma": 2.5}``.
 
     Returns:
       The threshold.
@@ -61,23 +62,23 @@ def as_threshold(name: str, value: Any) -> Threshold:
 def _constant(value: ArrayLike) -> Threshold:
     def limits(norm: jax.Array, global_norm: jax.Array, state: Any) -> Limits:
         del global_norm, state
-        limit = as_float(value, norm.dtype)
-        return limit, limit
+        threshold = as_float(value, norm.dtype)
+        return threshold, threshold
 
     return Threshold(lambda shape: (), limits, lambda norm, clipped_norm, state: state)
 
 
-def _scheduled(schedule: Callable[..., Any]) -> Threshold:
+def _scheduled(schedule: optax.Schedule) -> Threshold:
     def limits(norm: jax.Array, global_norm: jax.Array, state: jax.Array) -> Limits:
         del global_norm
         value = schedule(state)
         check_number("max_norm(step)", value)
-        limit = as_float(value, norm.dtype)
-        return limit, limit
+        threshold = as_float(value, norm.dtype)
+        return threshold, threshold
 
     def learn(norm: jax.Array, clipped_norm: jax.Array, state: jax.Array) -> jax.Array:
         del norm, clipped_norm
-        return increment(state, True)
+        return increment(state)
 
     return Threshold(lambda shape: jnp.zeros((), jnp.int32), limits, learn)
 

@@ -1,5 +1,6 @@
 """Thresholds by quantile of all norms so far: AutoClip in fixed memory."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,13 @@ from optax_guard._norms.sketch import (
     sketch_quantile,
 )
 from optax_guard._trees import increment
-from optax_guard.threshold._base import Limits, Threshold, capped, is_informative, where
+from optax_guard.threshold._base import (
+    Limits,
+    Threshold,
+    capped,
+    is_informative,
+    where_norm,
+)
 
 
 class QuantileState(NamedTuple):
@@ -29,8 +36,8 @@ class QuantileState(NamedTuple):
     Attributes:
       limit_sketch: int32[S, bins], float32 with a ``decay``: how many norms before
         clipping fell into each bin; 0 after ``init``.
-      norms_seen: int32[S], how many norms were added, zeros and non-finite ones not
-        counted; 0 after ``init``.
+      norms_seen: int32[S], how many norms were added; zeros and non-finite norms are
+        not; 0 after ``init``.
     """
 
     limit_sketch: jax.Array
@@ -48,28 +55,28 @@ def quantile(
 ) -> Threshold:
     """Clips norms above the ``q``-quantile of the norms seen so far.
 
-    AutoClip without its unbounded history: a sketch keeps counts in bins that grow
-    geometrically, so that the limit is at least the exact quantile of all norms before
-    clipping and at most ``relative_error`` above, for norms from 1e-12 to 1e12. What is
-    larger counts as 1e12; norms of at most 1e-12 always pass. Zero and non-finite norms
-    do not enter, so the limit cannot end at zero. Norms enter unclipped and count once,
-    however large they are. After a lasting rise the limit is at the new scale when a
-    share ``1 - q`` of all (weighted) norms is: without forgetting after ``(1 - q) / q``
-    times as many updates as there were before, with it after about
-    ``log(q) / log(decay)``.
+    This is AutoClip without its unbounded history. A sketch counts norms in bins that
+    grow geometrically. The threshold is at least the exact quantile of all norms before
+    clipping, and at most ``relative_error`` above, for norms from 1e-12 to 1e12. Larger
+    norms count as 1e12; norms of at most 1e-12 always pass. Zero and non-finite norms
+    do not enter, so the threshold cannot fall to zero. Norms enter unclipped and count
+    once, however large they are. After a lasting rise the threshold is at the new scale
+    once a share ``1 - q`` of all (weighted) norms is: without ``decay`` after ``(1 - q)
+    / q`` times as many updates as there were before, with it after about ``log(q) /
+    log(decay)`` updates.
 
     Args:
       q: Which quantile, in [0, 1]: about the share of updates that pass.
-      decay: Weight of a norm relative to its successor's, in (0, 1), to forget the
-        distant past; ``None`` to weigh all alike.
+      decay: Weight of a norm relative to the next one, in (0, 1), to forget the distant
+        past; ``None`` to weigh all alike.
       warmup: How many norms must have been seen before anything but ``max_norm``
         clips.
-      include_current: Whether the norm to be judged is among those of which the
-        quantile is taken, as in AutoClip. It then counts against itself.
+      include_current: Whether a norm enters before it is judged, as in AutoClip, so
+        that it counts against itself.
       relative_error: Of the quantile, in (0, 1). Not traced: it decides the size of
         the state.
-      max_norm: A norm to clip to in any case, in units of the gradient; ``None`` for
-        none. All other numbers may be traced.
+      max_norm: Largest norm that passes in any case, in units of the gradient; ``None``
+        for none. All other numbers may be traced.
 
     Returns:
       A threshold with a ``QuantileState``: about ``220 / relative_error`` bytes for
@@ -103,38 +110,58 @@ def quantile(
     check_static("relative_error", relative_error)
     check_fraction("relative_error", relative_error)
 
-    def start(shape: tuple[int, ...]) -> QuantileState:
-        dtype = jnp.int32 if decay is None else jnp.float32
-        return QuantileState(
-            # One-sided, an error of as much is half of it on both sides.
-            limit_sketch=sketch_init(
-                shape, relative_error / (2 + relative_error), dtype
-            ),
-            norms_seen=jnp.zeros(shape, jnp.int32),
-        )
+    settings = _Settings(q, decay, warmup, include_current, relative_error)
+    limits = functools.partial(_limits, settings)
+    return Threshold(
+        functools.partial(_start, settings),
+        capped(limits, max_norm),
+        functools.partial(_learn, settings),
+    )
 
-    def limits(norm: jax.Array, global_norm: jax.Array, state: QuantileState) -> Limits:
-        del global_norm
-        if include_current:
-            state = learn(norm, norm, state)
-        # The upper end of the quantile's bin: what the sketch cannot tell from it, such
-        # as norms that are all the same, passes unchanged.
-        limit = sketch_quantile(state.limit_sketch, q) * (1 + relative_error / 2)
-        is_known = (state.norms_seen >= warmup) & (state.norms_seen > 0)
-        # The sketch tells smaller norms not apart, and calls them zero.
-        limit = jnp.where(is_known, jnp.maximum(limit, SMALLEST_IN_SKETCH), jnp.inf)
-        limit = limit.astype(norm.dtype)
-        return limit, limit
 
-    def learn(
-        norm: jax.Array, clipped_norm: jax.Array, state: QuantileState
-    ) -> QuantileState:
-        del clipped_norm
-        norm = norm.astype(jnp.float32)
-        new = QuantileState(
-            limit_sketch=sketch_add(state.limit_sketch, norm, decay),
-            norms_seen=increment(state.norms_seen, True),
-        )
-        return where(is_informative(norm), new, state)
+class _Settings(NamedTuple):
+    q: ArrayLike
+    decay: ArrayLike | None
+    warmup: ArrayLike
+    include_current: bool
+    relative_error: float
 
-    return Threshold(start, capped(limits, max_norm), learn)
+
+def _start(settings: _Settings, shape: tuple[int, ...]) -> QuantileState:
+    # The threshold is in [1, 1 + error] times the quantile, the sketch's value in
+    # [1 - half, 1 + half] times it.
+    half = settings.relative_error / (2 + settings.relative_error)
+    dtype = jnp.int32 if settings.decay is None else jnp.float32
+    return QuantileState(
+        limit_sketch=sketch_init(shape, half, dtype),
+        norms_seen=jnp.zeros(shape, jnp.int32),
+    )
+
+
+def _limits(
+    settings: _Settings, norm: jax.Array, global_norm: jax.Array, state: QuantileState
+) -> Limits:
+    del global_norm
+    if settings.include_current:
+        state = _learn(settings, norm, norm, state)
+    # The upper end of the quantile's bin, so that all norms in the bin pass unchanged:
+    # the sketch cannot tell them apart.
+    value = sketch_quantile(state.limit_sketch, settings.q)
+    threshold = value * (1 + settings.relative_error / 2)
+    is_known = (state.norms_seen >= settings.warmup) & (state.norms_seen > 0)
+    # The sketch counts smaller norms as zero.
+    threshold = jnp.where(is_known, jnp.maximum(threshold, SMALLEST_IN_SKETCH), jnp.inf)
+    threshold = threshold.astype(norm.dtype)
+    return threshold, threshold
+
+
+def _learn(
+    settings: _Settings, norm: jax.Array, clipped_norm: jax.Array, state: QuantileState
+) -> QuantileState:
+    del clipped_norm
+    norm = norm.astype(jnp.float32)
+    new = QuantileState(
+        limit_sketch=sketch_add(state.limit_sketch, norm, settings.decay),
+        norms_seen=increment(state.norms_seen),
+    )
+    return where_norm(is_informative(norm), new, state)
