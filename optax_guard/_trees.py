@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from optax_guard._checks import check_kind
+from optax_guard._checks import check_kind, is_concrete, python_number
 
 
 def path_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
@@ -190,10 +190,10 @@ def dtype_of(leaf: Any) -> Any:
 
 def as_float(value: Any, dtype: Any) -> jax.Array:
     """A number as an array of ``dtype``; one that is too large becomes infinite."""
-    if isinstance(value, jax.Array):
+    if not is_concrete(value):
         return value.astype(dtype)
     with np.errstate(over="ignore"):
-        return jnp.asarray(np.asarray(float(value)).astype(dtype))
+        return jnp.asarray(np.asarray(float(python_number(value))).astype(dtype))
 
 
 def map_inexact(f: Callable[[Any], Any], tree: Any) -> Any:

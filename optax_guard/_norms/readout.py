@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_flag, check_kind
+from optax_guard._checks import check_flag, check_kind, is_concrete, is_number
 from optax_guard._norms.sketch import sketch_merge, sketch_quantile
 from optax_guard._norms.statistics import GroupStats, NormStats
 from optax_guard._trees import find_states, path_names
@@ -97,9 +97,9 @@ def norm_quantile(
     """
     check_flag("by_group", by_group)
     check_kind("merge", merge, (list, tuple), "a list of states")
-    if not isinstance(q, jax.Array):
-        q = np.asarray(q)
-        if q.dtype.kind not in "iuf":
+    if is_concrete(q):
+        q = np.asarray(jax.device_get(q))
+        if not is_number(q) or np.iscomplexobj(q):
             raise TypeError(f"`q` must be a number or numbers, got {q!r}.")
         q = q.astype(np.float32)
         if not np.all((q >= 0) & (q <= 1)):

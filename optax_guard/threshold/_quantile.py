@@ -11,7 +11,7 @@ from optax_guard._checks import (
     check_flag,
     check_fraction,
     check_range,
-    check_static,
+    static_number,
 )
 from optax_guard._norms.sketch import (
     SMALLEST_IN_SKETCH,
@@ -100,8 +100,10 @@ def quantile(
         check_fraction("decay", decay)
     check_count("warmup", warmup, least=0)
     check_flag("include_current", include_current)
-    check_static("relative_error", relative_error)
     check_fraction("relative_error", relative_error)
+    relative_error = static_number(
+        "relative_error", relative_error, "it decides the size of the state"
+    )
 
     def start(shape: tuple[int, ...]) -> QuantileState:
         dtype = jnp.int32 if decay is None else jnp.float32

@@ -1,6 +1,5 @@
 """Thresholds by deviation from the running mean: ZClip, and a sturdier default."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -12,8 +11,8 @@ from optax_guard._checks import (
     check_count,
     check_flag,
     check_fraction,
+    check_not_negative,
     check_positive,
-    check_range,
 )
 from optax_guard._norms.statistics import bounded_square
 from optax_guard.threshold._base import (
@@ -137,7 +136,7 @@ def published_zscore(
     check_flag("restart", restart)
     check_choice("clip_to", clip_to, ("limit", "mean", "reciprocal"))
     check_choice("learn", learn, ("limit", "target", "nothing"))
-    check_range("min_deviation", min_deviation, 0, math.inf)
+    check_not_negative("min_deviation", min_deviation)
 
     def start(shape: tuple[int, ...]) -> ZScoreState:
         return ZScoreState(
