@@ -209,11 +209,6 @@ def check_leaves(name: str, tree: Any) -> None:
     """Raises unless all leaves are arrays or numbers, which JAX can trace."""
     for leaf in jax.tree.leaves(tree):
         dtype = getattr(leaf, "dtype", None)
-        if isinstance(leaf, int) and abs(leaf) > jnp.iinfo(jnp.result_type(int)).max:
-            raise ValueError(
-                f"`{name}` must have leaves that fit into arrays, got a whole number "
-                f"of {leaf.bit_length()} bits."
-            )
         is_plain = isinstance(leaf, (bool, int, float, complex))
         # Random keys pass: their dtype is not one of NumPy's.
         is_other = isinstance(dtype, np.dtype) and dtype.kind in "OSUmM"
@@ -222,6 +217,13 @@ def check_leaves(name: str, tree: Any) -> None:
                 f"`{name}` must have arrays as leaves, got {leaf!r} of type "
                 f"{type(leaf).__name__}."
             )
+        if isinstance(leaf, (int, np.integer)):
+            kind = int if isinstance(leaf, int) else leaf.dtype
+            if abs(int(leaf)) > jnp.iinfo(jnp.result_type(kind)).max:
+                raise ValueError(
+                    f"`{name}` must have leaves that fit into arrays, got a whole "
+                    f"number of {int(leaf).bit_length()} bits."
+                )
 
 
 def check_state(factory: str, state: object, cls: type) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from optax_guard._checks import is_flag
+
 
 def counting_only(
     mask: Any,
@@ -58,7 +60,7 @@ def _counts(mask: Any, tree: Any) -> list[bool]:
             f"ends or before: {error}"
         ) from error
     for each in counts:
-        if not isinstance(each, (bool, np.bool_)):
+        if not is_flag(each):
             raise TypeError(
                 "`mask` must have a bool for each leaf, true for those that count, "
                 f"got {each!r} of type {type(each).__name__}."

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._checks import static_count
+from optax_guard._checks import check_number, static_count
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._trees import as_argument
 from optax_guard.loops._evaluation import tracked
@@ -62,6 +62,7 @@ class PopulationResult(NamedTuple):
           TypeError: If it is no whole number.
           IndexError: If there is no such member.
         """
+        check_number("i", i)
         try:
             i = operator.index(i)
         except TypeError as error:
