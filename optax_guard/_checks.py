@@ -1,4 +1,8 @@
-"""What every transformation here is built with: one constructor, checks of input."""
+"""Checks of arguments: an error names the argument, the rule and the value.
+
+A number is checked if it is concrete, whether it is Python's, NumPy's or JAX's. A
+traced number passes, except where a shape depends on it.
+"""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -8,25 +12,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-# Numbers whose value is known while Python runs. Traced numbers cannot be checked.
-_CONCRETE = (int, float, np.number, np.ndarray)
-# What counts.
-_INT32 = np.iinfo(np.int32)
+# Counts are int32.
+_MOST = np.iinfo(np.int32).max
 
 
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is one: Python's, NumPy's, JAX's or traced; not a bool."""
+# Numbers ---------------------------------------------------------------------------
+
+
+def is_concrete(value: object) -> bool:
+    """Whether this process knows the value while Python runs.
+
+    It does not know the value of a tracer, nor of an array that is partly on devices
+    of other processes.
+    """
+    if isinstance(value, Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a number or an array of numbers; a bool is not."""
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return jnp.issubdtype(value.dtype, jnp.number)
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NumPy counts durations as integers.
+        return jnp.issubdtype(value.dtype, jnp.number) and value.dtype.kind != "m"
+    is_plain = isinstance(value, (int, float, complex))
+    return is_plain and not isinstance(value, bool)
 
 
-def check_positive(name: str, value: Any, advice: str = "") -> None:
-    """Raises unless ``value`` is a positive number; traced values pass."""
-    check_number(name, value)
-    if isinstance(value, _CONCRETE) and not value > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.{_then(advice)}")
+def python_number(value: Any) -> Any:
+    """The value of a concrete number, as Python's int or float.
+
+    Under a trace ``jnp`` would stage a comparison of two concrete arrays; a comparison
+    of Python numbers has a result at once.
+    """
+    return np.asarray(jax.device_get(value)).item()
 
 
 def check_number(name: str, value: Any) -> None:
@@ -35,10 +56,7 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(
             f"`{name}` must be a number, got {value!r} of type {type(value).__name__}."
         )
-    is_complex = jnp.issubdtype(
-        getattr(value, "dtype", type(value)), jnp.complexfloating
-    )
-    if np.shape(value) or is_complex:
+    if np.shape(value) or jnp.iscomplexobj(value):
         raise ValueError(
             f"`{name}` must be one real number, got {value!r} of shape "
             f"{np.shape(value)}."
@@ -50,41 +68,116 @@ def check_number(name: str, value: Any) -> None:
         )
 
 
-def check_not_nan(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a number that something can be compared with."""
+def _check_bound(
+    name: str,
+    value: object,
+    is_within: Callable[[Any], bool],
+    rule: str,
+    advice: str = "",
+) -> None:
+    """Raises unless ``value`` is traced or ``is_within`` holds for it."""
     check_number(name, value)
-    if isinstance(value, _CONCRETE) and value != value:
-        raise ValueError(f"`{name}` must not be NaN, with which nothing compares.")
+    if is_concrete(value) and not is_within(python_number(value)):
+        raise ValueError(f"`{name}` must {rule}, got {value}. {advice}".rstrip())
 
 
-def check_count(name: str, value: Any, advice: str = "", *, least: int = 1) -> None:
+def check_positive(name: str, value: object, advice: str = "") -> None:
+    """Raises unless ``value`` is a number above 0; traced values pass."""
+    _check_bound(name, value, lambda x: x > 0, "be positive", advice)
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raises unless ``value`` is a number of at least 0; traced values pass."""
+    _check_bound(name, value, lambda x: x >= 0, "not be negative")
+
+
+def check_not_nan(name: str, value: object) -> None:
+    """Raises unless ``value`` is a number other than NaN; traced values pass."""
+    _check_bound(name, value, lambda x: x == x, "not be NaN")
+
+
+def check_above(name: str, value: object, least: float, advice: str) -> None:
+    """Raises unless ``value`` is a number above ``least``; traced values pass."""
+    _check_bound(name, value, lambda x: x > least, f"be above {least}", advice)
+
+
+def check_range(name: str, value: object, least: float, most: float) -> None:
+    """Raises unless ``value`` is a number in [least, most]; traced values pass."""
+    rule = f"be in [{least}, {most}]"
+    _check_bound(name, value, lambda x: least <= x <= most, rule)
+
+
+def check_fraction(name: str, value: object, *, or_zero: bool = False) -> None:
+    """Raises unless ``value`` is in (0, 1), or 0 with ``or_zero``; traced ones pass."""
+    rule = "be in [0, 1)" if or_zero else "be in (0, 1)"
+    _check_bound(name, value, lambda x: 0 < x < 1 or (or_zero and x == 0), rule)
+
+
+def check_count(name: str, value: object, advice: str = "", *, least: int = 1) -> None:
     """Raises unless ``value`` is a whole number from ``least``; traced values pass."""
+    rule = f"be a whole number of at least {least}"
+
+    def is_count(x: Any) -> bool:
+        return x >= least and float(x).is_integer()
+
+    _check_bound(name, value, is_count, rule, advice)
+    _check_bound(name, value, lambda x: x <= _MOST, f"be at most {_MOST}")
+
+
+def static_number(name: str, value: object, reason: str) -> Any:
+    """A concrete number, as Python's; raises for a traced one.
+
+    Args:
+      name: The argument's name, for the error.
+      value: What was given for it.
+      reason: Why it cannot be traced, for the error.
+
+    Returns:
+      An int or a float, which keeps its value under a trace, as a ``jax.Array`` in an
+      expression would not.
+    """
     check_number(name, value)
-    if not isinstance(value, _CONCRETE):
-        return
-    if not (value >= least and float(value).is_integer()):
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {least}, got {value}."
-            f"{_then(advice)}"
+    if not is_concrete(value):
+        raise TypeError(
+            f"`{name}` must be known while tracing, because {reason}, got {value}. "
+            "Make it a static argument: `static_argnames` of `jit`, `static_args` of "
+            "`inject_hyperparams`."
         )
-    if value > _INT32.max:
-        raise ValueError(f"`{name}` must be at most {_INT32.max}, got {value}.")
+    return python_number(value)
 
 
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def static_count(name: str, value: object, *, least: int = 1) -> int:
+    """A concrete whole number from ``least``, as an int; raises for a traced one."""
+    check_count(name, value, least=least)
+    reason = "the shape of an array or the length of a loop depends on it"
+    return int(static_number(name, value, reason))
+
+
+# Other kinds -----------------------------------------------------------------------
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a bool: of texts, "no" would be true as well."""
-    check_kind(name, value, (bool, np.bool_), "True or False")
+def is_flag(value: object) -> bool:
+    """Whether ``value`` is one concrete bool: Python's, NumPy's or JAX's."""
+    if isinstance(value, (np.bool_, np.ndarray, jax.Array)):
+        return value.dtype == bool and value.shape == () and is_concrete(value)
+    return isinstance(value, bool)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises unless ``value`` is a bool: as a condition, "no" would be true as well."""
+    if not is_flag(value):
+        check_kind(name, value, bool, "True or False")
 
 
 def check_kind(
-    name: str, value: Any, kind: type | tuple[type, ...], described: str
+    name: str, value: object, kind: type | tuple[type, ...], described: str
 ) -> None:
     """Raises unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
@@ -94,50 +187,58 @@ def check_kind(
         )
 
 
-def check_transformation(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a transformation, or like one as ``MultiSteps`` is."""
+def check_transformation(name: str, value: object) -> None:
+    """Raises unless ``value`` has the methods of a transformation.
+
+    ``optax.MultiSteps`` has them, and is not a ``GradientTransformation``.
+    """
     if not (hasattr(value, "init") and hasattr(value, "update")):
         check_kind(name, value, optax.GradientTransformation, "an optax transformation")
 
 
-def check_iterable(name: str, value: Any, described: str) -> None:
-    """Raises unless ``value`` has items, which an array of numbers has not."""
+def check_iterable(name: str, value: object, described: str) -> None:
+    """Raises unless ``value`` has items; an array of numbers counts as having none."""
     is_array = isinstance(value, (np.ndarray, jax.Array))
     check_kind(name, None if is_array else value, Iterable, described)
 
 
+# Trees and states ------------------------------------------------------------------
+
+
 def check_leaves(name: str, tree: Any) -> None:
-    """Raises unless all leaves are arrays or numbers: what JAX can trace."""
+    """Raises unless all leaves are arrays or numbers, which JAX can trace."""
     for leaf in jax.tree.leaves(tree):
         dtype = getattr(leaf, "dtype", None)
-        if isinstance(leaf, int) and abs(leaf) > jnp.iinfo(jnp.result_type(int)).max:
-            raise ValueError(
-                f"`{name}` must have leaves that fit into arrays, got a whole number "
-                f"of {leaf.bit_length()} bits."
-            )
-        is_number = isinstance(leaf, (bool, int, float, complex))
-        # The dtypes of random keys are none of NumPy's.
+        is_plain = isinstance(leaf, (bool, int, float, complex))
+        # Random keys pass: their dtype is not one of NumPy's.
         is_other = isinstance(dtype, np.dtype) and dtype.kind in "OSUmM"
-        if is_other or (dtype is None and not is_number):
+        if is_other or (dtype is None and not is_plain):
             raise TypeError(
                 f"`{name}` must have arrays as leaves, got {leaf!r} of type "
                 f"{type(leaf).__name__}."
             )
+        if isinstance(leaf, (int, np.integer)):
+            kind = int if isinstance(leaf, int) else leaf.dtype
+            if abs(int(leaf)) > jnp.iinfo(jnp.result_type(kind)).max:
+                raise ValueError(
+                    f"`{name}` must have leaves that fit into arrays, got a whole "
+                    f"number of {int(leaf).bit_length()} bits."
+                )
 
 
-def check_state(factory: str, state: Any, cls: type) -> None:
-    """Raises unless ``state`` is the state that ``factory`` made."""
+def check_state(factory: str, state: object, cls: type) -> None:
+    """Raises unless ``state`` is of the class that ``factory`` makes."""
     if not isinstance(state, cls):
         raise TypeError(
             f"`state` of `{factory}` must be a `{cls.__name__}`, got a "
-            f"`{type(state).__name__}`. Pass what this transformation's own `init` or "
-            "last `update` returned; a state made before the optimizer was changed "
+            f"`{type(state).__name__}`. Pass the result of this transformation's own "
+            "`init` or last `update`; a state made before the optimizer was changed "
             "does not fit."
         )
 
 
 def check_part(factory: str, part: str, state: Any, make: Callable[[], Any]) -> None:
-    """Raises unless a part of a state is like what ``make`` makes, of which it came."""
+    """Raises unless a part of a state has the structure and shapes of ``make()``."""
     expected = jax.eval_shape(make)
     outlines = [
         (jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)])
@@ -149,58 +250,3 @@ def check_part(factory: str, part: str, state: Any, make: Callable[[], Any]) -> 
             f"`state` of `{factory}` must be that of its {part}, {wanted}, got {got}. "
             "A state made before the configuration was changed does not fit."
         )
-
-
-def _then(advice: str) -> str:
-    return f" {advice}" if advice else ""
-
-
-def check_not_negative(name: str, number: Any) -> None:
-    """Refuses a concrete number that is negative or NaN."""
-    check_number(name, number)
-    if not isinstance(number, jax.Array) and not number >= 0:
-        raise ValueError(f"`{name}` must not be negative, got {number}.")
-
-
-def check_size(name: str, number: object) -> None:
-    """Refuses a window size that is not a Python integer of at least 1."""
-    if not isinstance(number, int | np.integer) or isinstance(number, bool):
-        raise TypeError(
-            f"`{name}` must be a Python integer, because it is the size of an array, "
-            f"got {number!r}. It cannot be traced: build one stopper for each size."
-        )
-    check_count(name, number)
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a number in (0, 1); traced values pass."""
-    check_number(name, value)
-    if _is_concrete(value) and not 0 < value < 1:
-        raise ValueError(f"`{name}` must be in (0, 1), got {value}.")
-
-
-def check_above(name: str, value: Any, least: float, advice: str) -> None:
-    """Raises unless ``value`` is a number above ``least``; traced values pass."""
-    check_number(name, value)
-    if _is_concrete(value) and not value > least:
-        raise ValueError(f"`{name}` must be above {least}, got {value}. {advice}")
-
-
-def check_range(name: str, value: Any, least: float, most: float) -> None:
-    """Raises unless ``value`` is a number in [least, most]; traced values pass."""
-    check_number(name, value)
-    if _is_concrete(value) and not least <= value <= most:
-        raise ValueError(f"`{name}` must be in [{least}, {most}], got {value}.")
-
-
-def check_static(name: str, value: Any) -> None:
-    """Raises for a traced number, where it decides the shape of the state."""
-    if not is_number(value) or not _is_concrete(value):
-        raise TypeError(
-            f"`{name}` must be a Python number, because it decides the size of the "
-            f"state, got {value!r} of type {type(value).__name__}."
-        )
-
-
-def _is_concrete(value: Any) -> bool:
-    return not isinstance(value, jax.Array)

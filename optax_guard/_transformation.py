@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import optax
-
-from optax_guard._checks import _CONCRETE
 
 P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
 
@@ -51,5 +50,5 @@ def cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_array(leaf: Any) -> bool:
-    is_array = isinstance(leaf, (jax.Array, *_CONCRETE))
+    is_array = isinstance(leaf, (jax.Array, int, float, np.number, np.ndarray))
     return is_array and getattr(leaf, "dtype", None) != jax.dtypes.float0

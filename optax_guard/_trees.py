@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from optax_guard._checks import check_kind
+from optax_guard._checks import check_kind, is_concrete, python_number
 
 # Leaves ----------------------------------------------------------------------------
 
@@ -207,10 +207,10 @@ def _unwrap(node: Any) -> Any:
 
 def as_float(value: Any, dtype: Any) -> jax.Array:
     """Converts a number to an array of ``dtype``; too large ones become infinite."""
-    if isinstance(value, jax.Array):
+    if not is_concrete(value):
         return value.astype(dtype)
     with np.errstate(over="ignore"):
-        return jnp.asarray(np.asarray(float(value)).astype(dtype))
+        return jnp.asarray(np.asarray(float(python_number(value))).astype(dtype))
 
 
 def increment(counter: jax.Array, by: jax.Array | bool = True) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,9 +14,10 @@ from optax_guard._checks import (
     check_choice,
     check_count,
     check_kind,
+    check_not_negative,
     check_positive,
     check_range,
-    check_static,
+    static_count,
 )
 from optax_guard._public import publish
 from optax_guard.threshold._base import Threshold, float32
@@ -249,10 +249,7 @@ def spike(
       OLMo-core's `SkipStepOptimizer <https://github.com/allenai/OLMo-core>`_
     """
     check_positive("sigma", sigma)
-    check_static("window", window)
-    check_count("window", window)
-    if window < 2:
-        raise ValueError(f"`window` must be at least 2, got {window}.")
+    window = static_count("window", window, least=2)
     if min_history is None:
         min_history = max(2, window // 2)
     check_count("min_history", min_history)
@@ -263,7 +260,7 @@ def spike(
         check_choice("watch", signal, ("grad_norm", "value"))
     if not watched:
         raise ValueError("`watch` must name a signal, got none.")
-    check_range("min_deviation", min_deviation, 0, math.inf)
+    check_not_negative("min_deviation", min_deviation)
     check_choice("skipped", skipped, ("limit", "enter", "nothing"))
     check_range("ddof", ddof, 0, 1)
 

@@ -1,9 +1,10 @@
 """Wrong calls of every public name, made from its signature.
 
-Each argument of each function is given each value of `WRONG`. What is right for it
-must pass; all else must raise a `TypeError` or a `ValueError` from this package that
-names the argument; for what is not there an `IndexError` or a `FileNotFoundError`.
-`pytest -s` prints what was tried.
+Each argument of each function is given each value of `WRONG`. A right value must pass;
+any other must raise a `TypeError` or a `ValueError` from this package that names the
+argument, or, for a file or a member that does not exist, a `FileNotFoundError` or an
+`IndexError`. A number of NumPy or JAX must fare as the same number of Python does.
+`pytest -s` prints how many calls were tried.
 """
 
 import functools
@@ -87,6 +88,29 @@ WRONG: dict[str, Any] = {
     "transformation": SGD,
     "rule": RULE,
 }
+# The dtype in which NumPy and JAX hold a number of Python.
+DTYPES: dict[type, Any] = {
+    bool: np.bool_,
+    int: np.int32,
+    float: np.float32,
+    complex: np.complex64,
+}
+
+
+def twins_of(value: Any) -> dict[str, Any]:
+    """The same number as a NumPy scalar and as a JAX array."""
+    if type(value) not in DTYPES or value == 10**400:
+        return {}
+    if value == 2**40:
+        return {"np": np.int64(value)}
+    scalar = DTYPES[type(value)](value)
+    return {"np": scalar, "jnp": jnp.asarray(scalar)}
+
+
+TWINS = {label: twins_of(value) for label, value in WRONG.items()}
+# A step on the device is not read, for which `update` would wait.
+NOT_READ = {"early_stopping.update.step"}
+
 # What is right, by the kind of an argument.
 POSITIVE = {"3", "0.5", "2.5", "inf", "2**40"}
 NOT_NEGATIVE = POSITIVE | {"0"}
@@ -572,6 +596,30 @@ def test_every_public_function_has_a_right_call():
     assert RIGHT.keys() | ALSO.keys() <= known
 
 
+class Attempt:
+    """A right call in which one argument has another value."""
+
+    def __init__(self, name: str, argument: str, value: Any):
+        TRIED[name] += 1
+        call = CALLS.get(name, {}) | {argument: value}
+        self._made, self.error = error_of(lambda: NAMES[name](**call))
+
+    def use(self) -> Exception | None:
+        """Uses what the call made, if it made something, for the error of that."""
+        if self.error is None:
+            _, self.error = error_of(lambda: use(self._made))
+        return self.error
+
+
+def error_of(call: Any) -> tuple[Any, Exception | None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return call(), None
+        except Exception as error:
+            return None, error
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_arguments_raise_their_documented_error(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -579,22 +627,35 @@ def test_wrong_arguments_raise_their_documented_error(name, tmp_path, monkeypatc
     for argument in arguments(name):
         right = right_for(name, argument)
         names = [argument, ALSO.get(f"{name}.{argument}", argument)]
+        is_used = False
         for label, value in WRONG.items():
             is_right = label in right
             if is_right and name.startswith(DEAR):
                 continue
-            TRIED[name] += 1
-            error = None
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    use(NAMES[name](**CALLS.get(name, {}) | {argument: value}))
-            except Exception as raised:
-                error = raised
+            python = Attempt(name, argument, value)
+            is_late = python.error is None
+            error = python.use()
             if is_right != (error is None) or not (
                 error is None or is_documented(error, names)
             ):
                 problems.append(f"{argument}={label}: {error!r:.300}")
+            # Where no number is right, one number of each kind is enough.
+            is_tried = label in ("True", "2.5") or right & NUMBER
+            for kind, number in TWINS[label].items() if is_tried else ():
+                if kind == "jnp" and f"{name}.{argument}" in NOT_READ:
+                    continue
+                twin = Attempt(name, argument, number)
+                # A use is dear: of the numbers that are right, one of JAX is enough.
+                if is_late and not (error is None and (is_used or kind == "np")):
+                    is_used |= error is None
+                    twin.use()
+                if type(twin.error) is not type(error) or not (
+                    twin.error is None or is_documented(twin.error, names)
+                ):
+                    problems.append(
+                        f"{argument}={label} of {kind}: {twin.error!r:.300}, where "
+                        f"Python's: {error!r:.300}"
+                    )
     assert not problems, "\n".join(problems)
 
 

@@ -205,7 +205,7 @@ W = jnp.ones((2, 2))
     ("how", "message"),
     [
         ({"params": jnp.array(1)}, "`params` must have a floating leaf"),
-        ({"num_points": 1}, "`num_points` must be at least 2"),
+        ({"num_points": 1}, "`num_points` must be a whole number of at least 2"),
         ({"span": -1.0}, "`span` must be positive"),
         ({"max_norm": 0.0}, "`max_norm` must be positive"),
         ({"directions": "pca"}, "`directions` must be None, 'path' or two trees"),

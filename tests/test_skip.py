@@ -385,12 +385,12 @@ def test_derivative_through_a_spike_rule_is_finite():
     ("options", "message"),
     [
         ({"sigma": 0}, "`sigma` must be positive, got 0"),
-        ({"window": 1}, "`window` must be at least 2, got 1"),
-        ({"window": 2.5}, "`window` must be a whole number of at least 1, got 2.5"),
+        ({"window": 1}, "`window` must be a whole number of at least 2, got 1"),
+        ({"window": 2.5}, "`window` must be a whole number of at least 2, got 2.5"),
         ({"min_history": 200}, r"`min_history` must be in \[1, 128\], got 200"),
         ({"watch": "loss"}, "`watch` must be one of 'grad_norm', 'value', got 'loss'"),
         ({"watch": ()}, "`watch` must name a signal"),
-        ({"min_deviation": -1.0}, "`min_deviation` must be in"),
+        ({"min_deviation": -1.0}, "`min_deviation` must not be negative"),
         ({"skipped": "drop"}, "`skipped` must be one of 'limit', 'enter', 'nothing'"),
         ({"ddof": 2}, r"`ddof` must be in \[0, 1\], got 2"),
     ],
@@ -402,5 +402,5 @@ def test_settings_out_of_range(options, message):
 
 
 def test_traced_window():
-    with pytest.raises(TypeError, match="`window` must be a Python number"):
+    with pytest.raises(TypeError, match="`window` must be known while tracing"):
         jax.jit(lambda n: og.skip.spike(6.0, n).start())(8)

@@ -662,20 +662,24 @@ def test_patience_follows_the_smoothed_value_and_best_the_raw():
             ValueError,
             "`k` must be .* at least 1, got 0",
         ),
-        (lambda: loose.lag(jnp.asarray(3)), TypeError, "`k` must be a Python integer"),
+        (
+            lambda: jax.eval_shape(lambda k: loose.lag(k).init(), 3),
+            TypeError,
+            "`k` must be known while tracing",
+        ),
         (lambda: stop.lag(3, s=0), ValueError, "`s` must be .* at least 1, got 0"),
-        (lambda: loose.median(2.5), TypeError, "`k` must be a Python integer"),
+        (lambda: loose.median(2.5), ValueError, "`k` must be a whole number"),
         (
             lambda: stop.ema(1.0),
             ValueError,
-            "`decay` must be at least 0 and below 1, got 1.0",
+            r"`decay` must be in \[0, 1\), got 1.0",
         ),
         (
             lambda: stop.plateau(3, factor=1.0),
             ValueError,
             "`factor` must be .*1.0",
         ),
-        (lambda: stop.plateau(3, factor=0.0), ValueError, "`factor` must be positive"),
+        (lambda: stop.plateau(3, factor=0.0), ValueError, "`factor` must be .*0.0"),
         (
             lambda: stop.plateau(3, max_reductions=-1),
             ValueError,

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_choice, check_positive, check_state
+from optax_guard._checks import (
+    check_choice,
+    check_positive,
+    check_state,
+    static_number,
+)
 from optax_guard._clipping.parts import (
     ClipParts,
     Measurement,
@@ -113,12 +116,7 @@ def clip_by_global_norm(
     threshold = as_threshold("max_norm", max_norm)
     if ord is not None:
         check_positive("ord", ord)
-        if isinstance(ord, Tracer):
-            raise TypeError(
-                "`ord` must be known while tracing, because it chooses the reduction, "
-                f'got {ord}. Under `inject_hyperparams` pass `static_args="ord"`.'
-            )
-        ord = float(np.asarray(ord))
+        ord = float(static_number("ord", ord, "it chooses the reduction"))
     check_choice("nonfinite", nonfinite, ("propagate", "zero"))
 
     def init(params: optax.Params) -> ClipByNormState:

@@ -4,12 +4,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_number, check_positive, check_state
+from optax_guard._checks import (
+    check_number,
+    check_positive,
+    check_state,
+    is_concrete,
+    python_number,
+)
 from optax_guard._clipping.parts import ClipParts, Measurement, clip
 from optax_guard._clipping.value_effect import Bounds, effect_of_clipping
 from optax_guard._norms.mesh_axes import AxisName
@@ -83,9 +88,9 @@ def clip_by_value(
         check_number("max_value", max_value)
         check_number("min_value", min_value)
         if (
-            not isinstance(min_value, jax.Array)
-            and not isinstance(max_value, jax.Array)
-            and not np.less(min_value, max_value)
+            is_concrete(min_value)
+            and is_concrete(max_value)
+            and not python_number(min_value) < python_number(max_value)
         ):
             raise ValueError(
                 "`min_value` must be less than `max_value`, got "

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 
+from optax_guard._checks import is_flag
 from optax_guard._clipping.parts import ClipParts, Measurement
 
 # A tree of bools, a tree prefix of the parameters; or a function that returns one.
@@ -61,7 +62,7 @@ def _counts(mask: Mask, tree: Any) -> list[bool]:
             f"ends or before: {error}"
         ) from error
     for each in counts:
-        if not isinstance(each, (bool, np.bool_)):
+        if not is_flag(each):
             raise TypeError(
                 "`mask` must have a bool for each leaf, true for those that count, "
                 f"got {each!r} of type {type(each).__name__}."

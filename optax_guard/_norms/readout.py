@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_flag
+from optax_guard._checks import check_flag, is_concrete, is_number
 from optax_guard._norms.sketch import sketch_quantile
 from optax_guard._norms.statistics import GroupStats, NormStats
 from optax_guard._trees import find_states, path_names
@@ -88,9 +88,9 @@ def norm_quantile(
       True
     """
     check_flag("by_group", by_group)
-    if not isinstance(q, jax.Array):
-        q = np.asarray(q)
-        if q.dtype.kind not in "iuf":
+    if is_concrete(q):
+        q = np.asarray(jax.device_get(q))
+        if not is_number(q) or np.iscomplexobj(q):
             raise TypeError(f"`q` must be a number or numbers, got {q!r}.")
         q = q.astype(np.float32)
         if not np.all((q >= 0) & (q <= 1)):

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
-import numpy as np
 
-from optax_guard._checks import check_kind
+from optax_guard._checks import check_kind, is_flag
 from optax_guard._records.table import cell, choose_columns, heading
 
 
@@ -145,9 +144,9 @@ def open_display(
     progress: Any, total: int
 ) -> contextlib.AbstractContextManager[Progress | NoDisplay]:
     """The display that was asked for. One of the user's own is left open."""
-    is_flag = isinstance(progress, (bool, np.bool_))
-    if not is_flag and not (hasattr(progress, "advance") and hasattr(progress, "row")):
+    is_bool = is_flag(progress)
+    if not is_bool and not (hasattr(progress, "advance") and hasattr(progress, "row")):
         check_kind("progress", progress, bool, "True, False or a display")
-    if jax.process_index() != 0 or (is_flag and not progress):
+    if jax.process_index() != 0 or (is_bool and not progress):
         return contextlib.nullcontext(NoDisplay())
-    return Progress(total) if is_flag else contextlib.nullcontext(progress)
+    return Progress(total) if is_bool else contextlib.nullcontext(progress)

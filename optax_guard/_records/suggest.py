@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_guard._checks import check_number
+from optax_guard._checks import check_fraction
 from optax_guard._records.rows import as_rows
 
 QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -75,9 +75,7 @@ def suggest_max_norm(
       <https://arxiv.org/abs/1211.5063>`_, 2013, section 3.2: a threshold from the
       average norm over many updates
     """
-    check_number("clip_rate", clip_rate)
-    if not 0 < clip_rate < 1:
-        raise ValueError(f"`clip_rate` must be between 0 and 1, got {clip_rate}.")
+    check_fraction("clip_rate", clip_rate)
     rows = [row for row in as_rows(history) if "grad_norm" in row]
     usable = usable_norms(rows)
     if len(usable) < FEWEST:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._checks import (
-    check_count,
     check_iterable,
     check_kind,
     check_leaves,
     check_positive,
+    static_count,
 )
 from optax_guard._norms.tree_norm import tree_norm
 from optax_guard._records.progress import Progress, open_display
@@ -130,10 +130,8 @@ def landscape(
       Li et al., `Visualizing the loss landscape of neural nets
       <https://arxiv.org/abs/1712.09913>`_, 2018
     """
-    check_count("num_points", num_points)
-    if num_points < 2:
-        raise ValueError(f"`num_points` must be at least 2, got {num_points}.")
-    check_count("batch_size", batch_size)
+    num_points = static_count("num_points", num_points, least=2)
+    batch_size = static_count("batch_size", batch_size)
     if not callable(loss_fn):
         raise TypeError(
             f"`loss_fn` must be a function of the parameters, got {loss_fn!r}."

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_guard._checks import check_count, check_flag
+from optax_guard._checks import check_flag, static_count
 from optax_guard.loops._orbax import (
     METADATA,
     TRAINING,
@@ -89,7 +89,7 @@ class Checkpointer:
         continue_stopped: bool = False,
     ):
         import_orbax("Checkpointer")
-        check_count("keep", keep)
+        keep = static_count("keep", keep)
         check_flag("continue_stopped", continue_stopped)
         self.directory = absolute(directory)
         self.keep = keep

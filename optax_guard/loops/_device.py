@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_guard._checks import check_count
+from optax_guard._checks import static_count
 from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import metrics
 from optax_guard._trees import as_argument, find_states
@@ -93,8 +93,8 @@ def train_on_device(
       >>> [(row["step"], round(row["value"], 3)) for row in result.history]
       [(3, 0.074), (6, 0.03)]
     """
-    check_count("num_steps", num_steps)
-    check_count("eval_every", eval_every)
+    num_steps = static_count("num_steps", num_steps)
+    eval_every = static_count("eval_every", eval_every)
     check_arguments(state, evaluate, stopper)
     check_functions(Functions(train_step, batches, evaluate, stopper))
     step = int(state.step)

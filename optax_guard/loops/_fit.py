@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from optax_guard._checks import check_count
+from optax_guard._checks import static_count
 from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import metrics
 from optax_guard._records.diagnosis import Diagnosis
@@ -161,8 +161,8 @@ def fit(
       >>> [(row["step"], round(row["train_loss"], 4)) for row in result.history]
       [(2, 0.205), (4, 0.084)]
     """
-    check_count("num_steps", num_steps)
-    check_count("eval_every", eval_every)
+    num_steps = static_count("num_steps", num_steps)
+    eval_every = static_count("eval_every", eval_every)
     check_arguments(state, evaluate, stopper, loggers)
     check_checkpointer(checkpointer, state)
     if not callable(train_step):

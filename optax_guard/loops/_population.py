@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._checks import check_count
+from optax_guard._checks import check_number, static_count
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._trees import as_argument
 from optax_guard.loops._evaluation import tracked
@@ -62,6 +62,7 @@ class PopulationResult(NamedTuple):
           TypeError: If it is no whole number.
           IndexError: If there is no such member.
         """
+        check_number("i", i)
         try:
             i = operator.index(i)
         except TypeError as error:
@@ -144,8 +145,8 @@ def train_population(
       >>> result.num_rows, result.stop.should_stop
       (Array([3, 2, 1], dtype=int32), Array([ True,  True,  True], dtype=bool))
     """
-    check_count("num_steps", num_steps)
-    check_count("eval_every", eval_every)
+    num_steps = static_count("num_steps", num_steps)
+    eval_every = static_count("eval_every", eval_every)
     if not callable(build):
         raise TypeError(f"`build` must be a function of a member, got {build!r}.")
     size = _size(members)

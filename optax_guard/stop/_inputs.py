@@ -94,14 +94,17 @@ def as_series(name: str, numbers: jax.Array) -> jax.Array:
 
 def fixed(name: str, number: Any, dtype: Any = np.float32) -> Any:
     """Gives numbers of the host one dtype, so that no call traces anew."""
-    if number is None or isinstance(number, jax.Array) or np.iscomplexobj(number):
+    if number is None or np.iscomplexobj(number):
         return number
-    array = np.asarray(number)
+    # The value of a `jax.Array` is not read: the host would wait for the device.
+    array = number if isinstance(number, jax.Array) else np.asarray(number)
     if not jnp.issubdtype(array.dtype, jnp.number):
         kind = type(number).__name__
         raise TypeError(
             f"`{name}` must be a number, got {number!r:.99} of type {kind}."
         )
+    if isinstance(array, jax.Array):
+        return array
     with np.errstate(over="ignore"):  # 1e39 is infinite in float32, and judged so.
         return array.astype(dtype)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_count, check_not_negative, check_size
+from optax_guard._checks import check_count, check_not_negative, static_count
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -60,7 +60,7 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
       >>> bool(state.should_stop), int(state.stopped_at)
       (True, 3)
     """
-    check_size("k", k)
+    k = static_count("k", k)
     check_count("s", s)
     check_not_negative("min_rise", min_rise)
 
@@ -128,7 +128,7 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
       >>> bool(state.should_stop), int(state.stopped_at)
       (True, 1)
     """
-    check_size("k", k)
+    k = static_count("k", k)
     check_count("s", s)
     check_not_negative("min_rise", min_rise)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_count, check_kind, check_positive
+from optax_guard._checks import check_count, check_fraction, check_kind
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -15,7 +15,6 @@ from optax_guard.stop._rule import (
     Verdict,
     as_float,
     as_int,
-    check_fraction,
     verdict,
 )
 from optax_guard.stop._rules import PatienceState, patience
@@ -81,7 +80,6 @@ def plateau(
       (0.5, False)
     """
     stall = patience(n, min_delta=min_delta, rel_delta=rel_delta)
-    check_positive("factor", factor)
     check_fraction("factor", factor)
     check_count("max_reductions", max_reductions, least=0)
     check_count("cooldown", cooldown, least=0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_count, check_positive, check_size
+from optax_guard._checks import check_count, check_positive, static_count
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -136,7 +136,7 @@ def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
       <https://doi.org/10.1007/3-540-49430-8_3>`_, 1998
     """
     check_positive("alpha", alpha)
-    check_size("k", k)
+    k = static_count("k", k)
 
     def init() -> ProgressQuotientState:
         return ProgressQuotientState(

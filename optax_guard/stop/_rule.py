@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_choice, check_number
+from optax_guard._checks import check_choice
 
 
 class StopReason(enum.IntEnum):
@@ -183,13 +183,6 @@ def as_float(number: ArrayLike) -> jax.Array:
 def as_int(number: ArrayLike) -> jax.Array:
     """Casts a hyperparameter to int32, the dtype of the counts."""
     return jnp.asarray(number, jnp.int32)
-
-
-def check_fraction(name: str, number: Any) -> None:
-    """Refuses a concrete number that is not in [0, 1)."""
-    check_number(name, number)
-    if not isinstance(number, jax.Array) and not 0 <= number < 1:
-        raise ValueError(f"`{name}` must be at least 0 and below 1, got {number}.")
 
 
 def check_rule(rule: object, where: str) -> None:

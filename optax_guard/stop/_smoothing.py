@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_size
-from optax_guard.stop._rule import as_float, check_fraction
+from optax_guard._checks import check_fraction, static_count
+from optax_guard.stop._rule import as_float
 
 
 class Smoother(NamedTuple):
@@ -60,7 +60,7 @@ def ema(decay: ArrayLike) -> Smoother:
       Kingma and Ba, `Adam: a method for stochastic optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014 (section 3, bias correction)
     """
-    check_fraction("decay", decay)
+    check_fraction("decay", decay, or_zero=True)
 
     def init() -> MovingAverageState:
         return MovingAverageState(
@@ -116,7 +116,7 @@ def median(k: int) -> Smoother:
       >>> smoothed.item()
       2.0
     """
-    check_size("k", k)
+    k = static_count("k", k)
 
     def init() -> MedianState:
         return MedianState(jnp.full((k,), jnp.inf, jnp.float32))

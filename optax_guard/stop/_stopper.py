@@ -14,6 +14,7 @@ from optax_guard._checks import (
     check_flag,
     check_kind,
     check_leaves,
+    check_number,
 )
 from optax_guard._trees import increment
 from optax_guard.stop._inputs import (
@@ -220,7 +221,9 @@ def early_stopping(
             train_value=train_value,
             opt_state=opt_state,
         )
-        if step is not None:
+        if isinstance(step, jax.Array):
+            check_number("step", step)  # The host would wait for its value.
+        elif step is not None:
             check_count("step", step, least=0)
         check_leaves("params", params)
         if "opt_state" in rule.needs:

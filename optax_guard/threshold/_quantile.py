@@ -12,7 +12,7 @@ from optax_guard._checks import (
     check_flag,
     check_fraction,
     check_range,
-    check_static,
+    static_number,
 )
 from optax_guard._norms.sketch import (
     SMALLEST_IN_SKETCH,
@@ -107,8 +107,10 @@ def quantile(
         check_fraction("decay", decay)
     check_count("warmup", warmup, least=0)
     check_flag("include_current", include_current)
-    check_static("relative_error", relative_error)
     check_fraction("relative_error", relative_error)
+    relative_error = static_number(
+        "relative_error", relative_error, "it decides the size of the state"
+    )
 
     settings = _Settings(q, decay, warmup, include_current, relative_error)
     limits = functools.partial(_limits, settings)

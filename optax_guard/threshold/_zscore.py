@@ -1,7 +1,6 @@
 """Thresholds by deviation from the running mean: ZClip's rule, made more robust."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -13,8 +12,8 @@ from optax_guard._checks import (
     check_count,
     check_flag,
     check_fraction,
+    check_not_negative,
     check_positive,
-    check_range,
 )
 from optax_guard._norms.statistics import bounded_square
 from optax_guard.threshold._base import (
@@ -138,7 +137,7 @@ def published_zscore(
     check_flag("restart", restart)
     check_choice("clip_to", clip_to, ("threshold", "mean", "reciprocal"))
     check_choice("learn", learn, ("threshold", "target", "nothing"))
-    check_range("min_deviation", min_deviation, 0, math.inf)
+    check_not_negative("min_deviation", min_deviation)
 
     settings = _Settings(
         sigma, decay, warmup, clip_to, learn, min_deviation, restart, eps
