@@ -205,7 +205,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(_replay_command.as_json(replayed))
     else:
-        print(_replay_command.replay_table(replayed))
+        print(_replay_command.table(replayed))
     if arguments.out is not None:
         _replay_command.write(history, replayed, arguments.out, key=arguments.key)
     return 0

@@ -43,7 +43,7 @@ from optax_guard._cli.report import fresh
 from optax_guard.flax import TrainState
 from optax_guard.loops._fit import fit
 from optax_guard.loops._result import FitResult
-from optax_guard.plotting._runs import plot_norms, plot_runs
+from optax_guard.plotting._history import plot_history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +189,14 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, FitResult] | None:
                 return None
 
     guarded = results["guarded"]
-    plot_norms(
+    plot_history(
         guarded.history,
         skipped_steps=og.skipped_steps(guarded.state),
         stop=guarded.stop,
         loss_label="loss [nats per character]",
         title="The guarded run",
     ).savefig(fresh(out / "norms.png"))
-    plot_runs(
+    plot_history(
         {name: result.history for name, result in results.items()},
         loss_label="validation loss [nats per character]",
         title="Same model, seed and data; three optimizers",

@@ -11,7 +11,8 @@ from typing import Any
 from optax_guard import stop
 from optax_guard._cli.report import fresh
 from optax_guard._records.history import History
-from optax_guard.analysis._replay import Replayed, replay, replay_table
+from optax_guard.analysis._replay import Replayed, replay
+from optax_guard.analysis._table import table
 from optax_guard.stop._rule import StopRule
 
 DEFAULT_RULES = tuple(f"patience({n})" for n in (1, 2, 3, 5, 8, 13, 20))
@@ -47,9 +48,9 @@ def write(
 ) -> list[Path]:
     """Writes the table, and the figure if matplotlib is there, into the folder."""
     text = fresh(out / "replay.txt")
-    text.write_text(replay_table(replayed) + "\n", encoding="utf-8")
+    text.write_text(table(replayed) + "\n", encoding="utf-8")
     try:
-        from optax_guard.plotting._stopping import plot_replay
+        from optax_guard.plotting._replay import plot_replay
     except ImportError:
         return [text]
     picture = fresh(out / "replay.png")

@@ -15,8 +15,8 @@ from optax_guard._records.history import History
 from optax_guard._records.readers import find_file
 from optax_guard._records.rows import Row
 from optax_guard._records.suggest import FEWEST, usable_norms
-from optax_guard._records.table import table
 from optax_guard.analysis._leaf_columns import has_leaves
+from optax_guard.analysis._table import table
 
 # A longer table is thinned out.
 _MOST_ROWS = 40

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from optax_guard._records.findings import Finding
-from optax_guard._records.table import cells
+from optax_guard._records.table import history_cells
 
 # The policy forbids scripts and requests, whatever a name in a history may hold.
 _HEAD = """<!DOCTYPE html>
@@ -69,7 +69,7 @@ def page(
     for words, image in images.items():
         data = base64.b64encode(image).decode()
         parts.append(f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">')
-    heading, *lines = cells(rows)
+    heading, *lines = history_cells(rows)
     parts += ['<h2>Table</h2>\n<div class="scroll"><table>', _line("th", heading)]
     parts += [_line("td", line) for line in lines]
     parts.append("</table></div>\n</body>\n</html>\n")

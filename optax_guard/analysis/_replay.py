@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_guard._checks import check_iterable, check_kind
+from optax_guard._checks import check_kind
 from optax_guard._records.rows import as_rows
 from optax_guard.stop._rule import StopReason, StopRule, sign_of
 from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._stopper import early_stopping
+
+# Columns of the table of outcomes that hold texts: the rule and the reason.
+TEXT_COLUMNS = (0, 6)
 
 
 class Replayed(NamedTuple):
@@ -72,12 +75,12 @@ def replay(
 
     Examples:
       >>> import optax_guard as og
-      >>> from optax_guard.analysis import History, replay, replay_table
+      >>> from optax_guard.analysis import History, replay, table
       >>> history = History()
       >>> for step, loss in enumerate([3.0, 2.0, 2.1, 2.2, 1.0, 1.1], 1):
       ...     history.append(10 * step, val_loss=loss)
       >>> rules = {f"patience {n}": og.stop.patience(n) for n in (2, 3)}
-      >>> print(replay_table(replay(history, rules)))
+      >>> print(table(replay(history, rules)))
       rule        stops at  steps saved  best at  best value  given up  reason
       patience 2        40           20       20           2         1  PATIENCE
       patience 3        60            0       50           1         0  RUNNING
@@ -104,45 +107,17 @@ def replay(
     return outcomes
 
 
-def replay_table(replayed: Iterable[Replayed]) -> str:
-    """The outcomes of `replay` as aligned text, a line a rule under a heading.
-
-    Args:
-      replayed: What `replay` returned.
-
-    Returns:
-      The table, without a newline at the end.
-
-    Raises:
-      TypeError: If it is anything else.
-
-    Examples:
-      >>> from optax_guard import analysis, stop
-      >>> rows = [{"step": i, "val_loss": x} for i, x in enumerate([2.0, 1.0, 1.5])]
-      >>> found = analysis.replay(rows, {"target(1)": stop.target(1.0)})
-      >>> print(analysis.replay_table(found))
-      rule       stops at  steps saved  best at  best value  given up  reason
-      target(1)         1            1        1           1         0  TARGET
-    """
+def replay_cells(replayed: Iterable[Replayed]) -> list[list[str]]:
+    """The texts of the table of outcomes: the heading, then a list for each rule."""
     heading = ["rule", "stops at", "steps saved", "best at", "best value", "given up"]
     lines = [[*heading, "reason"]]
-    check_iterable("replayed", replayed, "what `replay` returned")
     for one in replayed:
-        check_kind("replayed", one, Replayed, "what `replay` returned")
         known = (one.stopped_step, one.steps_saved, one.best_step)
         numbers = (one.best_value, one.loss_given_up)
         stopped, saved, best = map(str, known)
         value, given_up = (f"{number:.4g}" for number in numbers)
         lines.append([one.name, stopped, saved, best, value, given_up, one.reason.name])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            # Texts to the left, numbers to the right.
-            cell.ljust(width) if i in (0, 6) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return lines
 
 
 def evaluations_of(

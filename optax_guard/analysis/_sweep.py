@@ -10,6 +10,7 @@ import numpy as np
 from optax_guard._checks import check_positive
 from optax_guard._guarding.readout import metrics
 from optax_guard._records.progress import Progress
+from optax_guard._records.table import aligned
 from optax_guard.stop._rule import StopReason
 
 _TROUBLES = (StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM)
@@ -60,12 +61,7 @@ class Sweep(NamedTuple):
         for max_norm in max_norms:
             cells = [self._cell(t) for t in self.trials if t.max_norm == max_norm]
             lines.append([f"{max_norm:g}", *cells])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(x.rjust(n) for x, n in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*table, *self.reasons])
+        return "\n".join([aligned(lines), *self.reasons])
 
     def _cell(self, trial: Trial) -> str:
         mark = "*" if trial == self.recommended else " " if trial.is_stable else "!"
