@@ -12,8 +12,7 @@ from optax_guard._cli.report_html import page
 from optax_guard._records.diagnosis import diagnose
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.history import History
-from optax_guard._records.readers import find_file
-from optax_guard._records.rows import Row
+from optax_guard._records.readers import Row, find_file
 from optax_guard._records.suggest import FEWEST, usable_norms
 from optax_guard.analysis._leaf_columns import has_leaves
 from optax_guard.analysis._table import table

@@ -9,7 +9,8 @@ import numpy as np
 from optax_guard._checks import check_iterable, check_kind, check_positive
 from optax_guard._guarding.readout import SkippedStep
 from optax_guard._records.findings import Finding, Severity
-from optax_guard._records.rows import Row, as_rows
+from optax_guard._records.readers import Row
+from optax_guard._records.rows import as_rows
 from optax_guard.plotting import _marks as marks
 from optax_guard.plotting._runs import compare_runs
 from optax_guard.stop._state import EarlyStoppingState

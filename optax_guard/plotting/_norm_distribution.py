@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from optax_guard._checks import check_positive
-from optax_guard._records.rows import Row, as_rows
+from optax_guard._records.readers import Row
+from optax_guard._records.rows import as_rows
 from optax_guard._records.suggest import FEWEST, suggest_max_norm
 from optax_guard.plotting import _marks as marks
 
