@@ -111,7 +111,7 @@ def test_what_cannot_be_replayed_is_refused():
         replay(recorded(), {"p": og.stop.patience(1)}, key="accuracy")
     with pytest.raises(TypeError, match="`rules\\['p'\\]` must be a rule"):
         replay(recorded(), {"p": LOOSE})
-    with pytest.raises(ValueError, match="`rules` must have a rule at least"):
+    with pytest.raises(ValueError, match="`rules` must have at least one rule"):
         replay(recorded(), {})
     with pytest.raises(ValueError, match="needs 'train_loss' in every row"):
         replay([{"step": 1, "val_loss": 1.0}], {"g": og.stop.overfitting(2)})
