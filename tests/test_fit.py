@@ -615,7 +615,7 @@ class Writer:
         self.calls = []
 
     def write_scalars(self, step, scalars):
-        self.calls.append((step, scalars["train_loss"]))
+        self.calls.append((step, scalars["train/loss"]))
 
 
 def test_loggers_are_callables_or_have_write_scalars():
@@ -913,7 +913,7 @@ STOPPER = og.early_stopping(og.stop.patience(1))
             "`value` is a dict with keys .*name the one that defines the best",
         ),
         ({"loggers": print}, TypeError, "`loggers` must be a list of loggers, got"),
-        ({"loggers": [3]}, TypeError, r"`loggers` must hold callables `\(step, row\)`"),
+        ({"loggers": [3]}, TypeError, r"`loggers` must hold functions `\(step, row\)`"),
         (
             {"train_step": lambda state, x: state},
             TypeError,

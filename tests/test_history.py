@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,8 @@ import optax
 import pytest
 
 import optax_guard as og
-from optax_guard.analysis import (
-    Diagnosis,
-    GroupedWriter,
-    History,
-    diagnose,
-    grouped_name,
-    table,
-)
+from optax_guard._records.writers import grouped_name, log_function
+from optax_guard.analysis import Diagnosis, History, diagnose, replay, table
 
 NAN, INF = math.nan, math.inf
 ODD = [0.1, 1e-310, -0.0, NAN, INF, -INF, 3, np.float32(0.1), jnp.bfloat16(1.5)]
@@ -243,6 +238,17 @@ def test_table_as_text_and_as_markdown():
     assert lines[3] == "| 2 | 3.2 | 3.2 | 0.0% | 0.7 |  |"
 
 
+def test_a_bar_in_a_name_stays_in_its_cell():
+    rows = [{"step": 1, "loss": 2.0}]
+    rule = og.stop.target(1.0)
+    outcomes = replay([{"step": 1, "val_loss": 2.0}], {"a | b": rule})
+    *_, line = table(outcomes, markdown=True).splitlines()
+    assert line == r"| a \| b | 1 | 0 | 1 | 2 | 0 | RUNNING |"
+    mixed: Any = [*rows, *outcomes]
+    with pytest.raises(TypeError, match="each a dict of numbers, got a `Replayed`"):
+        table(mixed)
+
+
 def test_rates_of_metrics_become_shares_since_the_row_before():
     # 5 of the first 10 updates clipped, then none, then all; as `og.metrics` counts.
     rows = [
@@ -264,12 +270,11 @@ class Clu:
 def test_names_are_grouped_for_clu():
     writer = Clu()
     row = {"step": 3, "grad_norm": 1.0, "clip_rate_1": 0.5, "train_accuracy": 0.25}
-    GroupedWriter(writer)(3, row)
+    log_function(writer)(3, row)
     scalars = {"grad/norm": 1.0, "grad/clip_rate_1": 0.5, "train/accuracy": 0.25}
     assert writer.written == [(3, scalars)]
     assert grouped_name("skip_rate") == "guard/skip_rate"
-    with pytest.raises(TypeError, match="`writer` must have `write_scalars`"):
-        GroupedWriter(print)
+    assert log_function(print) is print
 
 
 def test_clus_event_files_hold_the_grouped_names(tmp_path):
@@ -280,7 +285,7 @@ def test_clus_event_files_hold_the_grouped_names(tmp_path):
     tensorflow = pytest.importorskip("tensorflow")
     writer = metric_writers.SummaryWriter(str(tmp_path))
     row = {"step": 10, "grad_norm": 2.5, "clip_rate": 0.25, "val_loss": 0.5}
-    GroupedWriter(writer)(10, row)
+    log_function(writer)(10, row)
     writer.close()
     (path,) = tmp_path.iterdir()
     events = map(
@@ -309,7 +314,7 @@ def event_scalars(path):
 def test_tensorboard_files_hold_the_grouped_names(tmp_path):
     tensorboardx = pytest.importorskip("tensorboardX")
     with tensorboardx.SummaryWriter(str(tmp_path)) as writer:
-        log = GroupedWriter(writer)
+        log = log_function(writer)
         log(10, {"step": 10, "grad_norm": 2.5, "clip_rate": 0.25, "val_loss": 0.5})
         log(20, {"step": 20, "grad_norm": INF, "num_skipped": 3})
     (path,) = tmp_path.iterdir()

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from optax_guard.analysis import landscape
 from optax_guard.analysis._directions import random_direction
-from optax_guard.analysis._landscape import _of_points
+from optax_guard.analysis._landscape import _compute_points
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -168,7 +168,7 @@ def test_memory_does_not_grow_with_the_grid():
 
     def temporaries(num_batches):
         points = np.zeros((num_batches, 2, 2), np.float32)
-        lowered = _of_points.lower(
+        lowered = _compute_points.lower(
             Partial(lambda w: jnp.sum(jnp.tanh(w) ** 2)), w, (w, w), points
         )
         memory = lowered.compile().memory_analysis()

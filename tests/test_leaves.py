@@ -136,7 +136,7 @@ def test_runs_stand_side_by_side_on_one_scale_and_ratios_below_norms():
     np.testing.assert_allclose(cells(more_ratios), 1e-3)
     figure.savefig(io.BytesIO())
     with pytest.raises(
-        ValueError, match="`histories` must have columns leaf_norm/<path>"
+        ValueError, match="`history` must have columns leaf_norm/<path>"
     ):
         plotting.plot_leaves([{"step": 1, "loss": 1.0}])
 

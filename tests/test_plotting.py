@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 import optax_guard as og
 from optax_guard.analysis import History, diagnose
-from optax_guard.plotting import plot_history, plot_norms, plot_runs
+from optax_guard.plotting import plot_history
 
 NORMS = [8.0, 2e6, math.nan, 1.5, 0.5]
 LOSSES = [3.0, 2.0, math.inf, 1.0, 2.5]
@@ -67,31 +67,32 @@ def crosses(axes):
 
 
 def test_axes_are_labelled_with_units():
-    above, below = plot_norms(rows(), loss_label="loss [nats]").axes
+    above, below, last = plot_history(rows(), loss_label="loss [nats]").axes
     assert above.get_yscale() == "log"
     assert "gradient norm" in above.get_ylabel()
     assert "[loss per unit of parameter]" in above.get_ylabel()
     assert below.get_ylabel() == "loss [nats]"
-    assert below.get_xlabel() == "steps done"
+    assert last.get_xlabel() == "steps done"
 
 
 def test_norms_and_threshold_are_drawn_as_they_are():
-    above = plot_norms(rows()).axes[0]
+    above = plot_history(rows()).axes[0]
     drawn = {line.get_label(): line.get_ydata() for line in above.lines}
-    np.testing.assert_array_equal(drawn["before clipping, largest"], NORMS)
+    np.testing.assert_array_equal(drawn["before clipping"], NORMS)
     np.testing.assert_array_equal(drawn["threshold"], [1, 1, math.nan, 1, 1])
 
 
 def test_values_that_are_not_finite_are_crosses_at_the_edge():
-    above, below = plot_norms(rows()).axes
-    assert [30, 1] in crosses(above)
-    assert "NaN (before clipping, largest)" in words(above)
-    assert crosses(below) == [[30, 1]]
+    above, below, _ = plot_history(rows()).axes
+    assert crosses(above) == [[30, 1]]
+    assert words(above) == ["NaN (before clipping)"]
+    # A little lower than that of the training loss would be.
+    assert crosses(below) == [[30, 0.89]]
     assert words(below) == ["Inf (validation)"]
 
 
 def test_skipped_steps_are_marked():
-    above = plot_norms(rows(), skipped_steps=SKIPPED).axes[0]
+    above = plot_history(rows(), skipped_steps=SKIPPED).axes[0]
     assert "skipped: 4 steps" in legend(above)
     # Far above the steps that were taken, the norm is written at the edge.
     assert {"2e+06", "NaN", "Inf"} <= set(words(above))
@@ -102,7 +103,7 @@ def test_skipped_steps_are_marked():
 
 
 def test_best_and_stop_are_marked(stop):
-    above, below = plot_norms(rows(), stop=stop).axes
+    above, below, _ = plot_history(rows(), stop=stop).axes
     assert "best: 1 at step 40" in legend(below)
     for axes in (above, below):
         assert "stop: BUDGET at step 50" in legend(axes)
@@ -110,33 +111,34 @@ def test_best_and_stop_are_marked(stop):
 
 def test_run_that_goes_on_has_no_stop(stop):
     running = stop._replace(should_stop=False, stop_reason=0, stopped_at=-1)
-    below = plot_norms(rows(), stop=running).axes[1]
+    below = plot_history(rows(), stop=running).axes[1]
     assert "best: 1 at step 40" in legend(below)
     assert "stop" not in " ".join(legend(below))
 
 
 def test_run_without_a_clip_has_no_threshold():
-    above = plot_norms(rows(threshold=math.inf)).axes[0]
-    assert legend(above) == ["before clipping, largest", "before clipping, mean"]
+    above = plot_history(rows(threshold=math.inf)).axes[0]
+    assert legend(above) == ["before clipping", "before clipping, mean"]
 
 
 def test_threshold_of_entries_is_not_drawn_among_norms():
     by_value = [row | {"clipped_norm": 3.0, "clip_threshold": 0.1} for row in rows()]
-    for figure in (plot_norms(by_value), plot_history(by_value)):
-        assert "threshold" not in legend(figure.axes[0])
-        assert any("after clipping" in label for label in legend(figure.axes[0]))
+    above = plot_history(by_value).axes[0]
+    assert "threshold" not in legend(above)
+    assert "after clipping" in legend(above)
     assert "threshold" in legend(plot_history(rows()).axes[0])
 
 
 def test_history_read_from_json_is_the_same():
     strings = [
-        {k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in rows()
+        {k: {"nan": "NaN", "inf": "Infinity"}.get(str(v), v) for k, v in row.items()}
+        for row in rows()
     ]
-    assert crosses(plot_norms(strings).axes[1]) == [[30, 1]]
+    assert crosses(plot_history(strings).axes[1]) == [[30, 0.89]]
 
 
 def test_runs_are_told_apart_and_cut_off_where_asked():
-    figure = plot_runs({"a": rows(), "b": rows(losses=[1e9] * 5)}, max_loss=10)
+    figure = plot_history({"a": rows(), "b": rows(losses=[1e9] * 5)}, max_loss=10)
     below = figure.axes[1]
     assert legend(below) == ["a", "b"]
     assert below.get_ylim()[1] == 10
@@ -150,16 +152,16 @@ def test_runs_are_told_apart_and_cut_off_where_asked():
 
 
 def test_notebooks_show_figures_without_pyplot():
-    figure: Any = plot_norms(rows())
+    figure: Any = plot_history(rows())
     picture = figure._repr_png_()
     assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.filterwarnings("error")
 def test_figures_can_be_saved_without_a_warning(stop, tmp_path):
-    figure = plot_norms(rows(), skipped_steps=SKIPPED, stop=stop, title="A run")
+    figure = plot_history(rows(), skipped_steps=SKIPPED, stop=stop, title="A run")
     figure.savefig(tmp_path / "norms.png")
-    plot_runs({"all lost": rows([math.nan] * 5, [math.nan] * 5)}).savefig(
+    plot_history({"all lost": rows([math.nan] * 5, [math.nan] * 5)}).savefig(
         tmp_path / "runs.pdf"
     )
     assert (tmp_path / "runs.pdf").read_bytes().startswith(b"%PDF")
@@ -204,20 +206,29 @@ def test_evaluations_need_not_be_in_every_row():
     history = [{"step": i, "loss": 1.0} for i in range(1, 9)]
     history[3] |= {"val_loss": 2.0}
     history[7] |= {"val_loss": math.nan, "grad_norm": 1.0}
-    for figure in (plot_history(history), plot_norms(history)):
-        below = next(x for x in figure.axes if x.get_ylabel() == "loss")
-        drawn = {
-            line.get_label(): np.asarray(line.get_xydata()) for line in below.lines
-        }
-        assert drawn["validation"].tolist()[0] == [4, 2]
-        # One was not finite; the other six were not made.
-        assert [xy[0] for xy in crosses(below)] == [8]
+    below = next(x for x in plot_history(history).axes if x.get_ylabel() == "loss")
+    drawn = {line.get_label(): np.asarray(line.get_xydata()) for line in below.lines}
+    assert drawn["validation"].tolist()[0] == [4, 2]
+    # One was not finite; the other six were not made.
+    assert [xy[0] for xy in crosses(below)] == [8]
 
 
-def test_norm_that_is_not_finite_is_one_cross():
-    above = plot_history(rows()).axes[0]
-    assert crosses(above) == [[30, 1]]
-    assert words(above) == ["NaN (before clipping)"]
+def test_losses_of_a_run_are_cut_off_where_asked():
+    below = plot_history(rows(losses=[3.0, 9.0, 1.0, 2.0, 3.0]), max_loss=5).axes[1]
+    assert below.get_ylim()[1] == 5
+    hollow = [x for x in below.lines if x.get_markerfacecolor() == "white"]
+    assert [np.asarray(x.get_xdata()).tolist() for x in hollow] == [[20]]
+
+
+def test_marks_of_one_run_are_refused_for_several():
+    with pytest.raises(ValueError, match="`skipped_steps` must be left out where"):
+        plot_history({"a": rows()}, skipped_steps=SKIPPED)
+
+
+def test_skipped_steps_are_shown_though_no_norm_was_recorded():
+    above, below = plot_history([{"step": 9, "loss": 1.0}], skipped_steps=SKIPPED).axes
+    assert legend(above) == ["skipped: 4 steps"]
+    assert legend(below) == ["training"]
 
 
 def test_losses_over_decades_have_a_logarithmic_scale():
@@ -228,7 +239,9 @@ def test_losses_over_decades_have_a_logarithmic_scale():
 
 def test_no_rows_is_an_error():
     with pytest.raises(ValueError, match="`history` must hold at least one row"):
-        plot_norms([])
+        plot_history([])
+    with pytest.raises(ValueError, match="`history` must hold at least one row"):
+        plot_history({"a": []})
 
 
 def test_missing_matplotlib_is_an_error_that_names_the_extra():

@@ -11,7 +11,7 @@ import pytest
 import optax_guard as og
 from optax_guard.__main__ import main
 from optax_guard._cli.replay import parse_rule
-from optax_guard.analysis import History, replay, replay_table
+from optax_guard.analysis import History, replay, table
 from tests.strategies import f32
 
 RNG = np.random.default_rng(0)
@@ -94,12 +94,12 @@ def test_run_without_a_finite_value():
     (one,) = replay(recorded([math.nan, math.inf]), {"p": og.stop.patience(1)})
     assert (one.best_step, one.stopped_step) == (-1, 5)
     assert math.isnan(one.best_value)
-    assert "nan" in replay_table([one])
+    assert "nan" in table([one])
 
 
 def test_table_has_a_line_a_rule():
     outcomes = replay(recorded(), {"three": og.stop.patience(3)})
-    heading, line = replay_table(outcomes).splitlines()
+    heading, line = table(outcomes).splitlines()
     assert heading.split()[0] == "rule"
     assert line.split()[:2] == ["three", str(outcomes[0].stopped_step)]
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_replayed_is_refused():
         replay(recorded(), {"p": og.stop.patience(1)}, key="accuracy")
     with pytest.raises(TypeError, match="`rules\\['p'\\]` must be a rule"):
         replay(recorded(), {"p": LOOSE})
-    with pytest.raises(ValueError, match="`rules` must have a rule at least"):
+    with pytest.raises(ValueError, match="`rules` must have at least one rule"):
         replay(recorded(), {})
     with pytest.raises(ValueError, match="needs 'train_loss' in every row"):
         replay([{"step": 1, "val_loss": 1.0}], {"g": og.stop.overfitting(2)})

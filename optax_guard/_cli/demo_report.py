@@ -1,4 +1,4 @@
-"""What the demo prints. Every number in it is read from the results."""
+"""The texts that the demo prints. Every number in them is read from the results."""
 
 import json
 import math
@@ -9,12 +9,13 @@ from typing import Any
 import jax
 
 import optax_guard as og
+from optax_guard._cli.demo_task import Recipe
 from optax_guard._cli.demo_text import Text
 from optax_guard._records.progress import Progress
 from optax_guard.loops._result import FitResult
 
 _WIDTH = 80
-# Heading -> width, of the table that compares the runs.
+# Heading -> width in the table that compares the runs.
 _COLUMNS = {
     "run": 12,
     "steps": 5,
@@ -28,14 +29,14 @@ _COLUMNS = {
 
 
 class LiveTable(Progress):
-    """The live table, without columns that nothing has been measured for."""
+    """The live table, without columns that were not measured."""
 
     def row(self, row: Mapping[str, float]) -> None:
         """Adds a row."""
         row = {**row, "epoch": round(row["epoch"], 2)}
         if "num_skipped" not in row:
-            # Without a guard the norm is measured before Optax's clip, if there is one,
-            # and that keeps no record of what it does.
+            # Without a guard the norm is measured before Optax's clip, and that clip
+            # keeps no record.
             row = {
                 k: v for k, v in row.items() if k not in ("clipped_norm", "clip_rate")
             }
@@ -52,8 +53,8 @@ def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps({k: strict(v) for k, v in row.items()}, allow_nan=False)
 
 
-def introduce(recipe: Any, text: Text, seed: int) -> None:
-    """Prints what is going to be trained, and on what."""
+def introduce(recipe: Recipe, text: Text, seed: int) -> None:
+    """Prints which network is trained, and on which text."""
     factors = [f"{step} (inputs x {x:g})" for step, x in recipe.corrupt.items()]
     _print(
         f"A recurrent network of {recipe.width} units learns to predict the next "
@@ -70,9 +71,9 @@ def introduce(recipe: Any, text: Text, seed: int) -> None:
 
 
 def conclude(
-    recipe: Any, results: Mapping[str, FitResult], restored_loss: float, written: str
+    recipe: Recipe, results: Mapping[str, FitResult], restored_loss: float, written: str
 ) -> None:
-    """Prints what came of the runs, the last of which is the guarded one."""
+    """Prints the results of the runs; the guarded one is the last."""
     *_, (name, guarded) = results.items()
     stop: Any = guarded.stop
     story = og.explain(stop)

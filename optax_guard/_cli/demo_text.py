@@ -1,17 +1,16 @@
-"""What the demo reads and writes: English text, in characters."""
+"""The text of the demo, in characters: its training and validation parts, samples."""
 
 import dataclasses
 import pydoc_data.topics
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Characters to train on. With more of them the network is still learning when the
-# demo should be over; with half it learns them by heart, and writes worse.
+# Characters to train on. With more of them the network still learns when the demo
+# should be over. With half of them it learns the text by heart, and writes worse.
 _TRAINING_SIZE = 160_000
 _VALIDATION_SHARE = 0.1
 
@@ -22,15 +21,17 @@ class Text:
 
     Attributes:
       characters: The vocabulary, sorted.
-      train: Indices into it, of the first part of the text.
-      validation: Of the last tenth.
+      train: Indices into the vocabulary of the first part of the text.
+      validation: Indices of the last tenth.
     """
 
     characters: str
     train: np.ndarray
     validation: np.ndarray
 
-    def windows(self, part: np.ndarray, starts: np.ndarray, length: int) -> Any:
+    def windows(
+        self, part: np.ndarray, starts: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One-hot inputs [window, time, vocabulary] and the characters that follow."""
         indices = part[starts[:, None] + np.arange(length + 1)]
         vocabulary = np.eye(len(self.characters), dtype=np.float32)
@@ -39,7 +40,7 @@ class Text:
     def batch(
         self, seed: int, step: int, size: int, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The training batch of a step: always the same one for the same seed."""
+        """The training batch of a step; the same seed gives the same batch."""
         random = np.random.default_rng((seed, step))
         starts = random.integers(0, len(self.train) - length, size)
         return self.windows(self.train, starts, length)
@@ -54,8 +55,8 @@ class Text:
 def load_text() -> Text:
     """The documentation that Python's own `help` shows, in ASCII.
 
-    Indents and the lines of tables, of which a network would soon write most, are
-    shortened to one character.
+    Indents and the lines of tables are shortened to one character. A network would
+    otherwise write little else.
     """
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -77,18 +78,18 @@ def sample(
     seed: int,
     temperature: float = 0.5,
 ) -> str:
-    """Writes on from a paragraph's end in the validation text.
+    """Continues the validation text from the end of a paragraph.
 
     Args:
       text: The text.
       predict: Logits [1, time, vocabulary] of one-hot characters of that shape.
-      window: Characters that the next one is predicted from.
+      window: Characters from which the next one is predicted.
       length: Characters to write.
-      seed: Of the choices.
-      temperature: 1 draws from the prediction as it is, less prefers what is likely.
+      seed: Seed of the choices.
+      temperature: 1 draws from the prediction as it is; less prefers likely characters.
 
     Returns:
-      What was written, without what it was written on from.
+      The new characters, without those before them.
     """
     joined = "".join(text.characters[i] for i in text.validation)
     end = joined.find(".\n\n", window) + 3

@@ -11,7 +11,8 @@ from typing import Any
 from optax_guard import stop
 from optax_guard._cli.report import fresh
 from optax_guard._records.history import History
-from optax_guard.analysis._replay import Replayed, replay, replay_table
+from optax_guard.analysis._replay import Replayed, replay
+from optax_guard.analysis._table import table
 from optax_guard.stop._rule import StopRule
 
 DEFAULT_RULES = tuple(f"patience({n})" for n in (1, 2, 3, 5, 8, 13, 20))
@@ -27,7 +28,7 @@ def play(
 
 
 def as_json(replayed: Sequence[Replayed]) -> str:
-    """One JSON object; what is not finite is null."""
+    """One JSON object; numbers that are not finite are null."""
     return json.dumps(
         {
             "rules": [
@@ -45,11 +46,11 @@ def as_json(replayed: Sequence[Replayed]) -> str:
 def write(
     history: History, replayed: Sequence[Replayed], out: Path, *, key: str | None
 ) -> list[Path]:
-    """Writes the table, and the figure if matplotlib is there, into the folder."""
+    """Writes the table, and with matplotlib the figure, into the folder."""
     text = fresh(out / "replay.txt")
-    text.write_text(replay_table(replayed) + "\n", encoding="utf-8")
+    text.write_text(table(replayed) + "\n", encoding="utf-8")
     try:
-        from optax_guard.plotting._stopping import plot_replay
+        from optax_guard.plotting._replay import plot_replay
     except ImportError:
         return [text]
     picture = fresh(out / "replay.png")
@@ -58,24 +59,24 @@ def write(
 
 
 def parse_rule(text: str) -> StopRule:
-    """The rule that a call such as ``any_of(patience(5), target(0.1))`` describes.
+    """Makes the rule of a call such as ``any_of(patience(5), target(0.1))``.
 
     Args:
-      text: A call of a rule or a combinator of `optax_guard.stop`, whose arguments are
+      text: A call of a rule or a combinator of `optax_guard.stop`. Its arguments are
         numbers, strings or such calls.
 
     Returns:
       The rule.
 
     Raises:
-      ValueError: If it is anything else, or the rule refuses its arguments.
+      ValueError: If the text is anything else, or the rule refuses its arguments.
 
     Examples:
       >>> parse_rule("patience(5, min_delta=0.01)").needs
       frozenset()
     """
     try:
-        rule = _value(ast.parse(text.strip(), mode="eval").body)
+        rule = _node_value(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError as error:
         raise ValueError(f"`rule` must be a call, got {text!r}.") from error
     except (TypeError, ValueError) as error:
@@ -85,7 +86,7 @@ def parse_rule(text: str) -> StopRule:
     return rule
 
 
-def _value(node: ast.AST) -> Any:
+def _node_value(node: ast.AST) -> Any:
     if not isinstance(node, ast.Call):
         return ast.literal_eval(node)
     name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
@@ -101,5 +102,7 @@ def _value(node: ast.AST) -> Any:
         keyword.arg is None for keyword in node.keywords
     ):
         raise ValueError("arguments must be written out, without stars.")
-    arguments = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
-    return known[name](*map(_value, node.args), **arguments)
+    arguments = {
+        str(keyword.arg): _node_value(keyword.value) for keyword in node.keywords
+    }
+    return known[name](*map(_node_value, node.args), **arguments)

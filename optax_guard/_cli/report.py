@@ -12,31 +12,30 @@ from optax_guard._cli.report_html import page
 from optax_guard._records.diagnosis import diagnose
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.history import History
-from optax_guard._records.readers import find_file
-from optax_guard._records.rows import Row
+from optax_guard._records.readers import Row, find_file
 from optax_guard._records.suggest import FEWEST, usable_norms
-from optax_guard._records.table import table
 from optax_guard.analysis._leaf_columns import has_leaves
+from optax_guard.analysis._table import table
 
-# A longer table is thinned out.
+# A longer table leaves out rows at equal distances.
 _MOST_ROWS = 40
-# Figure -> what it shows.
-_SHOWS = {
+# Figure -> its caption.
+_CAPTIONS = {
     "history.png": "Norms, losses and shares over the steps",
-    "norms.png": "Distribution of the norms, and what each threshold clips",
+    "norms.png": "Distribution of the norms, and the share that each threshold clips",
     "stopping.png": "Validation and training loss, and the gap between them",
     "leaves.png": "Norms and updates of each leaf over the steps",
 }
-_NOTHING = "Nothing was found that needs attention."
+_NOTHING = "Nothing needs attention."
 
 
 class Report(NamedTuple):
-    """What there is to say about a run.
+    """A run and its findings.
 
     Attributes:
       source: The file that was read.
       history: Its rows.
-      findings: What `diagnose` found.
+      findings: The findings of `diagnose`.
     """
 
     source: Path
@@ -83,16 +82,16 @@ def as_text(report: Report) -> str:
 
 
 def write(report: Report, out: Path, *, html: bool) -> list[Path]:
-    """Writes the report into a folder, and nowhere else.
+    """Writes the report into a folder, and nothing anywhere else.
 
     Args:
-      report: What to write.
+      report: The report.
       out: The folder, made if missing.
-      html: Whether to write ``report.html`` too: one page, the figure in it.
+      html: Whether to write ``report.html`` too, one page with the figures in it.
 
     Returns:
-      The files: ``report.md``, and if matplotlib is installed ``history.png`` with what
-      else there is to draw: ``norms.png``, ``stopping.png``, ``leaves.png``.
+      The files: ``report.md``; ``history.png`` if matplotlib is installed; and
+      ``norms.png``, ``stopping.png``, ``leaves.png`` if their values were recorded.
     """
     images = _images(report)
     files = {"report.md": _as_markdown(report, list(images)).encode(), **images}
@@ -102,7 +101,7 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
             _note(report),
             report.findings or _NOTHING,
             _thinned(report),
-            {_SHOWS[name]: image for name, image in images.items()},
+            {_CAPTIONS[name]: image for name, image in images.items()},
         ).encode()
     for name, content in files.items():
         fresh(out / name).write_bytes(content)
@@ -110,7 +109,7 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
 
 
 def _images(report: Report) -> dict[str, bytes]:
-    """The figures for which there is something, as PNG files by name."""
+    """The figures whose values were recorded, as PNG files by name."""
     try:
         from optax_guard import plotting
     except ImportError as error:
@@ -142,9 +141,9 @@ def _as_png(figure: Any) -> bytes:
 
 
 def _as_markdown(report: Report, figures: Sequence[str]) -> str:
-    # Names come from outside, and Markdown takes HTML for what it is.
+    # Names come from outside, and Markdown may contain HTML.
     parts = [f"# Report on {_escaped(report.source.name)}", _escaped(_note(report))]
-    parts += [f"![{_SHOWS[name]}]({name})" for name in figures]
+    parts += [f"![{_CAPTIONS[name]}]({name})" for name in figures]
     findings = [f"* {_escaped(str(finding))}" for finding in report.findings]
     parts += ["## Findings", *findings]
     if not report.findings:
@@ -164,7 +163,7 @@ def _note(report: Report) -> str:
 
 
 def _thinned(report: Report) -> list[Row]:
-    """Rows at equal distances, with the last and those in which something was found."""
+    """Rows at equal distances, with the last row and the rows of findings."""
     rows = list(report.history)
     stride = -(-len(rows) // _MOST_ROWS)
     steps = {finding.step for finding in report.findings}
@@ -176,9 +175,9 @@ def _thinned(report: Report) -> list[Row]:
 
 
 def fresh(path: Path) -> Path:
-    """The path, in a folder that exists, and no longer a link.
+    """Makes the folder of a path, and removes the path if it is a link.
 
-    What a link points to may be outside of the folder.
+    A link may point to a file outside of the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():

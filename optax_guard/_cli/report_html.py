@@ -6,9 +6,9 @@ from html import escape
 from typing import Any
 
 from optax_guard._records.findings import Finding
-from optax_guard._records.table import cells
+from optax_guard._records.table import history_cells
 
-# The policy forbids scripts and requests, whatever a name in a history may hold.
+# The policy forbids scripts and requests. A name in a history may hold anything.
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -48,12 +48,12 @@ def page(
     Args:
       title: Heading of the page.
       note: A line below it.
-      findings: What was found, or a sentence if it was nothing.
+      findings: The findings, or a sentence if there are none.
       rows: Rows of the table.
-      images: PNG files, by what they show.
+      images: PNG files by caption.
 
     Returns:
-      A document of HTML; whatever comes from outside is escaped.
+      A document of HTML; all texts are escaped.
     """
     parts = [_HEAD.format(title=escape(title)), "<body>"]
     parts += [
@@ -64,19 +64,20 @@ def page(
     if isinstance(findings, str):
         parts.append(f"<p>{escape(findings)}</p>")
     else:
-        parts += map(_section, findings)
+        parts += map(_finding_section, findings)
     parts += ["<h2>Figures</h2>"] if images else []
     for words, image in images.items():
         data = base64.b64encode(image).decode()
         parts.append(f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">')
-    heading, *lines = cells(rows)
-    parts += ['<h2>Table</h2>\n<div class="scroll"><table>', _line("th", heading)]
-    parts += [_line("td", line) for line in lines]
+    heading, *lines = history_cells(rows)
+    parts += ['<h2>Table</h2>\n<div class="scroll"><table>']
+    parts.append(_table_line("th", heading))
+    parts += [_table_line("td", line) for line in lines]
     parts.append("</table></div>\n</body>\n</html>\n")
     return "\n".join(parts)
 
 
-def _section(finding: Finding) -> str:
+def _finding_section(finding: Finding) -> str:
     severity = escape(finding.severity)
     heading = f"{severity}: {escape(finding.code)}, step {finding.step}"
     return (
@@ -86,5 +87,5 @@ def _section(finding: Finding) -> str:
     )
 
 
-def _line(tag: str, line: Sequence[str]) -> str:
+def _table_line(tag: str, line: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(x)}</{tag}>" for x in line) + "</tr>"

@@ -1,4 +1,4 @@
-"""What the rules of a diagnosis know of a row."""
+"""The inputs of the rules of a diagnosis: a row, and a summary of those before it."""
 
 import math
 from collections import deque
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from optax_guard._records.rows import Completer
 
-# Rows, or evaluations, that a look back goes over.
+# How many rows, or evaluations, a rule can look back.
 RECENT = 20
 
 
 class Facts(NamedTuple):
-    """A row, and what came before it. NaN stands for unknown where not said otherwise.
+    """A row, and a summary of the rows before it. NaN means unknown.
 
     Attributes:
       step: Steps done.
@@ -25,20 +25,20 @@ class Facts(NamedTuple):
       clip_share: Share of the steps that were clipped.
       has_clip: Whether a clip is in force.
       nonfinite_share: Share of the steps with a gradient that was not finite; 0 if
-        nothing tells.
+        unknown.
       skip_share: Share of the steps that a guard skipped.
       train: Training loss; may be infinite.
       val: Validation loss; may be infinite.
-      is_loss_nonfinite: Whether a loss of this row is known and not finite; not the
-        training loss of skipped steps, which leave no trace.
-      lost_loss: That loss if there is one, else ``loss``.
+      is_loss_nonfinite: Whether a loss of this row is known and not finite. The
+        training loss does not count if steps were skipped: such steps do no harm.
+      lost_loss: The loss that is not finite if there is one, else ``loss``.
       loss: The training loss, or the validation loss if there is none.
       cosine: Cosine between gradients before and after clipping.
-      learning_rate: As it is.
-      typical_norm: Geometric mean of the finite norms of all rows before.
-      num_norms: How many those are.
-      past_norms: The last finite ones of these, at most `RECENT`.
-      past_losses: The last finite losses before, at most `RECENT`.
+      learning_rate: The learning rate.
+      typical_norm: Geometric mean of the finite norms above 0 of all rows before.
+      num_norms: How many such norms there are.
+      past_norms: The last of these norms, at most `RECENT`.
+      past_losses: The last finite losses of the rows before, at most `RECENT`.
       first_loss: The first finite loss.
     """
 
@@ -67,7 +67,7 @@ class Facts(NamedTuple):
 
 
 class FactReader:
-    """Makes facts of rows, in their order; constant time and memory a row."""
+    """Makes facts of rows, in their order. A row costs constant time and memory."""
 
     def __init__(self):
         self._complete = Completer()
@@ -136,7 +136,7 @@ class FactReader:
 
     def _has_clip(self, row: Mapping[str, float]) -> bool:
         limit = row.get("clip_threshold", math.nan)
-        # Where no norm was finite, the threshold is not known: it is the one before.
+        # If no norm was finite, the threshold is NaN: the one before still holds.
         if row.get("clip_rate", 0) > 0 or math.isfinite(limit):
             self._had_clip = True
         elif not math.isnan(limit):
@@ -152,16 +152,17 @@ class FactReader:
 
 
 def is_calm(facts: Facts) -> bool:
-    """Whether a norm is known, finite, and no larger than norms have been lately."""
+    """Whether the norm is finite and at most 3 times the median of the recent norms."""
     limit = 3 * median(facts.past_norms or [math.inf])
     return math.isfinite(facts.norm) and facts.norm <= limit
 
 
 def noise(values: Sequence[float]) -> float:
-    """Standard deviation of the noise on a smooth curve; 0 of fewer than 3 values.
+    """Standard deviation of the noise on a smooth curve; 0 for fewer than 3 values.
 
-    From the median size of second differences, which a trend does not touch and a few
-    jumps hardly do: for normal noise it is 0.6745 * sqrt(6) standard deviations.
+    It is measured by the median size of second differences. A trend does not change
+    that, and a few jumps hardly do. For normal noise the median is 0.6745 * sqrt(6)
+    standard deviations.
     """
     if len(values) < 3:
         return 0.0

@@ -1,12 +1,15 @@
-"""What a diagnosis can find: codes, how bad they are, and what to try."""
+"""The findings of a diagnosis: their codes, severities, meanings and advice."""
 
 import enum
 import math
 from typing import Any, NamedTuple
 
+# Numbers by name, and a few words.
+Evidence = dict[str, float | str]
+
 
 class Severity(enum.StrEnum):
-    """How bad a finding is."""
+    """How bad a finding is: "info", "warning" or "error"."""
 
     INFO = "info"
     WARNING = "warning"
@@ -14,19 +17,19 @@ class Severity(enum.StrEnum):
 
 
 class FindingCode(enum.StrEnum):
-    """What was found. Names are written into reports: one is never renamed.
+    """The kind of a finding. Reports store the names, so that no name ever changes.
 
     Attributes:
       severity: How bad it is.
-      meaning: What it means.
-      advice: What to try.
+      meaning: A sentence that says what it means.
+      advice: Sentences that say what to try.
     """
 
     severity: Severity
     meaning: str
     advice: str
 
-    # Defaults, because mypy checks `FindingCode("EXPLODING")` as a call of this.
+    # It has defaults because mypy checks `FindingCode("EXPLODING")` as a call of it.
     def __new__(
         cls,
         code: str,
@@ -46,88 +49,89 @@ class FindingCode(enum.StrEnum):
         "CLIPPING_WORKS",
         Severity.INFO,
         "Clipping works: it bounds large gradients, and the loss falls.",
-        "Nothing to change. If hardly a step is clipped any more, the threshold is now "
-        "insurance; keep it.",
+        "Change nothing. If few steps are clipped by now, keep the threshold as "
+        "insurance.",
     )
     EXPLODING = (
         "EXPLODING",
         Severity.ERROR,
-        "Gradients explode: norms are far beyond what was typical, or not finite, and "
-        "the loss is no better for it.",
-        "Clip by global norm, at about the norm that healthy steps have "
-        "(`guard(tx, clip=...)`), and lower the learning rate or warm it up. If norms "
-        "are clipped already, the learning rate is too high, or the loss is wrong.",
+        "Gradients explode: norms are far above the typical one or not finite, and the "
+        "loss does not fall.",
+        "Clip by global norm, at about the norm of healthy steps (`guard(tx, "
+        "clip=...)`). Lower the learning rate or warm it up. If norms are clipped "
+        "already, the learning rate is too high, or the loss is wrong.",
     )
     OVER_CLIPPED = (
         "OVER_CLIPPED",
         Severity.WARNING,
-        "Nearly all steps are clipped, and to much less than their norm: the threshold "
-        "is too tight, steps become tiny, and convergence slow.",
+        "Nearly all steps are clipped, to much less than their norm. The threshold is "
+        "too tight: steps become tiny and convergence slow.",
         "Raise the threshold to about the norm of a typical step, or let it follow the "
-        "norms (`threshold.zscore`, `threshold.quantile`). In a warm-up, a schedule of "
-        "the threshold that starts high is enough.",
+        "norms (`threshold.zscore`, `threshold.quantile`). For a warm-up, a schedule "
+        "that starts with a high threshold is enough.",
     )
     NEVER_CLIPPED = (
         "NEVER_CLIPPED",
         Severity.INFO,
-        "No step was clipped: the threshold is so high that it protects from nothing "
-        "but extremes.",
-        "Lower the threshold to a little above the largest norm of a healthy step, or "
-        "leave it as insurance on purpose.",
+        "No step was clipped: the threshold is so high that it bounds extreme steps "
+        "only.",
+        "Lower the threshold to just above the largest norm of a healthy step, or "
+        "keep it as insurance.",
     )
     VANISHING = (
         "VANISHING",
         Severity.WARNING,
         "Gradients vanish while the loss hardly falls.",
-        "Clipping does not cure this, it only shrinks. Try residual or gated "
-        "connections, normalisation, another initial scale or activation, and look for "
+        "Clipping does not help: it only shrinks gradients. Try residual or gated "
+        "connections, normalisation, another initial scale or activation. Look for "
         "layers that are saturated or cut off (`stop_gradient`).",
     )
     NONFINITE_LOSS_DESPITE_CLIPPING = (
         "NONFINITE_LOSS_DESPITE_CLIPPING",
         Severity.ERROR,
         "The loss is not finite although norms are clipped: clipping is not enough.",
-        "Lower the threshold or the learning rate, and look for the bug: a log or a "
-        "division by zero, overflow in float16, a broken batch. `guard` skips "
-        "steps with non-finite gradients, and `skipped_steps(opt_state, params)` names "
-        "the leaf.",
+        "Lower the threshold or the learning rate. Look for a bug: a log or a division "
+        "by zero, overflow in float16, a broken batch. `guard` skips steps with "
+        "non-finite gradients, and `skipped_steps(opt_state, params)` names the leaf.",
     )
     LOSS_SPIKE_WITHOUT_NORM_SPIKE = (
         "LOSS_SPIKE_WITHOUT_NORM_SPIKE",
         Severity.WARNING,
-        "The loss jumped while gradient norms were calm: data or a bug, not gradients.",
-        "Look at the batches of these steps, at labels, preprocessing and the loss "
-        "itself. Clipping does not help here.",
+        "The loss jumped while gradient norms were calm. The cause is the data or a "
+        "bug, not the gradients.",
+        "Look at the batches of these steps: labels and preprocessing. Look at the "
+        "loss function. Clipping does not help here.",
     )
     DIRECTION_DISTORTED = (
         "DIRECTION_DISTORTED",
         Severity.WARNING,
         "Clipping by value turns the steps away from the gradient.",
-        "Clip by global norm instead, which keeps the direction, or raise `max_value`.",
+        "Clip by global norm, which keeps the direction, or raise `max_value`.",
     )
     CLIPPED_TOO_LATE = (
         "CLIPPED_TOO_LATE",
         Severity.WARNING,
-        "Clipping began after the run had become unstable: parameters and the "
-        "optimizer's moments have taken the damage already.",
-        "Clip from the first step; for this run, go back to a checkpoint from before "
-        "the instability.",
+        "Clipping began after the run had become unstable. Parameters and the "
+        "optimizer's moments are damaged already.",
+        "Clip from the first step. For this run, go back to a checkpoint from before "
+        "that.",
     )
     SKIP_STORM = (
         "SKIP_STORM",
         Severity.ERROR,
-        "The guard skips a large share of the steps: hardly anything is learnt.",
-        "Look at `skipped_steps(opt_state, params)` for reason and leaf. Non-finite: a "
-        "bug, or parameters that are bad already; go back to a checkpoint. Spikes: the "
-        "skip rule is too strict, or the learning rate too high.",
+        "The guard skips a large share of the steps: the model hardly learns.",
+        "`skipped_steps(opt_state, params)` tells the reason and the leaf. If it is "
+        "non-finite gradients, there is a bug, or the parameters are bad already: go "
+        "back to a checkpoint. If it is spikes, the skip rule is too strict or the "
+        "learning rate too high.",
     )
     REGIME_SHIFT = (
         "REGIME_SHIFT",
         Severity.INFO,
-        "Gradient norms changed to another level and stayed there.",
-        "Find what changed at that step: data, learning rate, a layer that was "
-        "unfrozen. A fixed threshold chosen before may no longer fit; one that follows "
-        "the norms does (`threshold.zscore`).",
+        "Gradient norms moved to another level and stayed there.",
+        "Look for a change at that step: data, learning rate, an unfrozen layer. A "
+        "fixed threshold may no longer fit; one that follows the norms does "
+        "(`threshold.zscore`).",
     )
     OVERFITTING = (
         "OVERFITTING",
@@ -140,15 +144,16 @@ class FindingCode(enum.StrEnum):
         "STOPPED_TOO_EARLY",
         Severity.INFO,
         "The run ended while the validation loss was still falling.",
-        "Train on. If a rule stopped the run, raise its patience or lower `min_delta`.",
+        "Train longer. If a rule stopped the run, raise its patience or lower its "
+        "`min_delta`.",
     )
     SHORT_PATIENCE = (
         "SHORT_PATIENCE",
         Severity.INFO,
-        "The run ended in a stretch without a better evaluation that is no more than "
-        "the noise of the validation loss, which was still falling under it.",
-        "Raise the patience, smooth what is judged (`smooth=stop.ema(...)`), or "
-        "evaluate on more data.",
+        "The run ended after some evaluations without a better one. That was noise: "
+        "under it the validation loss was still falling.",
+        "Raise the patience, smooth the value (`smooth=stop.ema(...)`), or evaluate on "
+        "more data.",
     )
 
 
@@ -156,23 +161,23 @@ class Finding(NamedTuple):
     """One finding of `diagnose`.
 
     Attributes:
-      code: What was found.
+      code: The kind of finding.
       severity: How bad it is.
-      evidence: The numbers by which it was found; ``phase`` and ``leaf`` are words.
-      advice: What to try.
+      evidence: The numbers that show it, by name; ``phase`` and ``leaf`` are words.
+      advice: Sentences that say what to try.
       step: Step of the row at which it first held.
     """
 
     code: FindingCode
     severity: Severity
-    evidence: dict[str, Any]
+    evidence: Evidence
     advice: str
     step: int
 
     def numbers(self) -> str:
-        """The evidence in a line."""
+        """The evidence in one line."""
         return ", ".join(
-            f"{name.replace('_', ' ')} {value if isinstance(value, str) else _g(value)}"
+            f"{name.replace('_', ' ')} {_as_text(value)}"
             for name, value in self.evidence.items()
         )
 
@@ -190,18 +195,20 @@ class Finding(NamedTuple):
             "step": self.step,
             "meaning": self.code.meaning,
             "evidence": {
-                name: str(_g(value)) if _is_odd(value) else value
+                name: _as_text(value) if _is_nonfinite(value) else value
                 for name, value in self.evidence.items()
             },
             "advice": self.advice,
         }
 
 
-def _is_odd(value: Any) -> bool:
+def _is_nonfinite(value: float | str) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _g(value: float) -> str:
+def _as_text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):

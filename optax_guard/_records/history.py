@@ -1,4 +1,4 @@
-"""A record of a run's scalars, in memory and, line by line, on disk."""
+"""A record of the scalars of a run, in memory and on disk."""
 
 import json
 import math
@@ -10,30 +10,31 @@ from typing import Any, overload
 import numpy as np
 
 from optax_guard._checks import check_count, check_kind, check_positive
-from optax_guard._records.readers import read_rows, rename
-from optax_guard._records.rows import Row, number_of
+from optax_guard._records.readers import Row, read_rows, rename
+from optax_guard._records.rows import number_of
 
 
 class History(Sequence[Row]):
-    """An append-only record of scalars, one row a step or an evaluation.
+    """An append-only record of scalars with a row for each step or evaluation.
 
-    A logger for `optax_guard.flax.fit`, a list of rows for the plots, and what
-    `diagnose` reads. With a path every row is also a line of JSON (JSON Lines), on disk
-    before `append` returns: a killed run loses at most its last line. JSON has no NaN
-    and no infinities; they are the strings ``"NaN"``, ``"Infinity"`` and
-    ``"-Infinity"``, which are the only strings, so rows are read back as they were.
+    It is a logger for `optax_guard.loops.fit`, and a list of rows for `diagnose`,
+    `table` and the figures. With a path, every row is also a line of JSON (JSON Lines)
+    on disk before `append` returns: a killed run loses at most its last line. JSON has
+    no NaN and no infinities. They are the strings ``"NaN"``, ``"Infinity"`` and
+    ``"-Infinity"``; there are no other strings, so rows are read back as they were.
 
-    Rows are in the order of their steps. A row for the last step adds to it: losses
-    and norms need not come in one call. A row for an earlier step means that the run
-    went back, to a checkpoint or to its start: it takes the place of the rows from that
-    step on. (On disk nothing is removed; the same is done on reading.)
+    Rows are in the order of their steps. A row for the last step adds to that row:
+    losses and norms need not come in one call. A row for an earlier step means that the
+    run went back to a checkpoint or to its start; it replaces the rows from that step
+    on. (The file keeps the old rows; reading replaces them in the same way.)
 
     Args:
-      path: File to write to, ending in .jsonl, made with its folders if missing. What
-        it holds already is read first, and rows are added to it. ``None``: memory only.
+      path: File to write to, ending in .jsonl. It is made if it is missing, with its
+        folders. Rows that it holds already are read first. ``None``: memory only.
 
     Raises:
-      ValueError: If the file has another ending or holds something else.
+      TypeError: If ``path`` is no path.
+      ValueError: If the file has another ending, or does not hold rows.
 
     Examples:
       >>> from optax_guard.analysis import History
@@ -68,30 +69,35 @@ class History(Sequence[Row]):
         columns: Mapping[str, str] | None = None,
         max_norm: float | None = None,
     ) -> "History":
-        """Reads what a run has written, by this library or another. Changes nothing.
+        """Reads the record that this library or another has written.
 
         Formats: JSON Lines (``.jsonl``, ``.ndjson``), CSV with a heading, such as
         Lightning's ``metrics.csv``, and Hugging Face's ``trainer_state.json``; or a
-        folder with one of these in it. Names in `COLUMN_NAMES` are recorded under one
-        name. Of a run that was killed an unfinished last line is left out, with a
-        warning. Reading never runs code: there is no pickle.
+        folder with one of these. An unfinished last line, as a killed run leaves it, is
+        left out with a warning. Reading changes no file and runs no code (it does not
+        unpickle).
+
+        These columns get one name, whatever the usual name in the file is (``loss`` or
+        ``train/loss``, ``eval_loss``, ``gradient_norm``, ``lr``, ``global_step``):
+        ``step``, ``epoch``, ``train_loss``, ``val_loss``, ``grad_norm``,
+        ``clipped_norm``, ``clip_threshold``, ``clip_rate``, ``learning_rate``. Other
+        columns keep their names.
 
         Args:
           path: File or folder.
-          run: Which run, if rows have a ``run``, as those of `optax-guard demo`.
-          columns: Names in the file of what has other names there than `COLUMN_NAMES`
-            knows, as ``{"grad_norm": "my/norm"}``.
+          run: Name of the run, if rows have a ``run``, as those of `optax-guard demo`.
+          columns: Unusual names in the file, as in ``{"grad_norm": "my/norm"}``.
           max_norm: Threshold to which global norms were clipped, in units of the
-            gradient, if the file does not tell.
+            gradient, if the file does not hold it.
 
         Returns:
           The rows, in memory only.
 
         Raises:
           TypeError: If an argument is of another type.
-          ValueError: If the file is broken, naming file and line; if ``run`` or a name
-            in ``columns`` is not in it; if there are several runs and ``run`` is none;
-            if ``max_norm`` is not positive.
+          ValueError: If the file is broken (the text names file and line); if ``run``
+            or a name in ``columns`` is not in it; if there are several runs and ``run``
+            is ``None``; if ``max_norm`` is not positive.
           FileNotFoundError: If there is no such file, or none in the folder.
         """
         check_kind("path", path, (str, os.PathLike), "a path")
@@ -111,13 +117,12 @@ class History(Sequence[Row]):
 
         Args:
           step: Steps done; an integer of at least 0, or a scalar array of one.
-          row: Scalars by name: Python's or NumPy's numbers, or arrays of shape ().
-            Names in `COLUMN_NAMES` are recorded under one name: ``loss`` is
-            ``train_loss``.
-          **scalars: More of them.
+          row: Scalars by name: numbers of Python or NumPy, or arrays of shape (). Names
+            are changed as in `read`: ``loss`` becomes ``train_loss``.
+          **scalars: More scalars.
 
         Raises:
-          TypeError: If a value is no number, or ``row`` no dict.
+          TypeError: If a value is not a number, or ``row`` is not a dict.
           ValueError: If a value is an array of another shape or too large for a float,
             or ``step`` is negative.
         """
@@ -130,11 +135,11 @@ class History(Sequence[Row]):
         row = {"step": 0, **rename(numbers)} | {"step": int(number)}
         if self._path is not None:
             try:
-                # Opened anew: nothing is left to flush or to close at a kill.
+                # Open, write and close: a kill finds nothing left to flush.
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(_line(row))
+                    file.write(_json_line(row))
             except OSError:
-                # As of a full disk: the next row must not go on in this line.
+                # The disk may be full. The next row must start a new line.
                 if self._path.exists():
                     _drop_half_line(self._path)
                 raise
@@ -145,15 +150,15 @@ class History(Sequence[Row]):
         self.append(step, row)
 
     def extend(self, buffers: Mapping[str, Any], num_rows: int | None = None) -> None:
-        """Adds the rows that a loop on the device has collected in arrays.
+        """Adds rows that a loop on the device has collected in arrays.
 
         Args:
-          buffers: Arrays of shape [rows] by name. ``step`` is one of them, or the rows
-            go on from the last one, one step a row.
-          num_rows: How many rows of the buffers were filled; all if ``None``.
+          buffers: Arrays of shape [rows] by name. Without ``step`` among them, each row
+            is one step after the row before.
+          num_rows: How many rows of the buffers are filled; all if ``None``.
 
         Raises:
-          TypeError: If ``buffers`` is no dict, or ``num_rows`` no number.
+          TypeError: If ``buffers`` is not a dict, or ``num_rows`` not a number.
           ValueError: If the arrays are not vectors of one length.
         """
         check_kind("buffers", buffers, Mapping, "a dict of arrays")
@@ -163,8 +168,8 @@ class History(Sequence[Row]):
         shapes = {name: x.shape for name, x in arrays.items()}
         if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
             raise ValueError(
-                f"`buffers` must be vectors of one length, got the shapes {shapes}. Of "
-                "a population, take one member."
+                f"`buffers` must be vectors of one length, got the shapes {shapes}. "
+                "Take one member of a population."
             )
         first = self._rows[-1]["step"] + 1 if self._rows else 1
         (length,) = next(iter(shapes.values()))
@@ -173,7 +178,7 @@ class History(Sequence[Row]):
             self.append(steps[i], {name: x[i] for name, x in arrays.items()})
 
     def column(self, name: str) -> np.ndarray:
-        """The values of a name, float64[rows]; NaN where a row has none."""
+        """The values of a name, float64[rows]; NaN in rows without it."""
         check_kind("name", name, str, "a name")
         return np.array([row.get(name, math.nan) for row in self._rows], np.float64)
 
@@ -205,7 +210,7 @@ class History(Sequence[Row]):
         rows.append(row)
 
 
-def _line(row: Row) -> str:
+def _json_line(row: Row) -> str:
     strict = {
         name: value if math.isfinite(value) else json.dumps(value)
         for name, value in row.items()
@@ -214,7 +219,7 @@ def _line(row: Row) -> str:
 
 
 def _drop_half_line(path: Path) -> None:
-    """Ends the file after its last whole line, so that the next one stands alone."""
+    """Removes an unfinished last line, so that the next row starts a new line."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole == len(content):

@@ -1,4 +1,4 @@
-"""The live display of a run: a progress bar and a table, one row an evaluation."""
+"""The live display of a run: a progress bar, and a table of evaluations."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ from optax_guard._records.table import cell, choose_columns, heading
 
 
 class NoDisplay:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def advance(self, steps: int = 1) -> None:
         """Does nothing."""
@@ -28,14 +28,14 @@ _SECONDS_BETWEEN_DRAWINGS = 0.1
 class Progress:
     """Shows a run while it runs; a context manager.
 
-    On a terminal, a bar with steps, speed and time left stays at the bottom and the
-    table grows above it; elsewhere (a file, a pipe, a notebook) the rows are printed as
-    plain lines as they come.
+    On a terminal a bar with steps, speed and time left stays at the bottom, and the
+    table grows above it. In a file, a pipe or a notebook each row is printed as a plain
+    line.
 
     Args:
       total: Steps of the whole run.
       title: A word before the bar and above the table.
-      file: Where to write; standard output if ``None``.
+      file: File to write to; standard output if ``None``.
 
     Raises:
       ImportError: If `rich` is not installed.
@@ -97,7 +97,7 @@ class Progress:
             self._bar.start()
 
     def advance(self, steps: int = 1) -> None:
-        """Counts steps as done."""
+        """Adds steps that are done."""
         self._waiting += steps
         now = time.monotonic()
         # Drawing costs more than a small step does.
@@ -105,7 +105,7 @@ class Progress:
             self._draw(now)
 
     def row(self, row: Mapping[str, float]) -> None:
-        """Adds a row to the table; the first one decides which columns there are."""
+        """Adds a row to the table; the first row sets the columns."""
         if not self._columns:
             self._columns = choose_columns(row)
             if self._title:
@@ -114,7 +114,7 @@ class Progress:
         self._print_cells([cell(key, row.get(key)) for key in self._columns])
 
     def close(self) -> None:
-        """Draws the bar for the last time and leaves the terminal to others."""
+        """Draws the bar for the last time and releases the terminal."""
         if self._bar is not None:
             self._draw(time.monotonic())
             self._bar.stop()
@@ -128,7 +128,7 @@ class Progress:
         self._drawn_at = now
 
     def _print_cells(self, cells: list[str]) -> None:
-        # Nine hold any number as it is written here.
+        # Nine characters hold any number as `cell` writes it.
         widths = [max(9, len(heading(key))) for key in self._columns]
         pairs = zip(cells, widths, strict=True)
         self._print("  ".join(f"{cell:>{width}}" for cell, width in pairs))
@@ -143,7 +143,7 @@ class Progress:
 def open_display(
     progress: Any, total: int
 ) -> contextlib.AbstractContextManager[Progress | NoDisplay]:
-    """The display that was asked for. One of the user's own is left open."""
+    """The display that ``progress`` asks for. A display of the user stays open."""
     is_bool = is_flag(progress)
     if not is_bool and not (hasattr(progress, "advance") and hasattr(progress, "row")):
         check_kind("progress", progress, bool, "True, False or a display")

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Name in a history -> what others call it, in the order in which they are looked for;
-# capitals do not matter.
+# Name in a history -> its names in other records, in the order of the search. Capitals
+# do not matter.
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "step": ("step", "global_step", "_step", "iteration", "iter"),
     "epoch": ("epoch", "train/epoch"),
@@ -33,7 +33,7 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
         *("lr-sgd", "lr-adam", "lr-adamw"),
     ),
 }
-# What JSON has no numbers for.
+# JSON has no such numbers: a record holds them as these strings.
 NOT_FINITE = {
     "NaN": float("nan"),
     "Infinity": float("inf"),
@@ -48,7 +48,7 @@ Row = dict[str, float]
 def rename(
     row: Mapping[str, float], columns: Mapping[str, str] | None = None
 ) -> dict[str, float]:
-    """Gives a row's values the names of `COLUMN_NAMES`; others keep theirs."""
+    """Changes the names of a row to those of `COLUMN_NAMES`; others stay."""
     lower = {name.lower(): name for name in row}
     named = dict(row)
     for name, others in COLUMN_NAMES.items():
@@ -68,7 +68,7 @@ def read_rows(
     run: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Rows of a file under the names of `COLUMN_NAMES`; see `History.read`."""
+    """Reads the rows of a file; see `History.read`."""
     path = find_file(Path(path))
     if path.suffix in _JSON_LINES:
         found = list(_json_lines(path))
@@ -80,7 +80,7 @@ def read_rows(
         raise ValueError(
             f"`path` must end in .jsonl, .ndjson, .json or .csv, got {str(path)!r}."
         )
-    found = _of_run(path, found, run)
+    found = _select_run(path, found, run)
     for name, theirs in (columns or {}).items():
         if found and not any(theirs in raw for _, raw in found):
             known = sorted({x for _, raw in found for x in raw})
@@ -89,13 +89,13 @@ def read_rows(
                 f"There are {known}."
             )
     return [
-        {"step": i, **_numbers(place, raw, columns)}
+        {"step": i, **_read_numbers(place, raw, columns)}
         for i, (place, raw) in enumerate(found)
     ]
 
 
 def find_file(path: Path) -> Path:
-    """The file itself, or the one in a folder that holds a history."""
+    """The path of a file, or of the file in a folder that holds a history."""
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
@@ -106,10 +106,10 @@ def find_file(path: Path) -> Path:
     others = sorted(p for p in path.iterdir() if p.suffix in (*_JSON_LINES, ".csv"))
     if len(others) == 1:
         return others[0]
-    what = "several files" if others else "no file"
+    found = "several files" if others else "no file"
     raise FileNotFoundError(
-        f"The folder {str(path)!r} holds {what} that could be a history: there should "
-        f"be one of {', '.join(_FILES)}, or a single .jsonl or .csv. Name the file."
+        f"The folder {str(path)!r} must hold one of {', '.join(_FILES)}, or a single "
+        f".jsonl or .csv file; it holds {found} that could be a history. Name the file."
     )
 
 
@@ -142,16 +142,16 @@ def _trainer_state(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
         raise ValueError(
             f"{path}: must be Hugging Face's trainer state, an object with a list of "
-            "objects `log_history`. Rows of one's own belong in a .jsonl file."
+            "objects `log_history`. Write rows of your own to a .jsonl file."
         )
-    # The last entry sums up the run: its loss is the mean over all steps.
+    # The last entry is a summary: its loss is the mean over all steps.
     steps = [row for row in log if "train_runtime" not in row]
     return [(f"{path}, entry {i} of `log_history`", row) for i, row in enumerate(steps)]
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        # `utf-8-sig`: spreadsheets write a mark of the byte order.
+        # Spreadsheets write a byte order mark, which `utf-8-sig` removes.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}.") from None
@@ -167,7 +167,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 _warn_of_half_line(place)
                 return
             raise ValueError(
-                f"{place}: must have {len(heading)} cells, as the heading has, got "
+                f"{place}: must have {len(heading)} cells like the heading, got "
                 f"{len(cells)}."
             )
         yield (
@@ -177,7 +177,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each row, with the line on which it ends."""
+    """The number of the last line of each row, and its cells."""
     lines = csv.reader(text.splitlines())
     try:
         for cells in lines:
@@ -186,7 +186,7 @@ def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}, line {lines.line_num}: not CSV: {error}.") from None
 
 
-def _of_run(
+def _select_run(
     path: Path, rows: list[tuple[str, dict[str, Any]]], run: str | None
 ) -> list[tuple[str, dict[str, Any]]]:
     runs = list(dict.fromkeys(str(row["run"]) for _, row in rows if "run" in row))
@@ -200,16 +200,16 @@ def _of_run(
     return [x for x in rows if run is None or str(x[1].get("run")) == run]
 
 
-def _numbers(
+def _read_numbers(
     place: str, raw: Mapping[str, Any], columns: Mapping[str, str] | None
 ) -> Row:
     row = {}
     for name, value in rename(raw, columns).items():
-        number = _number(value)
+        number = _as_number(value)
         if number is not None:
             row[name] = number
         elif name in COLUMN_NAMES and value is not None:
-            # Elsewhere a text, a list or nothing is left out: a date, a tag.
+            # In other columns, texts and lists are left out: a date, a tag.
             raise ValueError(f"{place}: `{name}` must be a number, got {value!r}.")
     if "step" in row:
         if not row["step"] >= 0 or row["step"] % 1:
@@ -220,18 +220,18 @@ def _numbers(
     return row
 
 
-def _number(value: Any) -> float | None:
+def _as_number(value: Any) -> float | None:
     if isinstance(value, str):
-        value = _parsed(value)
+        value = _parse_number(value)
     if not isinstance(value, int | float):
         return None
-    # Whole numbers have no largest in JSON, nor in Python.
+    # Integers of JSON and Python may be too large for a float.
     if abs(value) > sys.float_info.max:
         return float("inf") if value > 0 else float("-inf")
     return int(value) if isinstance(value, bool) else value
 
 
-def _parsed(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     for kind in (int, float):
         try:
             return kind(text)
@@ -242,7 +242,7 @@ def _parsed(text: str) -> float | None:
 
 def _warn_of_half_line(place: str) -> None:
     warnings.warn(
-        f"{place}: the last line is unfinished, as a killed run leaves it, and is left "
+        f"{place}: the last line is unfinished, as a killed run leaves it. It is left "
         "out.",
         stacklevel=6,
     )

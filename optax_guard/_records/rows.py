@@ -1,4 +1,4 @@
-"""Rows of a history: one form, in which all readers find what they expect."""
+"""Complete rows of a history: the form that tables, rules and figures expect."""
 
 import math
 import sys
@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 
 from optax_guard._checks import check_iterable
-from optax_guard._records.readers import NOT_FINITE, rename
-
-Row = dict[str, float]
+from optax_guard._records.readers import NOT_FINITE, Row, rename
 
 
 class Completer:
-    """Brings rows, one after the other, into the form that all readers expect.
+    """Completes rows, one after the other.
 
-    Names are those of `COLUMN_NAMES`. What follows from other values is filled in:
-    ``clipped_norm`` and ``clip_rate`` from norm and threshold. Rates of
-    `optax_guard.metrics`, which are shares of all ``num_updates`` so far, become shares
-    of the updates since the row before, as those of `fit` are. What has been completed
-    stays as it is if it is completed again.
+    Names become those of `COLUMN_NAMES`. ``clipped_norm`` and ``clip_rate`` are
+    computed from norm and threshold if they are missing. Rates of `optax_guard.metrics`
+    are shares of all ``num_updates`` so far; they become shares of the updates since
+    the row before, as `fit` records them. A complete row stays as it is.
     """
 
     def __init__(self):
@@ -28,13 +25,13 @@ class Completer:
         self._counts: dict[str, float] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
-        """A row, completed."""
+        """Completes a row."""
         if not isinstance(row, Mapping):
             raise TypeError(
                 "`history` must be a `History` or rows, each a dict of numbers, got a "
                 f"`{type(row).__name__}` as row {self._index}."
             )
-        # Names such as the run's are of no interest here.
+        # Texts such as the name of the run are left out.
         full = {
             name: number_of(name, value)
             for name, value in row.items()
@@ -43,19 +40,19 @@ class Completer:
         full = {"step": self._index, **rename(full)}
         self._index += 1
         if "num_updates" in full:
-            self._rates_since_last(full)
+            self._set_rates_since_last_row(full)
         norm, limit = full.get("grad_norm"), full.get("clip_threshold")
         if norm is None or not math.isfinite(norm):
             return full
         if limit is not None and not math.isnan(limit):
             full.setdefault("clipped_norm", min(norm, limit))
         if "clipped_norm" in full:
-            # Below the rounding of bfloat16 nothing was clipped.
+            # A difference within the rounding of bfloat16 is no clip.
             is_clipped = full["clipped_norm"] < norm * (1 - 2**-7)
             full.setdefault("clip_rate", float(is_clipped))
         return full
 
-    def _rates_since_last(self, row: Row) -> None:
+    def _set_rates_since_last_row(self, row: Row) -> None:
         counts = {"num_updates": row.pop("num_updates")}
         for name in ("clip_rate", "nonfinite_rate", "skip_rate"):
             if name in row:
@@ -64,7 +61,7 @@ class Completer:
         num_new = counts["num_updates"] - before.get("num_updates", 0)
         if before and num_new > 0:
             for name in counts.keys() & before.keys() - {"num_updates"}:
-                # Rates are rounded to float32, which leaves a count off by a little.
+                # Rates are rounded to float32, so that counts are not quite whole.
                 share = (counts[name] - before[name]) / num_new
                 row[name] = min(1.0, max(0.0, round(share, 6)))
 
@@ -76,15 +73,15 @@ def as_rows(history: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def number_of(name: str, value: Any) -> float:
-    """A scalar of Python, NumPy or JAX as Python's number."""
-    # JSON's way to write them, in rows that were read by other means.
+    """A scalar of Python, NumPy or JAX as a number of Python."""
+    # Rows that a user has read from JSON hold these numbers as strings.
     if isinstance(value, str) and value in NOT_FINITE:
         return NOT_FINITE[value]
     array = np.asarray(value)
     if array.shape:
         raise ValueError(
             f"`{name}` must be a scalar, got an array of shape {array.shape}. Take its "
-            "mean, or use `extend` for buffers of rows."
+            "mean, or add buffers of rows with `extend`."
         )
     number = array.item()
     if isinstance(number, bool):
@@ -93,6 +90,6 @@ def number_of(name: str, value: Any) -> float:
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if isinstance(number, int) and abs(number) > sys.float_info.max:
         raise ValueError(
-            f"`{name}` must fit into a float, got one of {number.bit_length()} bits."
+            f"`{name}` must fit into a float, got {number.bit_length()} bits."
         )
     return number

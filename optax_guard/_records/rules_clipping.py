@@ -1,14 +1,11 @@
-"""Rules of the diagnosis about clipping. Their numbers are told in `diagnose`."""
+"""Rules of the diagnosis about clipping. `diagnose` explains their numbers."""
 
 import math
 from collections import deque
 from statistics import median
-from typing import Any
 
 from optax_guard._records.facts import Facts, mean
-from optax_guard._records.findings import FindingCode
-
-Evidence = dict[str, Any]
+from optax_guard._records.findings import Evidence, FindingCode
 
 
 class ClippingWorks:
@@ -22,7 +19,7 @@ class ClippingWorks:
         self._num_losses = 0
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, as long as it holds."""
+        """The evidence, as long as the rule holds."""
         f = facts
         if math.isfinite(f.clip_share):
             self._shares[0] += f.clip_share
@@ -32,7 +29,7 @@ class ClippingWorks:
         if math.isfinite(f.clipped_norm) and f.has_clip:
             self._largest_after = max(self._largest_after, f.clipped_norm)
         self._num_losses += math.isfinite(f.loss)
-        # The mean of three: one noisy value says little.
+        # One noisy value says little: take the mean of three.
         lately = mean((*f.past_losses[-2:], f.loss))
         is_falling = lately < f.first_loss - 0.05 * abs(f.first_loss)
         is_clipped = f.has_clip and self._shares[0] > 0
@@ -48,7 +45,7 @@ class ClippingWorks:
 
 
 class OverClipped:
-    """Nearly all of the latest steps were clipped, to much less than their norm."""
+    """Nearly all recent steps were clipped, to much less than their norm."""
 
     code = FindingCode.OVER_CLIPPED
 
@@ -60,9 +57,9 @@ class OverClipped:
         self._times = math.nan
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, from the first row on at which it held."""
+        """The evidence, from the first row at which the rule held."""
         f = facts
-        # A threshold of entries, leaves or units lies below the norm that it leaves.
+        # A threshold of entries, leaves or units is below the global norm after it.
         limit = max(filter(math.isfinite, (f.threshold, f.clipped_norm)), default=None)
         is_known = math.isfinite(f.clip_share) and math.isfinite(f.mean_norm)
         if is_known and limit is not None:
@@ -71,9 +68,9 @@ class OverClipped:
             self._num_rows += 1
             self._share += f.clip_share
         share = mean(share for share, _ in self._window)
-        # The median: a row with one huge batch tells of that batch, not of the clip.
+        # The median ignores a row with one huge batch.
         times = math.exp(median(shrunk for _, shrunk in self._window or [(0, 0.0)]))
-        # Losses since the first of the 8 rows; while they fall fast, all is well.
+        # While losses fall fast over the 8 rows, a tight threshold does no harm.
         losses = [*f.past_losses, f.loss][-8:]
         is_slow = not losses[0] - losses[-1] > 0.1 * abs(losses[0])
         is_tiny = times >= 10 or (times >= 3 and is_slow)
@@ -99,7 +96,7 @@ class OverClipped:
 
 
 class NeverClipped:
-    """Many rows, a threshold, and no norm that came near it."""
+    """Many rows have a threshold, and no norm came near it."""
 
     code = FindingCode.NEVER_CLIPPED
 
@@ -110,7 +107,7 @@ class NeverClipped:
         self._has_clipped = False
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, as long as it holds."""
+        """The evidence, as long as the rule holds."""
         f = facts
         self._has_clipped |= f.clip_share > 0
         if math.isfinite(f.norm) and math.isfinite(f.threshold):
@@ -124,12 +121,12 @@ class NeverClipped:
 
 
 class NonfiniteLoss:
-    """A loss that is not finite, under a clip."""
+    """A loss is not finite although a clip is in force."""
 
     code = FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         f = facts
         if not (f.has_clip and f.is_loss_nonfinite):
             return None
@@ -142,7 +139,7 @@ class NonfiniteLoss:
 
 
 class DirectionDistorted:
-    """A small cosine between gradients before and after clipping."""
+    """The cosine between gradients before and after clipping is small."""
 
     code = FindingCode.DIRECTION_DISTORTED
 
@@ -150,7 +147,7 @@ class DirectionDistorted:
         self._cosines: deque[float] = deque(maxlen=5)
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         if math.isfinite(facts.cosine):
             self._cosines.append(facts.cosine)
         if len(self._cosines) < 3 or mean(self._cosines) >= 0.9:
@@ -161,7 +158,7 @@ class DirectionDistorted:
 
 
 class ClippedTooLate:
-    """A clip comes into force after rows without one that were unstable."""
+    """A clip comes into force after unstable rows without one."""
 
     code = FindingCode.CLIPPED_TOO_LATE
 
@@ -171,7 +168,7 @@ class ClippedTooLate:
         self._was_clipped = False
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         f = facts
         is_first = f.has_clip and not self._was_clipped
         self._was_clipped |= f.has_clip

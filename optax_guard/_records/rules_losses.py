@@ -1,23 +1,20 @@
-"""Rules of the diagnosis about losses. Their numbers are told in `diagnose`."""
+"""Rules of the diagnosis about losses. `diagnose` explains their numbers."""
 
 import math
 from collections import deque
 from statistics import linear_regression, median
-from typing import Any
 
 from optax_guard._records.facts import RECENT, Facts, is_calm, mean, noise
-from optax_guard._records.findings import FindingCode
-
-Evidence = dict[str, Any]
+from optax_guard._records.findings import Evidence, FindingCode
 
 
 class LossSpike:
-    """A loss far above all recent ones, at a norm that is not."""
+    """The loss is far above all recent ones, and the norm is not."""
 
     code = FindingCode.LOSS_SPIKE_WITHOUT_NORM_SPIKE
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         f, past = facts, facts.past_losses
         if not is_calm(f) or f.nonfinite_share > 0 or f.skip_share > 0:
             return None
@@ -25,7 +22,7 @@ class LossSpike:
         if len(past) >= 3 and math.isfinite(f.loss):
             needed = max(6 * noise(past), 0.2 * abs(median(past[-5:])))
             if len(past) < 8:
-                # Of so few the noise is not known: measured by their range instead.
+                # So few do not tell the noise: their range stands in for it.
                 needed = max(needed, 2 * (max(past) - min(past)))
             is_spike |= f.loss - max(past[-5:]) > needed
         if not is_spike:
@@ -39,12 +36,12 @@ class LossSpike:
 
 
 class Overfitting:
-    """Validation above its best for long, while training goes on to fall."""
+    """The validation loss stays above its best while the training loss falls."""
 
     code = FindingCode.OVERFITTING
 
     def __init__(self):
-        # So many that the noise is known to a fifth.
+        # Fifty values tell the noise to within a fifth.
         self._vals: deque[float] = deque(maxlen=50)
         self._trains: deque[float] = deque(maxlen=3)
         self._best = self._best_mean = math.inf
@@ -52,7 +49,7 @@ class Overfitting:
         self._since_best = 0
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         f = facts
         if math.isfinite(f.train):
             self._trains.append(f.train)
@@ -64,7 +61,7 @@ class Overfitting:
         if f.val < self._best:
             self._best, self._train_at_best, self._since_best = f.val, train, 0
         vals = list(self._vals)
-        # Means of three: of many noisy values the best is far too good.
+        # The best of many noisy values is too good by chance: take means of three.
         lately = mean(vals[-3:])
         if len(vals) >= 3:
             self._best_mean = min(self._best_mean, lately)
@@ -82,7 +79,7 @@ class Overfitting:
 
 
 class Endings:
-    """The validation losses at the end of a run, for the two rules about its end."""
+    """The last validation losses, for the two rules about the end of a run."""
 
     def __init__(self):
         self._vals: deque[float] = deque(maxlen=RECENT)
@@ -90,18 +87,18 @@ class Endings:
         self._since_best = 0
 
     def update(self, facts: Facts) -> None:
-        """Takes in a row."""
+        """Adds a row."""
         if math.isfinite(facts.val):
             self._vals.append(facts.val)
             self._since_best += 1
             if facts.val < self._best:
                 self._best, self._since_best = facts.val, 0
         elif facts.is_loss_nonfinite:
-            # Of a run that was lost, how it ended says nothing.
+            # If the loss is not finite, the end of the run says nothing.
             self._vals.clear()
 
     def finish(self) -> tuple[FindingCode, Evidence] | None:
-        """What holds of a run that ended here."""
+        """The finding on a run that ends here, with its evidence."""
         vals = list(self._vals)
         if len(vals) < 10:
             return None
@@ -131,7 +128,7 @@ class Endings:
 
 
 def _fit_line(values: list[float]) -> tuple[float, float]:
-    """Slope a value, and the standard deviation around the line."""
+    """The slope of a line through the values, and the standard deviation from it."""
     slope, start = linear_regression(range(len(values)), values)
     squares = [(y - start - slope * i) ** 2 for i, y in enumerate(values)]
     return slope, math.sqrt(sum(squares) / (len(values) - 2))

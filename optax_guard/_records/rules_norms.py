@@ -1,18 +1,15 @@
-"""Rules of the diagnosis about gradient norms. Their numbers are told in `diagnose`."""
+"""Rules of the diagnosis about gradient norms. `diagnose` explains their numbers."""
 
 import math
 from collections import deque
 from statistics import median
-from typing import Any
 
 from optax_guard._records.facts import Facts, is_calm
-from optax_guard._records.findings import FindingCode
-
-Evidence = dict[str, Any]
+from optax_guard._records.findings import Evidence, FindingCode
 
 
 class Exploding:
-    """Norms not finite, or far above what is typical, and the loss no better for it."""
+    """Norms are far above the typical one or not finite, and the loss does not fall."""
 
     code = FindingCode.EXPLODING
 
@@ -21,7 +18,7 @@ class Exploding:
         self._first_val = math.nan
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         f = facts
         if math.isnan(self._first_val) and math.isfinite(f.val):
             self._first_val = f.val
@@ -29,13 +26,13 @@ class Exploding:
         self._large_in_a_row = self._large_in_a_row + 1 if is_large else 0
         is_bounded = f.has_clip or f.skip_share > 0
         if is_bounded:
-            # By a clip or a guard: then the loss must have lost all that it gained; on
-            # validation data, too, for huge batches enter the training loss.
+            # Under a clip or a guard, losses must be worse than at the start. The
+            # training loss does not suffice: it contains huge batches.
             is_worse = f.loss > f.first_loss and not f.val <= self._first_val
         else:
             is_worse = not f.loss < median(f.past_losses[-5:] or [math.inf])
         grows = self._large_in_a_row >= 2 and is_worse
-        # A loss that is lost at a calm norm was not lost by the gradient.
+        # If the norm is calm, the gradient did not make the loss non-finite.
         is_lost = f.nonfinite_share > 0 or (f.is_loss_nonfinite and not is_calm(f))
         if not (grows or (is_lost and not is_bounded)):
             return None
@@ -48,7 +45,7 @@ class Exploding:
 
 
 class Vanishing:
-    """Norms far below the first ones, or tiny, at a loss that has hardly fallen."""
+    """Norms are far below the first ones, or tiny, and the loss has hardly fallen."""
 
     code = FindingCode.VANISHING
 
@@ -58,7 +55,7 @@ class Vanishing:
         self._best = math.inf
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         f = facts
         if math.isfinite(f.loss):
             self._best = min(self._best, f.loss)
@@ -68,7 +65,7 @@ class Vanishing:
             self._first.append(f.mean_norm)
         self._last.append(f.mean_norm)
         norm, first = median(self._last), median(self._first)
-        # A loss of 0 to begin with could not fall by a share of itself.
+        # A first loss of 0 cannot fall by a share of itself.
         fall = (f.first_loss - self._best) / (abs(f.first_loss) or 1.0)
         is_small = norm <= 1e-3 * first or norm <= 1e-6
         if f.num_norms + 1 < 8 or not is_small or not fall < 0.05:
@@ -77,7 +74,7 @@ class Vanishing:
 
 
 class RegimeShift:
-    """Two stretches of rows, one after the other, with norms of different levels."""
+    """The norms of 8 rows and of the next 8 have different levels."""
 
     code = FindingCode.REGIME_SHIFT
 
@@ -86,7 +83,7 @@ class RegimeShift:
         self._rates: deque[float] = deque(maxlen=16)
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         if not 0 < facts.mean_norm < math.inf:
             return None
         self._logs.append(math.log(facts.mean_norm))
@@ -97,10 +94,10 @@ class RegimeShift:
         old, new = median(logs[:8]), median(logs[8:])
         spread = median([abs(x - old) for x in logs[:8]])
         spread = max(spread, median([abs(x - new) for x in logs[8:]]))
-        # A drift spreads both stretches by more than a fifth of what lies between them.
+        # A drift spreads each stretch by more than a fifth of their distance.
         if abs(new - old) < max(math.log(3), 5 * spread):
             return None
-        evidence = {"norm_before": math.exp(old), "norm_after": math.exp(new)}
+        evidence: Evidence = {"norm_before": math.exp(old), "norm_after": math.exp(new)}
         rates = self._rates[0], self._rates[-1]
         if all(map(math.isfinite, rates)):
             evidence |= {"learning_rate_before": rates[0]}
@@ -109,7 +106,7 @@ class RegimeShift:
 
 
 class SkipStorm:
-    """A large share of the latest steps was skipped."""
+    """A large share of the recent steps was skipped."""
 
     code = FindingCode.SKIP_STORM
 
@@ -117,7 +114,7 @@ class SkipStorm:
         self._rows: deque[tuple[int, float]] = deque(maxlen=5)
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if it holds at this row."""
+        """The evidence, if the rule holds at this row."""
         if math.isnan(facts.skip_share):
             return None
         skipped = facts.skip_share * facts.num_steps

@@ -1,12 +1,11 @@
-"""The table of a history, as text or Markdown."""
+"""Cells of the table of a history, and tables as text or Markdown."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from optax_guard._checks import check_flag
 from optax_guard._records.rows import as_rows
 
-# Key of a row -> heading, format. In this order, before what `evaluate` returned.
+# Key of a row -> heading, format. These columns come first, in this order.
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "epoch": ("epoch", "{:g}".format),
     "step": ("step", "{:g}".format),
@@ -18,51 +17,14 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "train_loss": ("train loss", "{:.4g}".format),
     "val_loss": ("val loss", "{:.4g}".format),
 }
-# In the history, but not worth a column.
+# A history has these, but they are not worth a column.
 _LEFT_OUT = {"clip_threshold", "grad_norm_mean", "nonfinite_rate", "skip_rate"}
 
 _KEYS = (*COLUMNS, "value", "learning_rate")
 
 
-def table(history: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
-    """The rows of a history, with the columns that `fit` shows while it runs.
-
-    Args:
-      history: A `History`, or rows such as `fit` returns.
-      markdown: Whether to write a table of Markdown instead of aligned text.
-
-    Returns:
-      Epoch (or step), largest norm before and after clipping, share of steps clipped,
-      steps skipped in all, training and validation loss, learning rate: those of them
-      that are known; a line a row, under a heading.
-
-    Raises:
-      TypeError: If ``history`` has no rows, or ``markdown`` is no bool.
-
-    Examples:
-      >>> from optax_guard.analysis import History, table
-      >>> history = History()
-      >>> history.append(1, loss=2.3, grad_norm=15.2, clip_threshold=5.0)
-      >>> history.append(2, loss=1.8, grad_norm=12.7, clip_threshold=5.0)
-      >>> print(table(history))
-           step  grad norm  after clip    clipped  train loss
-              1       15.2           5     100.0%         2.3
-              2       12.7           5     100.0%         1.8
-    """
-    check_flag("markdown", markdown)
-    lines = cells(history)
-    if markdown:
-        lines.insert(1, ["---:"] * len(lines[0]))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(9, *map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-
-
-def cells(history: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """The texts of the table: the heading, then a list a row."""
+def history_cells(history: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """The texts of the table: the heading, then a list for each row."""
     rows = as_rows(history)
     known = {key: 0.0 for key in _KEYS if any(key in row for row in rows)}
     keys = choose_columns(known)
@@ -71,6 +33,7 @@ def cells(history: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def choose_columns(row: Mapping[str, float]) -> list[str]:
+    """The keys of a row that get a column, in their order."""
     known = [key for key in COLUMNS if key in row]
     if "epoch" in row and "step" in row:
         known.remove("step")
@@ -79,10 +42,43 @@ def choose_columns(row: Mapping[str, float]) -> list[str]:
 
 
 def heading(key: str) -> str:
+    """The heading of a key's column."""
     return COLUMNS[key][0] if key in COLUMNS else key.replace("_", " ")
 
 
 def cell(key: str, value: float | None) -> str:
+    """The text of a value; empty if there is none."""
     if value is None:
         return ""
     return COLUMNS[key][1](value) if key in COLUMNS else f"{value:.4g}"
+
+
+def aligned(
+    lines: Sequence[Sequence[str]], *, left: Collection[int] = (), least: int = 0
+) -> str:
+    """Cells as aligned text.
+
+    Args:
+      lines: The cells of each line; all lines have the same number of cells.
+      left: Columns of texts, which are aligned to the left; numbers are to the right.
+      least: Least width of a column.
+
+    Returns:
+      The lines, without a newline at the end.
+    """
+    widths = [max(least, *map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if i in left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def as_markdown(lines: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> str:
+    """Cells as a table of Markdown; arguments as for `aligned`."""
+    rule = [":---" if i in left else "---:" for i in range(len(lines[0]))]
+    # A bar in a name would begin another cell.
+    cells = [[text.replace("|", r"\|") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))

@@ -1,12 +1,10 @@
-"""Scalars on their way to TensorBoard or CLU, under names in groups."""
+"""Writers of TensorBoard and CLU as loggers. They get scalars under names in groups."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
-from optax_guard._checks import check_kind
-
-_GROUPS = {
+_GROUPED_NAMES = {
     "grad_norm": "grad/norm",
     "grad_norm_mean": "grad/norm_mean",
     "norm_mean": "grad/norm_mean",
@@ -34,70 +32,67 @@ _GROUPS = {
 }
 
 
+@runtime_checkable
+class MetricWriter(Protocol):
+    """A metric writer of CLU."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> Any:
+        """Writes the scalars of one step."""
+        ...
+
+
+@runtime_checkable
+class SummaryWriter(Protocol):
+    """A writer of event files: tensorboardX's, or PyTorch's."""
+
+    def add_scalar(self, name: str, value: float, step: int, /) -> Any:
+        """Writes one scalar of a step."""
+        ...
+
+
+LogFunction = Callable[[int, dict[str, float]], Any]
+Logger = LogFunction | MetricWriter | SummaryWriter
+
+
+def is_logger(logger: Any) -> bool:
+    """Whether `fit` can log to an object."""
+    return callable(logger) or isinstance(logger, MetricWriter | SummaryWriter)
+
+
+def log_function(logger: Logger) -> LogFunction:
+    """A function ``(step, row)`` that hands rows to a logger."""
+    if isinstance(logger, MetricWriter):
+        return lambda step, row: logger.write_scalars(step, _grouped_row(row))
+    if isinstance(logger, SummaryWriter):
+        return lambda step, row: _add_scalars(logger, step, row)
+    return logger
+
+
+def _add_scalars(writer: SummaryWriter, step: int, row: Mapping[str, float]) -> None:
+    for name, value in _grouped_row(row).items():
+        writer.add_scalar(name, value, step)
+
+
+def _grouped_row(row: Mapping[str, float]) -> dict[str, float]:
+    return {grouped_name(name): x for name, x in row.items() if name != "step"}
+
+
 def grouped_name(name: str) -> str:
-    """The name of a row's value in a group: grad, guard, train or val.
+    """The name of a value with its group (grad, guard, train or val), if it has one.
 
-    Args:
-      name: Name of a value in a row of `fit` or in `optax_guard.metrics`.
-
-    Returns:
-      The name with its group; any other as it is.
-
-    Raises:
-      TypeError: If ``name`` is no string.
+    TensorBoard shows the values of a group side by side.
 
     Examples:
-      >>> from optax_guard.analysis import grouped_name
       >>> [grouped_name(x) for x in ("grad_norm", "grad_norm_1", "val_loss", "mine")]
       ['grad/norm', 'grad/norm_1', 'val/loss', 'mine']
     """
-    check_kind("name", name, str, "a string")
-    # `optax_guard.metrics` numbers what a second clip has measured.
+    # `optax_guard.metrics` adds a number to the measurements of a second clip.
     number = re.search(r"_\d+$|$", name)
     suffix = number[0] if number else ""
     base = name.removesuffix(suffix)
-    if base in _GROUPS:
-        return _GROUPS[base] + suffix
+    if base in _GROUPED_NAMES:
+        return _GROUPED_NAMES[base] + suffix
     for group in ("train_", "val_"):
         if name.startswith(group) and len(name) > len(group):
             return name.replace("_", "/", 1)
     return name
-
-
-class GroupedWriter:
-    """A logger for `optax_guard.flax.fit` that writes under `grouped_name`.
-
-    Args:
-      writer: A writer of TensorBoard's event files with ``add_scalar(name, value,
-        step)``, such as tensorboardX's ``SummaryWriter`` (`optax-guard[log]`) or that
-        of PyTorch; or one of CLU's, with ``write_scalars(step, scalars)``. It is left
-        open: close it when the run is over.
-
-    Raises:
-      TypeError: If ``writer`` has neither.
-
-    Examples:
-      >>> from optax_guard.analysis import GroupedWriter
-      >>> class Printer:
-      ...     def write_scalars(self, step, scalars):
-      ...         print(step, scalars)
-      >>> GroupedWriter(Printer())(10, {"step": 10, "grad_norm": 2.0, "val_loss": 0.5})
-      10 {'grad/norm': 2.0, 'val/loss': 0.5}
-    """
-
-    def __init__(self, writer: Any):
-        if not (hasattr(writer, "write_scalars") or hasattr(writer, "add_scalar")):
-            raise TypeError(
-                "`writer` must have `write_scalars`, as CLU's writers do, or "
-                f"`add_scalar`, as tensorboardX's, got a `{type(writer).__name__}`."
-            )
-        self._writer = writer
-
-    def __call__(self, step: int, row: Mapping[str, float]) -> None:
-        """Writes the row of a step."""
-        scalars = {grouped_name(k): v for k, v in row.items() if k != "step"}
-        if hasattr(self._writer, "write_scalars"):
-            self._writer.write_scalars(step, scalars)
-            return
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)

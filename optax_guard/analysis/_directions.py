@@ -1,4 +1,4 @@
-"""Directions in the space of parameters: random and filter-normalised, or of a path."""
+"""Directions in the space of parameters: random, or along a path."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,20 +17,20 @@ from optax_guard._trees import dtype_of, for_each_leaf, is_inexact
 def random_direction(
     params: Any, key: jax.Array, *, axis: Any = None, exclude: Any = None
 ) -> Any:
-    r"""A random direction, each unit of which is as long as that of the parameters.
+    r"""Draws a random direction with units as long as those of the parameters.
 
-    With a unit (a filter, a column of a matrix) :math:`w` and normal numbers :math:`d`
-    in its place, :math:`d \|w\| / \|d\|`: so that planes of networks with other scales
-    of weights compare.
+    For a unit (a filter, a column of a matrix) :math:`w` and normal numbers :math:`d`
+    of its shape, it is :math:`d \|w\| / \|d\|`. Planes of networks with different
+    scales of weights can then be compared.
 
     Args:
-      params: Any pytree; the direction is 0 where leaves are not floating.
+      params: Any pytree; the direction is 0 in leaves that are not floating.
       key: Key of the normal numbers.
       axis: As for `optax_guard.clip_by_unit_norm`.
       exclude: As for `landscape`.
 
     Returns:
-      A tree like ``params``, float32 or wider where leaves are floating.
+      A tree like ``params``; floating leaves are float32 or wider.
 
     References:
       Li et al., `Visualizing the loss landscape of neural nets
@@ -38,7 +38,7 @@ def random_direction(
     """
     leaves, structure = jax.tree.flatten(params)
     axes = unit_axes(params, axis)
-    fixed = _excluded(params, exclude)
+    fixed = _is_excluded(params, exclude)
     groups = each_part(params, axes, layouts(params, None))
     drawn = list(map(jnp.zeros_like, leaves))
     for i, x in zip(groups.indices, groups.floating(params), strict=True):
@@ -51,14 +51,14 @@ def random_direction(
         lengths, sizes = (
             stacked_norms([y], (axes[i],)).reshape(shape) for y in (noise, x)
         )
-        # A unit of zeros has no length to take: it stays where it is.
+        # A unit of zeros has length 0 and does not move.
         factor = jnp.where(lengths > 0, ratio(sizes, jnp.maximum(lengths, 1e-30)), 0.0)
         drawn[i] = noise * factor.astype(wide)
     return jax.tree.unflatten(structure, drawn)
 
 
-def _excluded(params: Any, exclude: Any) -> list[bool]:
-    """For each leaf whether it is left as it is."""
+def _is_excluded(params: Any, exclude: Any) -> list[bool]:
+    """For each leaf, whether the direction leaves it as it is."""
     leaves = jax.tree.leaves(params)
     is_floating = [is_inexact(x) for x in leaves]
     if exclude is not None:
@@ -77,20 +77,20 @@ def _excluded(params: Any, exclude: Any) -> list[bool]:
 
 
 def principal_directions(params: Any, path: Sequence[Any]) -> tuple[Any, Any]:
-    """The two directions, of length 1, along which a path varies most from ``params``.
+    """The two directions of length 1 along which a path varies most from ``params``.
 
-    The eigenvectors of the products of the path's differences to ``params``, which are
-    as many as points, so that nothing as large as parameters times parameters is made.
+    They come from the eigenvectors of the inner products [points, points] of the path's
+    differences to ``params``. A matrix [parameters, parameters] is never needed.
     """
     steps = [difference(point, params) for point in path]
     sizes, vectors = np.zeros(2), np.eye(2)
     if len(steps) >= 2:
         sizes, vectors = np.linalg.eigh(_products(steps, steps))
-    # Below the rounding of float32 there is no second direction.
+    # A second direction within the rounding of float32 is none.
     if not sizes[-2] > 1e-6 * sizes[-1]:
         raise ValueError(
             "`path` must turn off the straight line through `params` for "
-            f"`directions='path'`, and its {len(steps)} points do not. Use random "
+            f"`directions='path'`; its {len(steps)} points do not. Use random "
             "directions."
         )
 
@@ -107,20 +107,20 @@ def principal_directions(params: Any, path: Sequence[Any]) -> tuple[Any, Any]:
 def project(
     params: Any, path: Sequence[Any], directions: tuple[Any, Any]
 ) -> tuple[np.ndarray, float]:
-    """Coordinates of a path's points in a plane, and the share of it that lies there.
+    """Projects the points of a path onto a plane.
 
     Args:
-      params: Where the plane's origin is.
+      params: The origin of the plane.
       path: Trees like ``params``.
       directions: The two that span the plane, at any angle.
 
     Returns:
-      Coordinates of the nearest points of the plane, float64[points, 2]; and, of the
-      squared distances from the origin, the share that is in the plane, in [0, 1].
+      Coordinates of the nearest points of the plane, float64[points, 2]; and the share
+      of the squared distances from the origin that lies in the plane, in [0, 1].
     """
     steps = [difference(point, params) for point in path]
     products = _products(steps, directions)
-    # Least squares, for which directions need be neither orthogonal nor of length 1.
+    # Least squares: directions need not be orthogonal, nor of length 1.
     inverse = np.linalg.pinv(_products(directions, directions))
     coordinates = products @ inverse
     inside = np.sum(coordinates * products)
@@ -141,12 +141,12 @@ def _products(some: Sequence[Any], others: Sequence[Any]) -> np.ndarray:
 
 
 def difference(point: Any, params: Any) -> Any:
-    """What leads from ``params`` to ``point``, float32 or wider; 0 if not floating."""
+    """The point minus ``params``, float32 or wider; 0 in leaves that do not float."""
     return _map_floating(lambda x, y: _wide(x) - _wide(y), point, params)
 
 
 def moved(params: Any, directions: tuple[Any, Any], at: jax.Array) -> Any:
-    """The parameters at coordinates float[2] of a plane, in their own dtypes."""
+    """The parameters at coordinates ``at`` (float[2]) of a plane, in their dtypes."""
 
     def move(w: Any, a: Any, b: Any) -> jax.Array:
         new = _wide(w) + at[0] * _wide(a) + at[1] * _wide(b)

@@ -26,30 +26,30 @@ from optax_guard.analysis._directions import (
     random_direction,
 )
 
-# A norm is unstable that is so many times what is typical, as for the diagnosis.
+# A norm so many times the typical one counts as unstable, as in the diagnosis.
 UNSTABLE = 10.0
-# How often a display hears of the work.
+# How often a display is updated.
 _NUM_REPORTS = 50
 
 
 class Landscape(NamedTuple):
-    """What `landscape` returns: NumPy arrays, n points along each direction.
+    """The result of `landscape`: NumPy arrays, n points along each direction.
 
     Attributes:
       alphas: Coordinates along the first direction, float64[n], rising.
       betas: Coordinates along the second, float64[n].
-      loss: The loss at ``(alphas[j], betas[i])``, float64[n, n]; NaN or infinite where
-        it is.
+      loss: The loss at ``(alphas[j], betas[i])``, float64[n, n]; may be NaN or
+        infinite.
       grad_norm: Global norm of its gradient there, float64[n, n], in units of the
         gradient.
       is_unstable: bool[n, n], whether the point is prone to instability: its loss or
-        gradient is not finite, or the norm above ``max_norm``.
-      max_norm: The norm above which a point counts so.
+        gradient is not finite, or its norm is above ``max_norm``.
+      max_norm: The norm above which a point counts as unstable.
       directions: The two directions, trees like the parameters.
       path: Coordinates of the training path, float64[points, 2]; ``None`` without.
-      path_share: Of the squared distances of its points from the parameters, the share
-        that lies in the plane, in [0, 1]: little of a path lies in a random plane, and
-        what is seen of it there says little. NaN without a path.
+      path_share: Share of the squared distances of its points from the parameters that
+        lies in the plane, in [0, 1]. It is small in a random plane, and the path drawn
+        there then says little. NaN without a path.
     """
 
     alphas: np.ndarray
@@ -78,45 +78,46 @@ def landscape(
     batch_size: int = 5,
     progress: bool | Progress = False,
 ) -> Landscape:
-    r"""Loss and gradient norm over a plane through the parameters.
+    r"""Computes loss and gradient norm over a plane through the parameters.
 
-    At :math:`\theta + \alpha d_1 + \beta d_2` for a square grid of :math:`\alpha` and
-    :math:`\beta`: how far from here steps explode, and whether the run has come along
-    a cliff. All in one compiled program, ``batch_size`` points at a time, so that
-    memory is that of so many gradients however fine the grid is.
+    They are computed at :math:`\theta + \alpha d_1 + \beta d_2` for a square grid of
+    :math:`\alpha` and :math:`\beta`. One sees how far from the parameters steps
+    explode, and whether the run has passed a cliff. One compiled program computes
+    ``batch_size`` points at a time: memory is that of so many gradients for any grid.
 
     Args:
-      loss_fn: ``loss_fn(params) -> scalar``; arrays that it closes over become
-        constants of the program, so pass large ones by `jax.tree_util.Partial`.
-      params: Any pytree. Leaves that are not floating are left as they are.
+      loss_fn: ``loss_fn(params) -> scalar``. Arrays that it closes over become
+        constants of the program; pass large ones by `jax.tree_util.Partial`.
+      params: Any pytree. Leaves that are not floating do not move.
       key: Key of the random directions; ``jax.random.key(0)`` if ``None``.
-      directions: ``None`` for two random ones in which each unit (filter, column) is as
-        long as that of ``params``; ``"path"`` for the two along which ``path`` varies
-        most, of length 1; or two trees like ``params``, taken as they are.
-      span: The grid goes from ``-span`` to ``span`` along both. If ``None``: 1, that is
-        from there and back again by the length of the parameters themselves; with
-        ``"path"``, what holds the path, and a fifth of that more.
-      num_points: Points along each direction; an odd number has ``params`` among them.
-      path: Trees like ``params``, of a run in their order, to be projected.
+      directions: ``None`` for two random directions in which each unit (filter, column)
+        is as long as that of ``params``; ``"path"`` for the two of length 1 along which
+        ``path`` varies most; or two trees like ``params``, which are used as they are.
+      span: The grid goes from ``-span`` to ``span`` along both directions. ``None``
+        means 1, the length of the parameters themselves; with ``"path"``, the range of
+        the path and a tenth more on each side.
+      num_points: Points along each direction; an odd number puts one at ``params``.
+      path: Trees like ``params``, in the order of the run, to draw in the plane.
       max_norm: Gradient norm above which a point counts as unstable, such as the
         threshold of the clip. If ``None``: 10 times the geometric mean of all finite
         norms of the plane, as for ``EXPLODING`` of `diagnose`.
-      axis: Along which axes a unit lies, as for `optax_guard.clip_by_unit_norm`.
-      exclude: Which leaves random directions leave as they are: a function from a
-        leaf's path to a bool, or a tree of bools. If ``None``: those with at most one
-        axis longer than 1 (biases, scales of normalisation) as in the paper, unless
-        there are no others.
-      batch_size: Points computed side by side, by ``vmap``.
-      progress: Whether to show a progress bar, for which the work is dispatched in 50
-        parts instead of one; or a display of one's own.
+      axis: The axes of a unit, as for `optax_guard.clip_by_unit_norm`.
+      exclude: The leaves that random directions leave as they are: a function from a
+        leaf's path to a bool, or a tree prefix of bools. If ``None``: leaves with at
+        most one axis longer than 1 (biases, scales of normalisation) as in the paper,
+        unless there are no others.
+      batch_size: Number of points that ``vmap`` computes at once.
+      progress: Whether to show a progress bar, or a display of your own. The work is
+        then dispatched in 50 parts instead of one.
 
     Returns:
       A `Landscape`; `optax_guard.plotting.plot_landscape` draws it.
 
     Raises:
-      ValueError: If an argument is out of range, nothing in ``params`` is floating or
-        all is excluded, ``directions`` or ``path`` are no trees like ``params``, or
-        ``loss_fn`` returns no scalar.
+      TypeError: If an argument is of another type.
+      ValueError: If an argument is out of range; if all leaves of ``params`` are
+        excluded or not floating; if ``directions`` or ``path`` are not trees like
+        ``params``; if ``loss_fn`` does not return a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -146,11 +147,15 @@ def landscape(
     path = list(path)
     for i, point in enumerate(path):
         _check_like(f"path[{i}]", point, params)
-    plane = _plane(params, key, directions, path, axis, exclude)
+    plane = _choose_plane(params, key, directions, path, axis, exclude)
     track, share = (None, math.nan) if not path else project(params, path, plane)
-    alphas, betas = _grid(num_points, span, track if directions == "path" else None)
+    alphas, betas = _make_grid(
+        num_points, span, track if directions == "path" else None
+    )
     points = np.stack(np.meshgrid(alphas, betas), -1).reshape(-1, 2)
-    loss, grad_norm = _evaluated(loss_fn, params, plane, points, batch_size, progress)
+    loss, grad_norm = _evaluate_points(
+        loss_fn, params, plane, points, batch_size, progress
+    )
     shape = num_points, num_points
     if max_norm is None:
         usable = grad_norm[np.isfinite(grad_norm) & (grad_norm > 0)]
@@ -170,7 +175,7 @@ def landscape(
     )
 
 
-def _plane(
+def _choose_plane(
     params: Any,
     key: jax.Array | None,
     directions: Any,
@@ -183,7 +188,7 @@ def _plane(
         _check_key(key)
         one, two = jax.random.split(key)
         draw = functools.partial(random_direction, axis=axis, exclude=exclude)
-        # Operation by operation, each would be compiled for each shape of a leaf.
+        # Without `jit` each operation would be compiled for each shape of a leaf.
         draw = jax.jit(draw)
         return draw(params, one), draw(params, two)
     if isinstance(directions, str):
@@ -219,7 +224,7 @@ def _check_like(name: str, tree: Any, params: Any) -> None:
         )
 
 
-def _grid(
+def _make_grid(
     num_points: int, span: float | None, track: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     if span is not None or track is None:
@@ -235,7 +240,7 @@ def _grid(
     return lines[0], lines[1]
 
 
-def _evaluated(
+def _evaluate_points(
     loss_fn: Any,
     params: Any,
     plane: Any,
@@ -249,22 +254,22 @@ def _evaluated(
     batch_size = min(batch_size, -(-num_points // num_parts))
     num_batches = -(-num_points // (num_parts * batch_size))
     per_part = num_batches * batch_size
-    # All parts are of one size, so that they are one program.
+    # All parts have one size, so that one program serves them all.
     filled = np.resize(points, (-(-num_points // per_part) * per_part, 2))
     parts = filled.reshape(-1, num_batches, batch_size, 2)
     function = as_argument(loss_fn)
     found = []
     with open_display(progress, num_points) as display:
         for i, part in enumerate(parts):
-            # To numbers of the host at once, or nothing would be known of progress.
-            found.append(jax.device_get(_of_points(function, params, plane, part)))
+            # Wait for each part, so that the display shows the true progress.
+            found.append(jax.device_get(_compute_points(function, params, plane, part)))
             display.advance(min(per_part, num_points - i * per_part))
     loss, norm = (np.concatenate(x)[:num_points] for x in zip(*found, strict=True))
     return loss.astype(np.float64), norm.astype(np.float64)
 
 
 @jax.jit
-def _of_points(
+def _compute_points(
     loss_fn: Any, params: Any, plane: Any, points: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     leaves, structure = jax.tree.flatten(params)

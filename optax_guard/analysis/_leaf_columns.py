@@ -1,4 +1,4 @@
-"""Columns of a history with a value for each leaf."""
+"""Columns of a history that hold a value for each leaf."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,38 +13,41 @@ from optax_guard._norms.readout import leaf_norms
 from optax_guard._trees import is_inexact, path_names
 
 LEAF_NORM, UPDATE_RATIO = "leaf_norm/", "update_ratio/"
-# What `fit` puts before the names of a step's metrics.
-_OF_STEPS = "train_"
+# `fit` puts this before the names of the metrics of a step.
+_STEP_PREFIX = "train_"
 
 
 def leaf_columns(
     *, state: Any = None, grads: Any = None, params: Any = None, new_params: Any = None
 ) -> dict[str, jax.Array]:
-    r"""Norms of all leaves, and how much of their parameters the update is.
+    r"""Measures the norm of each leaf, and the ratio of its update to its parameters.
 
-    For `optax_guard.plotting.plot_leaves`. Scalars for the row of a history: in what
-    ``evaluate`` returns, or in the metrics of ``train_step`` (whose means `fit` records
-    as ``train_leaf_norm/...``). Works on the host and inside a jitted step, and never
-    waits for the device. Norms from ``state`` cost nothing; those of ``grads`` one more
-    read of them, ratios one of both parameters.
+    The columns are scalars for a row of a history, which
+    `optax_guard.plotting.plot_leaves` draws. ``evaluate`` may return them, or
+    ``train_step`` among its metrics (`fit` records their means as
+    ``train_leaf_norm/...``). This works on the host and inside a jitted step, and never
+    waits for the device. Norms from ``state`` cost nothing; norms of ``grads`` cost one
+    more read of them, ratios one read of both parameters.
 
     Args:
-      state: A state that carries norms of leaves, as for `optax_guard.leaf_norms`:
+      state: A state that holds norms of leaves, as for `optax_guard.leaf_norms`: those
         of the last update, before clipping.
-      grads: Instead of it, a tree of gradients, as where the clip is global.
-      params: Parameters before an update, a tree.
-      new_params: The same after it.
+      grads: A tree of gradients in place of ``state``, for example if the clip is
+        global.
+      params: Tree of parameters before an update.
+      new_params: The same tree after the update.
 
     Returns:
-      A dict of float32[] or wider: ``leaf_norm/<path>``, in units of the gradient, if
-      ``state`` or ``grads`` is given; ``update_ratio/<path>``, the norm
-      :math:`\|w' - w\| / \|w\|`, if both parameters are, infinite where only
-      :math:`\|w\|` is 0 and NaN where both are. About 1e-3 is common; 1e-1 throughout
-      is a learning rate too high, 1e-6 a layer that stands still.
+      A dict of float32[] or wider. ``leaf_norm/<path>``, in units of the gradient, if
+      ``state`` or ``grads`` is given. ``update_ratio/<path>``, the norm
+      :math:`\|w' - w\| / \|w\|`, if both parameters are given; infinite if only
+      :math:`\|w\|` is 0, and NaN if both norms are. About 1e-3 is common. If all are
+      1e-1, the learning rate is too high; at 1e-6 a layer does not move.
 
     Raises:
-      ValueError: If there is nothing to measure, both of ``state`` and ``grads``, or
-        one of the parameters without the other; if ``state`` carries no such norms.
+      TypeError: If an argument holds a leaf that is not an array.
+      ValueError: If no argument is given, or both ``state`` and ``grads``, or only one
+        of the parameters; if ``state`` holds no norms of leaves.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -88,33 +91,34 @@ def leaf_columns(
             columns[UPDATE_RATIO + path] = jnp.where(size > 0, share, nothing)
     if not columns:
         raise ValueError(
-            "`state`, `grads`, or `params` with `new_params` must be given, got none."
+            "One of `state`, `grads`, or `params` with `new_params` must be given, got "
+            "none."
         )
     return columns
 
 
 def has_leaves(names: Iterable[str]) -> bool:
-    """Whether one of these columns is for `plot_leaves`."""
-    plain = [name.removeprefix(_OF_STEPS) for name in names]
+    """Whether `plot_leaves` draws one of these columns."""
+    plain = [name.removeprefix(_STEP_PREFIX) for name in names]
     return any(name.startswith((LEAF_NORM, UPDATE_RATIO)) for name in plain)
 
 
 def leaf_table(
     rows: Sequence[Mapping[str, Any]], prefix: str
 ) -> tuple[list[str], np.ndarray]:
-    """The leaves in columns with a prefix, and their values.
+    """The leaves that have columns with a prefix, and their values.
 
     Args:
       rows: Rows of a history.
-      prefix: `LEAF_NORM` or `UPDATE_RATIO`; with ``train_`` before it, too.
+      prefix: `LEAF_NORM` or `UPDATE_RATIO`; a ``train_`` before it is ignored.
 
     Returns:
-      Paths, and float64[paths, rows]; masked, that is no value, where a row has none.
+      Paths, and float64[paths, rows]; masked where a row has no value.
     """
     names: dict[str, str] = {}
     for row in rows:
         for name in row:
-            plain = name.removeprefix(_OF_STEPS)
+            plain = name.removeprefix(_STEP_PREFIX)
             if plain.startswith(prefix):
                 names.setdefault(plain.removeprefix(prefix), name)
     values = np.ma.masked_all((len(names), len(rows)))

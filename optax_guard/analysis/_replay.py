@@ -7,26 +7,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_guard._checks import check_iterable, check_kind
+from optax_guard._checks import check_kind
 from optax_guard._records.rows import as_rows
 from optax_guard.stop._rule import StopReason, StopRule, sign_of
 from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._stopper import early_stopping
 
+# Columns of the table of outcomes that hold texts: the rule and the reason.
+TEXT_COLUMNS = (0, 6)
+
 
 class Replayed(NamedTuple):
-    """What one rule would have made of a recorded run.
+    """The outcome of one rule on a recorded run.
 
     Attributes:
       name: The rule's name.
-      reason: Why it would have stopped; RUNNING if it would not have.
-      stopped_step: Step of the evaluation at which it would have stopped; the last one
-        if it would not have.
+      reason: Why it would have stopped; RUNNING if it would not.
+      stopped_step: Step of the evaluation at which it would have stopped; the last step
+        if it would not.
       best_step: Step of the best evaluation until then; -1 without a finite one.
-      best_value: Its value, in units of the loss; NaN without one.
+      best_value: Value of that evaluation, in units of the loss; NaN without one.
       steps_saved: How many of the recorded steps would not have been trained.
-      loss_given_up: How much worse that best is than that of the whole run; 0 if the
-        rule would have kept the same.
+      loss_given_up: How much worse that value is than the best of the whole run; 0 if
+        it is the same evaluation.
     """
 
     name: str
@@ -45,46 +48,46 @@ def replay(
     key: str | None = None,
     mode: str = "min",
 ) -> list[Replayed]:
-    """Plays a recorded run to stop rules: where each stops, what it saves and costs.
+    """Plays a recorded run to stop rules: where would each stop, save and lose?
 
-    Tuning patience is then a look at a table, not a rerun. A rule sees what it would
-    have seen, row by row, in the stopper of `early_stopping` itself. What was never
-    trained cannot be known: if the record itself ends at an early stop, a longer
-    patience looks as good as no rule.
+    One can then choose a patience from a table, without a rerun. Each rule gets the
+    rows in their order, in the stopper of `early_stopping` itself. The record ends
+    where the run ended: if that was an early stop, a longer patience looks as good as
+    no rule.
 
     Args:
       history: A `History`, or rows such as `fit` returns.
-      rules: Rules of `optax_guard.stop`, or whole stoppers of `early_stopping`, by
-        names of your own.
-      key: Column of the value that is judged; ``val_loss`` or ``value``, whichever
-        there is, if ``None``. Rows without it are no evaluations.
-      mode: "min" if smaller values are better, "max" if larger are. A stopper has its
-        own, and should agree.
+      rules: Rules of `optax_guard.stop`, or stoppers of `early_stopping`, by names of
+        your choice.
+      key: Column of the value to judge. If ``None``, the one that is recorded of
+        ``val_loss`` and ``value``. Rows without it are not evaluations.
+      mode: "min" if smaller values are better, "max" if larger values are. The mode of
+        a stopper should agree.
 
     Returns:
-      A `Replayed` for each rule, in their order.
+      A `Replayed` for each rule, in their order; `table` prints them.
 
     Raises:
       TypeError: If one of ``rules`` is neither a rule nor a stopper.
       ValueError: If no row has the value; if a rule needs a column that evaluations
-        lack, as ``overfitting`` needs ``train_loss``; if it needs what no history
-        records: seconds or the optimizer's state.
+        lack, as ``overfitting`` needs ``train_loss``; if it needs seconds or the
+        optimizer's state, which no history records.
 
     Examples:
       >>> import optax_guard as og
-      >>> from optax_guard.analysis import History, replay, replay_table
+      >>> from optax_guard.analysis import History, replay, table
       >>> history = History()
       >>> for step, loss in enumerate([3.0, 2.0, 2.1, 2.2, 1.0, 1.1], 1):
       ...     history.append(10 * step, val_loss=loss)
       >>> rules = {f"patience {n}": og.stop.patience(n) for n in (2, 3)}
-      >>> print(replay_table(replay(history, rules)))
+      >>> print(table(replay(history, rules)))
       rule        stops at  steps saved  best at  best value  given up  reason
       patience 2        40           20       20           2         1  PATIENCE
       patience 3        60            0       50           1         0  RUNNING
     """
     check_kind("rules", rules, Mapping, "a dict of rules by name")
     if not rules:
-        raise ValueError("`rules` must have a rule at least, got none.")
+        raise ValueError("`rules` must have at least one rule, got none.")
     sign = sign_of(mode)
     evaluations, key = evaluations_of(as_rows(history), key)
     outcomes = []
@@ -96,59 +99,31 @@ def replay(
             stopper = early_stopping(rule, mode=mode, key=key if keys else None)
         else:
             raise TypeError(
-                f"`rules[{name!r}]` must be a rule of `optax_guard.stop` or what "
-                f"`early_stopping` returns, got {rule!r}."
+                f"`rules[{name!r}]` must be a rule of `optax_guard.stop` or a stopper "
+                f"of `early_stopping`, got {rule!r}."
             )
-        columns = _columns(name, stopper.needs, keys, key, evaluations)
-        outcomes.append(_replayed(name, stopper, sign, key, keys, columns))
+        columns = _needed_columns(name, stopper.needs, keys, key, evaluations)
+        outcomes.append(_play_to_rule(name, stopper, sign, key, keys, columns))
     return outcomes
 
 
-def replay_table(replayed: Iterable[Replayed]) -> str:
-    """The outcomes of `replay` as aligned text, a line a rule under a heading.
-
-    Args:
-      replayed: What `replay` returned.
-
-    Returns:
-      The table, without a newline at the end.
-
-    Raises:
-      TypeError: If it is anything else.
-
-    Examples:
-      >>> from optax_guard import analysis, stop
-      >>> rows = [{"step": i, "val_loss": x} for i, x in enumerate([2.0, 1.0, 1.5])]
-      >>> found = analysis.replay(rows, {"target(1)": stop.target(1.0)})
-      >>> print(analysis.replay_table(found))
-      rule       stops at  steps saved  best at  best value  given up  reason
-      target(1)         1            1        1           1         0  TARGET
-    """
+def replay_cells(replayed: Iterable[Replayed]) -> list[list[str]]:
+    """The texts of the table of outcomes: the heading, then a list for each rule."""
     heading = ["rule", "stops at", "steps saved", "best at", "best value", "given up"]
     lines = [[*heading, "reason"]]
-    check_iterable("replayed", replayed, "what `replay` returned")
     for one in replayed:
-        check_kind("replayed", one, Replayed, "what `replay` returned")
         known = (one.stopped_step, one.steps_saved, one.best_step)
         numbers = (one.best_value, one.loss_given_up)
         stopped, saved, best = map(str, known)
         value, given_up = (f"{number:.4g}" for number in numbers)
         lines.append([one.name, stopped, saved, best, value, given_up, one.reason.name])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            # Texts to the left, numbers to the right.
-            cell.ljust(width) if i in (0, 6) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return lines
 
 
 def evaluations_of(
     rows: list[dict[str, float]], key: str | None
 ) -> tuple[list[dict[str, float]], str]:
-    """The rows with the value that is judged, and its name."""
+    """The rows that have the value to judge, and its name."""
     if key is not None:
         check_kind("key", key, str, "a string or None")
     wanted = ("val_loss", "value") if key is None else (key,)
@@ -158,19 +133,19 @@ def evaluations_of(
             return found, name
     known = sorted({name for row in rows for name in row})
     raise ValueError(
-        f"`history` must have rows with {' or '.join(map(repr, wanted))}, the value "
-        f"that is judged; got {len(rows)} rows with {known}. Name it by `key`."
+        f"`history` must have rows with {' or '.join(map(repr, wanted))}, the value to "
+        f"judge, got {len(rows)} rows with {known}. Name its column with `key=`."
     )
 
 
-def _columns(
+def _needed_columns(
     name: str,
     needs: frozenset[str],
     keys: frozenset[str],
     key: str,
     evaluations: list[dict[str, float]],
 ) -> dict[str, np.ndarray]:
-    """What the rule reads of each evaluation, by the names of a history."""
+    """The values that a rule reads of each evaluation, by the names of a history."""
     if unknown := needs - {"step", "train_value"}:
         raise ValueError(
             f"`rules[{name!r}]` needs {' and '.join(sorted(unknown))}, which a history "
@@ -189,7 +164,7 @@ def _columns(
     return columns | {"step": np.array([row["step"] for row in evaluations], np.int32)}
 
 
-def _replayed(
+def _play_to_rule(
     name: str,
     stopper: EarlyStopping,
     sign: float,
@@ -197,7 +172,6 @@ def _replayed(
     keys: frozenset[str],
     columns: dict[str, np.ndarray],
 ) -> Replayed:
-
     def judge(state: Any, row: dict[str, jax.Array]) -> Any:
         value = {name: row[name] for name in {key, *keys}} if keys else row[key]
         train_value = row.get("train_loss")

@@ -1,4 +1,4 @@
-"""Thresholds and learning rates tried side by side, in one compiled program."""
+"""A trial of thresholds and learning rates, all in one compiled program."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,8 @@ import numpy as np
 from optax_guard._checks import check_positive
 from optax_guard._guarding.readout import metrics
 from optax_guard._records.progress import Progress
+from optax_guard._records.table import aligned
+from optax_guard.loops._population import PopulationResult, train_population
 from optax_guard.stop._rule import StopReason
 
 _TROUBLES = (StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM)
@@ -22,12 +24,12 @@ class Trial(NamedTuple):
       max_norm: Its threshold.
       learning_rate: Its learning rate.
       best_value: The lowest evaluation, in units of the loss; NaN without a finite one.
-      is_stable: Whether every evaluation was finite, the last not above the first, and
-        neither a rule that tells of trouble nor an exhausted guard ended it.
+      is_stable: Whether every evaluation was finite and the last not above the first,
+        and the run was not ended by DIVERGED, NONFINITE, SKIP_STORM or the guard.
       clip_rate: Share of its updates that were clipped; NaN if the state has no norm.
-      skip_rate: Share of its steps that the guard skipped; NaN without one.
+      skip_rate: Share of its steps that the guard skipped; NaN without a guard.
       num_evals: How many evaluations it made.
-      reason: Why it stopped; RUNNING if at the end of the steps.
+      reason: Why it stopped; RUNNING if it took all its steps.
     """
 
     max_norm: float
@@ -41,12 +43,12 @@ class Trial(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What `sweep_max_norm` returns; as text a table and the reasons.
+    """The result of `sweep_max_norm`; printed, it gives a table and the reasons.
 
     Attributes:
-      trials: All runs, learning rates of one threshold after another.
-      recommended: One of them; ``None`` if none was stable.
-      reasons: Why that one; sentences.
+      trials: All runs: those of the first threshold, then those of the next.
+      recommended: The best choice; ``None`` if no run was stable.
+      reasons: Sentences that give the reasons for that choice.
     """
 
     trials: tuple[Trial, ...]
@@ -54,18 +56,13 @@ class Sweep(NamedTuple):
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Best values, a line a threshold; * is recommended, ! unstable."""
+        """Best values, a line for each threshold; * is recommended, ! is unstable."""
         max_norms, rates = axes_of(self.trials)
         lines = [["max_norm", *(f"rate {rate:g}" for rate in rates)]]
         for max_norm in max_norms:
             cells = [self._cell(t) for t in self.trials if t.max_norm == max_norm]
             lines.append([f"{max_norm:g}", *cells])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(x.rjust(n) for x, n in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*table, *self.reasons])
+        return "\n".join([aligned(lines), *self.reasons])
 
     def _cell(self, trial: Trial) -> str:
         mark = "*" if trial == self.recommended else " " if trial.is_stable else "!"
@@ -90,11 +87,12 @@ def sweep_max_norm(
 ) -> Sweep:
     """Trains a short run for each pair of threshold and learning rate, all at once.
 
-    One `train_population`: each run stops at its own time if ``build`` gives a stopper.
-    Recommended is the threshold under which most learning rates come within
-    ``tolerance`` of the best run, the one with the lowest value among equals, with its
-    best learning rate: a choice that does not hang on the learning rate. A short run
-    ranks short runs: what is best after 200 steps need not be after 200,000.
+    The runs are one `train_population`; each stops at its own time if ``build`` gives a
+    stopper. The recommended threshold is the one under which most learning rates come
+    within ``tolerance`` of the best run, and among equals the one with the lowest
+    value; with its best learning rate. Such a choice depends little on the learning
+    rate. Short runs rank short runs: the best after 200 steps need not be the best
+    after 200,000.
 
     Args:
       build: As for `train_population`, with ``evaluate``; called with a dict of
@@ -110,9 +108,9 @@ def sweep_max_norm(
       A `Sweep`.
 
     Raises:
-      ValueError: If a threshold or learning rate is not positive or occurs twice, or
-        ``build`` gives no ``evaluate``.
-      TypeError: If one of them is not a number.
+      TypeError: If a threshold or learning rate is not a number.
+      ValueError: If one is not positive or occurs twice, or ``build`` gives no
+        ``evaluate``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_guard as og
@@ -140,16 +138,8 @@ def sweep_max_norm(
       Pascanu et al., `On the difficulty of training recurrent neural networks
       <https://arxiv.org/abs/1211.5063>`_, 2013
     """
-    from optax_guard.loops import train_population
-
-    given = {"max_norms": max_norms, "learning_rates": learning_rates}
-    for name, values in given.items():
-        if np.ndim(values) != 1 or isinstance(values, str):
-            raise TypeError(f"`{name}` must be a list of numbers, got {values!r}.")
-        for i, value in enumerate(values):
-            check_positive(f"{name}[{i}]", value)
-        if not len(values) or len(set(map(float, values))) < len(values):
-            raise ValueError(f"`{name}` must be different numbers, got {values}.")
+    _check_numbers("max_norms", max_norms)
+    _check_numbers("learning_rates", learning_rates)
     check_positive("tolerance", tolerance)
     pairs = [(norm, rate) for norm in max_norms for rate in learning_rates]
     columns = np.array(pairs, np.float32).T
@@ -161,7 +151,23 @@ def sweep_max_norm(
         progress=progress,
     )
     if "value" not in result.history:
-        raise ValueError("`build` must give `evaluate`: what it returns is compared.")
+        raise ValueError("`build` must give `evaluate`: the sweep compares its values.")
+    trials = _read_trials(pairs, result)
+    return Sweep(tuple(trials), *_recommend(trials, tolerance))
+
+
+def _check_numbers(name: str, values: Sequence[float]) -> None:
+    if np.ndim(values) != 1 or isinstance(values, str):
+        raise TypeError(f"`{name}` must be a list of numbers, got {values!r}.")
+    for i, value in enumerate(values):
+        check_positive(f"{name}[{i}]", value)
+    if not len(values) or len(set(map(float, values))) < len(values):
+        raise ValueError(f"`{name}` must be different numbers, got {values}.")
+
+
+def _read_trials(
+    pairs: Sequence[tuple[float, float]], result: PopulationResult
+) -> list[Trial]:
     values, counts, ends = jax.device_get(
         (result.history["value"], result.num_rows, jax.vmap(metrics)(result.state))
     )
@@ -188,10 +194,10 @@ def sweep_max_norm(
                 reason=StopReason(int(reasons[i])),
             )
         )
-    return Sweep(tuple(trials), *_recommended(trials, tolerance))
+    return trials
 
 
-def _recommended(
+def _recommend(
     trials: list[Trial], tolerance: float
 ) -> tuple[Trial | None, tuple[str, ...]]:
     stable = [trial for trial in trials if trial.is_stable]
@@ -221,5 +227,5 @@ def _recommended(
     }
     for name, (value, tried) in edges.items():
         if len(tried) > 1 and value in (min(tried), max(tried)):
-            reasons.append(f"That {name} is at the edge of what was tried: widen it.")
+            reasons.append(f"That {name} is at the edge of the range: try a wider one.")
     return chosen, tuple(reasons)

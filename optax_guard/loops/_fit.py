@@ -13,6 +13,7 @@ from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import metrics
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
+from optax_guard._records.writers import Logger
 from optax_guard._trees import find_states
 from optax_guard.loops._checkpoint import (
     Checkpointer,
@@ -31,7 +32,7 @@ from optax_guard.loops._evaluation import (
     tracked,
     with_plateau,
 )
-from optax_guard.loops._host import END, Interrupt, Logger, Record, agree, open_source
+from optax_guard.loops._host import END, Interrupt, Record, agree, open_source
 from optax_guard.loops._inputs import beside, check_arguments, own, warn_of_end
 from optax_guard.loops._interval import close, first_interval, run_step, totals
 from optax_guard.loops._result import FitResult, Rewound, Run
@@ -107,8 +108,9 @@ def fit(
         the mean training loss since the evaluation before, the optimizer's state and
         the seconds on the host's clock. If its rule holds a `stop.plateau`, its factor
         is written into the optimizer's state.
-      loggers: Callables ``(step, row)``, or objects with CLU's
-        ``write_scalars(step, row)``. Rows of before a resumption are not sent again.
+      loggers: Functions ``(step, row)``, or writers: CLU's, tensorboardX's
+        (`optax-guard[log]`) or PyTorch's, which get names in groups such as
+        ``grad/norm`` and stay open. Rows of before a resumption are not sent again.
       progress: Whether to show a progress bar and a table, and what
         `optax_guard.analysis.diagnose` finds when it first holds; or a display of one's
         own.

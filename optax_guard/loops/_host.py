@@ -3,28 +3,18 @@
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from optax_guard._records.writers import Logger, log_function
+
 # What a source of batches returns when there are no more.
 END = object()
-
-
-@runtime_checkable
-class MetricWriter(Protocol):
-    """What CLU's metric writers have."""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float], /) -> None:
-        """Writes scalars of one step."""
-        ...
-
-
-Logger = Callable[[int, dict[str, float]], Any] | MetricWriter
 
 
 class Record:
@@ -37,7 +27,7 @@ class Record:
         self, loggers: Sequence[Logger], display: Any, history: list[dict[str, float]]
     ):
         self.history = history
-        self._loggers = loggers if jax.process_index() == 0 else ()
+        self._loggers = [log_function(x) for x in loggers if jax.process_index() == 0]
         self._display = display
         self._pending: tuple[int, Any, Any] | None = None
 
@@ -66,10 +56,7 @@ class Record:
         self._display.row(numbers)
         for logger in self._loggers:
             # A copy: a logger may change what it gets.
-            if isinstance(logger, MetricWriter):
-                logger.write_scalars(step, dict(numbers))
-            else:
-                logger(step, dict(numbers))
+            logger(step, dict(numbers))
         return flags
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_guard.loops._host import MetricWriter
+from optax_guard._records.writers import is_logger
 from optax_guard.stop._state import EarlyStopping
 
 # What a stopper may be told without a host.
@@ -46,10 +46,10 @@ def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) 
     if not isinstance(loggers, Sequence):
         raise TypeError(f"`loggers` must be a list of loggers, got {loggers!r}.")
     for logger in loggers:
-        if not (callable(logger) or isinstance(logger, MetricWriter)):
+        if not is_logger(logger):
             raise TypeError(
-                "`loggers` must hold callables `(step, row)` or objects with "
-                f"`write_scalars`, got {logger!r}."
+                "`loggers` must hold functions `(step, row)` or writers with "
+                f"`write_scalars` or `add_scalar`, got {logger!r}."
             )
 
 

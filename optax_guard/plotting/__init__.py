@@ -1,21 +1,20 @@
 """Figures of norms and losses; they need matplotlib.
 
-Rows of a history are a `History`, what `optax_guard.flax.fit` returns, or the same read
-back from JSON, where numbers that are not finite are strings such as ``"NaN"``. Figures
-belong to no window: save them with ``figure.savefig(path)``, or leave one as the last
-value of a notebook's cell.
+Figures take a `History`, the rows that `optax_guard.loops.fit` returns, or rows of JSON
+lines, where numbers that are not finite are strings such as ``"NaN"``. A figure belongs
+to no window: save it with ``figure.savefig(path)``, or leave it as the last value of a
+notebook's cell.
 """
 
 from optax_guard._public import publish
+from optax_guard.plotting._history import plot_history
 from optax_guard.plotting._landscape import plot_landscape
 from optax_guard.plotting._leaves import plot_leaves
+from optax_guard.plotting._norm_distribution import plot_norm_distribution
 from optax_guard.plotting._population import plot_population
-from optax_guard.plotting._runs import plot_history, plot_norms, plot_runs
-from optax_guard.plotting._stopping import plot_early_stopping, plot_replay
-from optax_guard.plotting._thresholds import (
-    plot_norm_distribution as plot_norm_distribution,
-)
-from optax_guard.plotting._thresholds import plot_sweep
+from optax_guard.plotting._replay import plot_replay
+from optax_guard.plotting._stopping import plot_early_stopping
+from optax_guard.plotting._sweep import plot_sweep
 
 __all__ = [
     "plot_early_stopping",
@@ -23,10 +22,8 @@ __all__ = [
     "plot_landscape",
     "plot_leaves",
     "plot_norm_distribution",
-    "plot_norms",
     "plot_population",
     "plot_replay",
-    "plot_runs",
     "plot_sweep",
 ]
 

@@ -12,20 +12,20 @@ from optax_guard.plotting import _marks as marks
 def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
     """Draws the loss and the gradient norm over the plane, side by side.
 
-    Lighter is larger, on logarithmic scales where values span decades, with one colour
-    for the lowest 3 %; the loss has contour lines too. Points prone to instability are
-    hatched, those that are not finite are crosses, the parameters are a star and the
-    training path is a line.
+    Lighter is larger. Scales are logarithmic where values span decades. The lowest 3 %
+    share one colour, and the loss also has contour lines. Points prone to instability
+    are hatched, points that are not finite are crosses, the parameters are a star and
+    the training path is a line.
 
     Args:
-      landscape: What `optax_guard.analysis.landscape` returned.
+      landscape: The result of `optax_guard.analysis.landscape`.
       title: Title of the figure.
 
     Returns:
       The figure.
 
     Raises:
-      TypeError: If it is anything else.
+      TypeError: If ``landscape`` is anything else.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -35,23 +35,23 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
       >>> [axes.get_title() for axes in plotting.plot_landscape(found).axes[:2]]
       ['loss', 'gradient norm ...']
     """
-    check_kind("landscape", landscape, Landscape, "what `landscape` returned")
+    check_kind("landscape", landscape, Landscape, "the result of `landscape`")
     figure = marks.ShownFigure(figsize=(10, 4.9), dpi=120, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    # The gradient of a loss that is not finite means nothing.
+    # Where the loss is not finite, its gradient means nothing.
     norms = np.where(np.isfinite(landscape.loss), landscape.grad_norm, np.nan)
     for panel, values, label in (
         (panels[0], landscape.loss, "loss"),
         (panels[1], norms, marks.NORM_LABEL.replace("\n", " ")),
     ):
-        _surface(figure, panel, landscape, values, has_lines=label == "loss")
-        _marks(panel, landscape)
+        _draw_surface(figure, panel, landscape, values, has_lines=label == "loss")
+        _draw_marks(panel, landscape)
         panel.set_title(label)
         panel.set_xlabel("first direction")
         panel.locator_params(nbins=5)
     panels[0].set_ylabel("second direction")
-    # One for both panels, below, where it hides nothing.
+    # One legend serves both panels. Below them it hides nothing.
     handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
     if landscape.is_unstable.any():
         words = f"unstable: norm above {landscape.max_norm:.3g}, or not finite"
@@ -68,7 +68,7 @@ def plot_landscape(landscape: Landscape, *, title: str = "") -> marks.Figure:
     return figure
 
 
-def _surface(
+def _draw_surface(
     figure: marks.Figure,
     panel: marks.Axes,
     landscape: Landscape,
@@ -77,8 +77,8 @@ def _surface(
     has_lines: bool,
 ) -> None:
     x, y = landscape.alphas, landscape.betas
-    # A point that hits a minimum is smaller by any number of magnitudes: a scale down
-    # to it would have one colour for all the others.
+    # A point at a minimum may be smaller by many orders of magnitude. A scale down to
+    # it would give all other points one colour.
     known = values[np.isfinite(values)]
     lowest = np.quantile(known, 0.03) if known.size else 0.0
     shown, scale = marks.colors(np.where(values < lowest, lowest, values))
@@ -92,7 +92,7 @@ def _surface(
             text.set_path_effects(marks.OUTLINE)
 
 
-def _marks(panel: marks.Axes, landscape: Landscape) -> None:
+def _draw_marks(panel: marks.Axes, landscape: Landscape) -> None:
     alphas, betas = np.meshgrid(landscape.alphas, landscape.betas)
     finite = np.isfinite(landscape.loss) & np.isfinite(landscape.grad_norm)
     width, height = (x[1] - x[0] for x in (landscape.alphas, landscape.betas))

@@ -1,4 +1,4 @@
-"""Heat maps over steps, a line a leaf: gradient norms, and how large updates are."""
+"""Heat maps over steps with a line for each leaf: gradient norms and update ratios."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,26 +15,26 @@ _HEADINGS = {
 }
 _COLORS = "cividis"
 _GLOBAL = "all (global norm)"
-# More names than these run into each other.
+# More names than this would overlap.
 _MOST_NAMES = 40
 
 
 def plot_leaves(
-    histories: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+    history: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
     *,
     title: str = "",
 ) -> marks.Figure:
     """Draws the norm of each leaf, and the ratio of update to parameters, over steps.
 
-    One heat map each, for what of it was recorded, on a logarithmic scale; the first
-    line of the norms is the global norm, so that it is seen which leaf makes it.
+    Each of the two has a heat map, if it was recorded, on a logarithmic scale. The
+    first line of the norms is the global norm, so that one sees which leaf makes it.
     Several runs, such as one clipped by global norm and one by the norm of leaves,
-    stand side by side in the same colours. Values that are not finite are marked, NaN
-    and infinite ones apart. What was not recorded is blank.
+    stand side by side in the same colours. NaN and infinite values have marks of their
+    own. A step without a record is blank.
 
     Args:
-      histories: A `History` or rows with the columns of
-        `optax_guard.analysis.leaf_columns`; or, for the name of each run, its rows.
+      history: A `History` or rows with the columns of
+        `optax_guard.analysis.leaf_columns`; for several runs, a dict of them by name.
       title: Title of the figure.
 
     Returns:
@@ -48,16 +48,16 @@ def plot_leaves(
       >>> rows = [{"step": i, "leaf_norm/a": 1 / i, "leaf_norm/b": 1.0} for i in (1, 2)]
       >>> figure = plotting.plot_leaves(rows, title="norms of leaves")
     """
-    named: Any = histories if isinstance(histories, Mapping) else {"": histories}
+    named: Any = history if isinstance(history, Mapping) else {"": history}
     runs = {str(name): as_rows(rows) for name, rows in named.items()}
-    tables = {prefix: _tables(runs, prefix) for prefix in _HEADINGS}
+    tables = {prefix: _tables_of_runs(runs, prefix) for prefix in _HEADINGS}
     tables = {prefix: found for prefix, found in tables.items() if found[0]}
     if not tables:
         raise ValueError(
-            f"`histories` must have columns {LEAF_NORM}<path> or {UPDATE_RATIO}<path>, "
-            "got none. Record what `analysis.leaf_columns` returns."
+            f"`history` must have columns {LEAF_NORM}<path> or {UPDATE_RATIO}<path>, "
+            "got none. Record the columns that `analysis.leaf_columns` returns."
         )
-    # No lower than the labels of the colours are long.
+    # The labels of the colours need three inches.
     sizes = [min(45, len(names)) for names, _ in tables.values()]
     heights = [max(3.0, 1.3 + 0.2 * size) for size in sizes]
     figure = marks.ShownFigure(
@@ -71,7 +71,7 @@ def plot_leaves(
     for line, (prefix, (names, values)) in zip(grid, tables.items(), strict=True):
         _, scale = marks.colors(np.ma.concatenate([x.ravel() for x in values]))
         for panel, run, shown in zip(line, runs, values, strict=True):
-            _heat_map(panel, runs[run], shown, scale)
+            _draw_heat_map(panel, runs[run], shown, scale)
             legend |= dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
             if names[0] == _GLOBAL:
                 panel.axhline(0.5, color="white", linewidth=2)
@@ -79,7 +79,7 @@ def plot_leaves(
         places = range(0, len(names), stride)
         line[0].set_yticks(places, names[::stride], fontsize="small")
         line[0].set_ylim(len(names) - 0.5, -0.5)
-        # Beside the last panel: of several, the layout would make no room.
+        # The layout makes room for colours beside one panel, not beside several.
         colors = marks.ScalarMappable(scale, _COLORS)
         figure.colorbar(colors, ax=line[-1], label=_HEADINGS[prefix])
     for run, top, bottom in zip(runs, grid[0], grid[-1], strict=True):
@@ -91,10 +91,10 @@ def plot_leaves(
     return figure
 
 
-def _tables(
+def _tables_of_runs(
     runs: Mapping[str, list[dict[str, float]]], prefix: str
 ) -> tuple[list[str], list[Any]]:
-    """The leaves that any of the runs has, and the values of each run."""
+    """Names of the leaves of all runs, and for each run the values [names, rows]."""
     found = [leaf_table(rows, prefix) for rows in runs.values()]
     names = list(dict.fromkeys(name for known, _ in found for name in known))
     first = []
@@ -113,10 +113,10 @@ def _tables(
     return first + names, tables
 
 
-def _heat_map(
+def _draw_heat_map(
     panel: marks.Axes, rows: list[dict[str, float]], values: Any, scale: Any
 ) -> None:
-    # Rows in which nothing of this was recorded would be blank columns.
+    # A row without any of these values would be a blank column.
     known = ~np.ma.getmaskarray(values).all(0)
     if not known.any():
         words: Any = {"ha": "center", "va": "center", "transform": panel.transAxes}
@@ -128,7 +128,7 @@ def _heat_map(
         shown = np.ma.maximum(shown, scale.vmin)
     how: Any = {"norm": scale, "cmap": _COLORS, "rasterized": True}
     lines = np.arange(len(values) + 1) - 0.5
-    panel.pcolormesh(_edges(steps), lines, shown, **how)
+    panel.pcolormesh(_cell_edges(steps), lines, shown, **how)
     is_known, raw = ~np.ma.getmaskarray(values), np.ma.getdata(values)
     style: Any = {"color": marks.VERMILLION, "linestyle": "none", "markersize": 5}
     for label, marker, is_marked in (
@@ -140,8 +140,8 @@ def _heat_map(
             panel.plot(steps[row], line, marker=marker, label=label, **style)
 
 
-def _edges(centers: np.ndarray) -> np.ndarray:
-    """Where cells around these centers meet."""
+def _cell_edges(centers: np.ndarray) -> np.ndarray:
+    """The edges between cells around these centers."""
     if len(centers) < 2:
         return np.array([-0.5, 0.5]) + centers[0]
     middles = (centers[1:] + centers[:-1]) / 2

@@ -1,6 +1,6 @@
-"""What figures of histories are made of. Only this and its users need matplotlib.
+"""Curves, crosses, stars and scales of all figures. Needs matplotlib.
 
-Values that are not finite are drawn, as crosses at the upper edge.
+Values that are not finite are drawn as crosses at the upper edge.
 """
 
 import io
@@ -41,8 +41,8 @@ class ShownFigure(Figure):
         return buffer.getvalue()
 
 
-# Okabe and Ito's colours: told apart without colour vision and, with the markers and
-# dashes that go with them, in a black and white print.
+# The colours of Okabe and Ito can be told apart without colour vision. With markers and
+# dashes the curves can be told apart in a black and white print.
 BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 VERMILLION, PURPLE, BLACK = "#D55E00", "#CC79A7", "#000000"
 
@@ -55,7 +55,7 @@ def style(color: str, marker: str, dashes: Any, width: float = 1.5) -> dict[str,
         "linestyle": dashes,
         "linewidth": width,
         "markersize": 4,
-        # A wide line lies under the narrow ones that coincide with it.
+        # A narrow line stays visible on a wide one at the same place.
         "zorder": 3 - width / 10,
     }
 
@@ -94,21 +94,17 @@ END: dict[str, Any] = {
     "linestyle": "none",
     "zorder": 4,
 }
-# Markers of more rows than this run into each other.
+# With more rows than this, markers overlap.
 MOST_MARKERS = 80
 NORM_LABEL = "gradient norm\n[loss per unit of parameter]"
 
-
-# Of white lines and words, to be read on light grounds as well.
+# White lines and words have a dark outline, so that they can be read on light grounds.
 OUTLINE: list[Any] = [withStroke(linewidth=2.5, foreground=BLACK)]
 
 
-def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
-    """A figure of two panels over the same steps."""
-    check_kind("history", history, Sequence, "a `History` or rows")
-    for row in history:
-        check_kind("history", row, Mapping, "a `History` or rows, each a dict")
-    if not history:
+def two_panels(rows: Sequence[Row], title: str) -> tuple[Figure, Any]:
+    """A figure of two panels, one above the other, with a common axis of steps."""
+    if not rows:
         raise ValueError("`history` must hold at least one row, got none.")
     figure = ShownFigure(figsize=(8, 7), dpi=120, layout="constrained")
     figure.suptitle(title)
@@ -116,28 +112,28 @@ def panels(history: Sequence[Row], title: str) -> tuple[Figure, Any]:
 
 
 def thinned(style: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
-    """A style without markers where they would run into each other."""
+    """A style without markers where they would overlap."""
     return {**style, "marker": ""} if num_rows > MOST_MARKERS else dict(style)
 
 
 def spans_decades(rows: Sequence[Row], keys: Iterable[str]) -> bool:
-    """Whether the values are positive, and on a linear scale most would be flat."""
+    """Whether the values are positive and the largest is over 20 times the smallest."""
     values = np.concatenate([column(rows, key) for key in keys])
     values = values[np.isfinite(values)]
     return values.size > 0 and 0 < 20 * values.min() < values.max()
 
 
 def is_threshold_of_norms(rows: Sequence[Row]) -> bool:
-    """Whether it belongs on the axis of global norms: no clipped norm exceeds it.
+    """Whether the threshold bounds global norms: it is finite, and no norm exceeds it.
 
-    A threshold of entries, leaves or units is exceeded. Without a clip it is infinite.
+    The global norm may exceed a threshold of entries, leaves or units.
     """
     limits, after = column(rows, "clip_threshold"), column(rows, "clipped_norm")
     return bool(np.isfinite(limits).any() and not (after > 1.001 * limits).any())
 
 
 def mark_lowest(panel: Axes, rows: Sequence[Row], key: str) -> None:
-    """A star at the lowest finite value, if there is one."""
+    """Draws a star at the lowest finite value, if there is one."""
     values = column(rows, key)
     if np.isfinite(values).any():
         best = int(np.nanargmin(np.where(np.isfinite(values), values, np.nan)))
@@ -145,7 +141,7 @@ def mark_lowest(panel: Axes, rows: Sequence[Row], key: str) -> None:
 
 
 def mark_best(panel: Axes, step: float, value: float) -> None:
-    """A star, named in the legend."""
+    """Draws a star and names it in the legend."""
     label = f"best: {value:.4g} at step {step}"
     panel.plot([step], [value], label=label, **STAR)
 
@@ -156,7 +152,7 @@ def mark_stop(
     rows: Sequence[Row],
     stop: EarlyStoppingState,
 ) -> None:
-    """The best evaluation among the losses, and a line at the stop in all panels."""
+    """Marks the best evaluation in the losses, and the stop in all panels."""
     check_kind("stop", stop, EarlyStoppingState, "an `EarlyStoppingState` or None")
     best, stopped = int(stop.best_eval), int(stop.stopped_at)
     if losses is not None and 0 <= best < len(rows):
@@ -169,7 +165,7 @@ def mark_stop(
 
 
 def column(history: Sequence[Row], key: str) -> np.ndarray:
-    """Values of a key, NaN where there are none."""
+    """Values of a key; NaN in rows without it."""
     return np.array([float(row.get(key, math.nan)) for row in history])
 
 
@@ -185,14 +181,15 @@ def line(
     label: str,
     style: Mapping[str, Any],
     *,
-    top: float = math.inf,
+    top: float | None = None,
     edge: float = 1.0,
     told_by: str | None = None,
 ) -> None:
-    """A curve; crosses for what is not finite, hollow markers for what is beyond.
+    """Draws a curve.
 
-    Rows without the key are passed over. There is no cross where ``told_by`` is not
-    finite either.
+    Values that are not finite are crosses. Values above ``top`` are hollow markers at
+    the height ``edge`` (1 is the upper edge). Rows without the key are left out. A
+    cross is left out where the value of ``told_by`` is not finite either.
     """
     history = [row for row in history if key in row]
     if not history:
@@ -200,19 +197,19 @@ def line(
     steps, values = column(history, "step"), column(history, key)
     is_finite = np.isfinite(values)
     axes.plot(steps, np.where(is_finite, values, np.nan), label=label, **style)
-    beyond = steps[is_finite & (values > top)]
+    beyond = steps[is_finite & (values > (math.inf if top is None else top))]
     if beyond.size:
         hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
         edges, at_edge = np.full(beyond.size, edge), axes.get_xaxis_transform()
         axes.plot(beyond, edges, transform=at_edge, clip_on=False, **hollow)
-    told = set()
+    named = set()
     is_marked = ~is_finite
     if told_by is not None:
         is_marked &= np.array([math.isfinite(row.get(told_by, 0.0)) for row in history])
     for step, value in zip(steps[is_marked], values[is_marked], strict=True):
-        # Once is enough: further words would run into each other.
-        of = "" if str(value) in told else label
-        told.add(str(value))
+        # Only the first cross of a kind is named: further words would overlap.
+        of = "" if str(value) in named else label
+        named.add(str(value))
         is_right = step > (steps.min() + steps.max()) / 2
         side = "right" if is_right else "left"
         cross(axes, step, value, style["color"], edge=edge, of=of, side=side)
@@ -224,19 +221,23 @@ def cross(
     value: float,
     color: str,
     *,
-    top: float = math.inf,
+    top: float | None = None,
     edge: float = 1.0,
     of: str | None = None,
     side: str = "left",
 ) -> list[Line2D]:
-    """A cross at a value, or at the upper edge, with words, if it is beyond ``top``."""
-    if math.isfinite(value) and value <= top:
+    """Draws a cross at a value.
+
+    A value that is not finite or is above ``top`` has its cross at the upper edge, with
+    the value in words; ``of`` is the name of its curve, and "" leaves the words out.
+    """
+    if math.isfinite(value) and (top is None or value <= top):
         return axes.plot([step], [value], color=color, **CROSS)
     at_edge = axes.get_xaxis_transform()
     words = f"{value:.0e}"
     if not math.isfinite(value):
         words = "NaN" if math.isnan(value) else "Inf"
-    # Those of a curve are beside the cross, those of a step above it.
+    # Words on a curve's value are beside the cross, words on a step are above it.
     offset = 0, 6
     place: dict[str, Any] = {"ha": "center", "va": "bottom"}
     if of is not None:
@@ -250,7 +251,7 @@ def cross(
             xytext=offset,
             textcoords="offset points",
             fontsize="small",
-            # Curves may pass below.
+            # A curve may pass behind the words.
             bbox={"color": "white", "alpha": 0.8, "pad": 0.5},
             zorder=4,
             **place,
@@ -259,10 +260,10 @@ def cross(
 
 
 def colors(values: np.ndarray) -> tuple[np.ma.MaskedArray, Normalize]:
-    """What to draw as colours, and the scale: logarithmic if values span decades.
+    """Values to draw as colours, and their scale: logarithmic if they span decades.
 
-    Values that are not finite are masked; zeros on a logarithmic scale have the colour
-    of the smallest value.
+    Values that are not finite are masked. On a logarithmic scale a zero has the colour
+    of the smallest positive value.
     """
     shown = np.ma.masked_invalid(values)
     known = shown.compressed()
@@ -277,19 +278,19 @@ def colors(values: np.ndarray) -> tuple[np.ma.MaskedArray, Normalize]:
 
 
 def log_scale(axes: Axes, top: float | None = None) -> None:
-    """A logarithmic scale, if there is a value to put on it."""
+    """Makes the scale logarithmic, if a value is positive."""
     lowest = axes.dataLim.minposy
-    # Matplotlib cannot draw a logarithmic axis without a value to put on it.
+    # Matplotlib cannot draw a logarithmic axis without a positive value.
     if not math.isfinite(lowest):
         return
     axes.set_yscale("log")
     if top is not None and top > lowest:
-        # By itself it would leave room for what is above the top.
+        # By itself Matplotlib would leave room for the values above the top.
         axes.set_ylim(lowest * (lowest / top) ** 0.05, top)
 
 
 def finish(*panels: Axes) -> None:
-    """Grid, legends and the label of the common axis, of panels from top to bottom."""
+    """Adds grids, legends and the label of the common axis to panels, top to bottom."""
     panels[-1].set_xlabel("steps done")
     for axes in panels:
         axes.grid(visible=True, color="0.9")

@@ -1,4 +1,4 @@
-"""The figure of a population: evaluations of all members, and how many still train."""
+"""The figure of a population: evaluations of all members, and how many still run."""
 
 from collections.abc import Sequence
 
@@ -21,13 +21,13 @@ def plot_population(
 ) -> marks.Figure:
     """Draws the evaluations of all members, and how many of them still train.
 
-    Up to five members have a curve with a name each. Of more, curves are thin, with the
-    median and the quartiles of those that still train in front, and the member with the
-    lowest value. A dot is where a member stopped before the end; values that are not
-    finite are crosses at the upper edge.
+    Up to five members have a curve with a name each. More members have thin curves; in
+    front are the median and the quartiles of those that still train, and the member
+    with the lowest value. A dot marks a member that stopped before the end. Values that
+    are not finite are crosses at the upper edge.
 
     Args:
-      population: What `optax_guard.loops.train_population` returned.
+      population: The result of `optax_guard.loops.train_population`.
       key: Column of the history to draw.
       labels: A name for each member; their numbers if empty.
       title: Title of the figure.
@@ -36,8 +36,9 @@ def plot_population(
       The figure.
 
     Raises:
-      ValueError: If the history has no column ``key``, or there are more or fewer
-        ``labels`` than members.
+      TypeError: If an argument is of another type.
+      ValueError: If the history has no column ``key``, or the number of ``labels`` is
+        not that of members.
 
     Examples:
       >>> import numpy as np
@@ -48,8 +49,8 @@ def plot_population(
       >>> [text.get_text() for text in figure.axes[0].get_legend().texts][:2]
       ['0.1', '0.3']
     """
-    described = "what `train_population` returned"
-    check_kind("population", population, PopulationResult, described)
+    expected = "the result of `train_population`"
+    check_kind("population", population, PopulationResult, expected)
     check_kind("key", key, str, "a string")
     check_kind("labels", labels, Sequence, "a list of names")
     if key not in population.history:
@@ -62,24 +63,25 @@ def plot_population(
         raise ValueError(
             f"`labels` must name each of {len(counts)} members, got {len(labels)}."
         )
-    members = [_rows(population, i, key) for i in range(len(counts))]
+    members = [_member_rows(population, i, key) for i in range(len(counts))]
     names = list(labels) or [f"member {i}" for i in range(len(counts))]
-    figure, (above, below) = marks.panels([row for m in members for row in m], title)
+    all_rows = [row for rows in members for row in rows]
+    figure, (above, below) = marks.two_panels(all_rows, title)
     if len(members) <= len(marks.STYLES):
         for i, (name, rows) in enumerate(zip(names, members, strict=True)):
             marks.line(above, rows, key, name, marks.STYLES[i], edge=1 - 0.07 * i)
     else:
-        _crowd(above, members, names, key)
+        _draw_crowd(above, members, names, key)
     last = max(rows[-1]["step"] for rows in members)
     ends = [rows[-1] for rows in members if rows[-1]["step"] < last]
     ends = [row for row in ends if np.isfinite(row[key])]
     if ends:
         steps, values = marks.column(ends, "step"), marks.column(ends, key)
         above.plot(steps, values, label="stopped", **marks.END)
-    if marks.spans_decades([row for rows in members for row in rows], [key]):
+    if marks.spans_decades(all_rows, [key]):
         marks.log_scale(above)
     above.set_ylabel(key)
-    steps = np.unique([row["step"] for rows in members for row in rows])
+    steps = np.unique([row["step"] for row in all_rows])
     running = [sum(rows[-1]["step"] >= step for rows in members) for step in steps]
     below.step(steps, running, where="pre", color=marks.BLUE, linewidth=2)
     below.set_ylim(0, 1.05 * len(members))
@@ -89,19 +91,19 @@ def plot_population(
     return figure
 
 
-def _rows(population: PopulationResult, i: int, key: str) -> History:
+def _member_rows(population: PopulationResult, i: int, key: str) -> History:
     history = History()
     columns = {name: np.asarray(population.history[name][i]) for name in ("step", key)}
     history.extend(columns, int(population.num_rows[i]))
     return history
 
 
-def _crowd(
+def _draw_crowd(
     panel: marks.Axes, members: Sequence[History], names: Sequence[str], key: str
 ) -> None:
     thin = marks.style(marks.SKY, "", "-", 0.8) | {"zorder": 1.5}
     for rows in members:
-        # Nothing but the median has a name: a hundred would hide the curves.
+        # These have no names: a hundred of them would hide the curves.
         marks.line(panel, rows, key, "", thin)
     steps = np.unique([row["step"] for rows in members for row in rows])
     at = {step: j for j, step in enumerate(steps)}

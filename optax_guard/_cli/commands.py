@@ -1,0 +1,101 @@
+"""The commands of `optax-guard`: each takes its arguments and returns an exit code.
+
+A command imports its modules itself: `demo` needs extras that others do not need.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+
+_EXTRA = "optax-guard[demo]"
+_OPTIONAL = ("flax", "matplotlib", "rich")
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Trains with and without the guard."""
+    try:
+        from optax_guard._cli import demo
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OPTIONAL:
+            raise
+        _complain("demo", f"{missing} is missing: pip install '{_EXTRA}'")
+        return 1
+    recipe = demo.QUICK if arguments.quick else demo.FULL
+    return 130 if demo.run(recipe, arguments.seed, arguments.out) is None else 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Prints and writes the report on a run."""
+    from optax_guard._cli import report
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = report.make_report(
+                arguments.path,
+                run=arguments.run,
+                columns=dict(arguments.column),
+                max_norm=arguments.max_norm,
+            )
+    except ValueError as error:
+        _complain("report", error)
+        return 1
+    for warning in caught:
+        _complain("report", warning.message)
+    print(report.as_json(made) if arguments.json else report.as_text(made))
+    if not arguments.json or arguments.html or arguments.out is not None:
+        out = arguments.out or made.source.parent / "report"
+        written = report.write(made, out, html=arguments.html)
+        if all(path.suffix != ".png" for path in written):
+            _complain(
+                "report",
+                "no plot, for matplotlib is missing: pip install 'optax-guard[plot]'",
+            )
+        if not arguments.json:
+            print(f"\nFiles in {out}: {', '.join(path.name for path in written)}")
+    return report.exit_code(made)
+
+
+def run_replay(arguments: argparse.Namespace) -> int:
+    """Prints where stop rules would have stopped a run."""
+    from optax_guard._cli import replay
+    from optax_guard.analysis._table import table
+
+    try:
+        history, outcomes = replay.play(
+            arguments.path,
+            arguments.rule,
+            key=arguments.key,
+            mode=arguments.mode,
+            run=arguments.run,
+            columns=dict(arguments.column),
+        )
+    except ValueError as error:
+        _complain("replay", error)
+        return 1
+    print(replay.as_json(outcomes) if arguments.json else table(outcomes))
+    if arguments.out is not None:
+        replay.write(history, outcomes, arguments.out, key=arguments.key)
+    return 0
+
+
+def run_suggest(arguments: argparse.Namespace) -> int:
+    """Prints a threshold for the norms of a run."""
+    from optax_guard.analysis import History, suggest_max_norm
+
+    try:
+        history = History.read(
+            arguments.path, run=arguments.run, columns=dict(arguments.column)
+        )
+        suggestion = suggest_max_norm(history, clip_rate=arguments.clip_rate)
+    except ValueError as error:
+        _complain("suggest", error)
+        return 1
+    print(json.dumps(suggestion._asdict()) if arguments.json else suggestion)
+    return 0
+
+
+def _complain(command: str, message: object) -> None:
+    print(f"optax-guard {command}: {message}", file=sys.stderr)
