@@ -19,7 +19,6 @@ FULL: dict[str, set[str] | None] = {
     "test_faults": None,
     "test_notebooks": None,
     "test_packaging": None,
-    "test_peers": None,
     "test_readme": None,
     "test_soak": None,
     # Rules that differ in one setting from one that `make test` runs.
