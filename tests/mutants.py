@@ -128,7 +128,7 @@ class Session:
             mutants = {item.job_id: mutant_of(item) for item in db.work_items}
             results = list(db.results)
         survived = {
-            mutants[job]: str(result.diff)
+            mutants[str(job)]: str(result.diff)
             for job, result in results
             if result.test_outcome == TestOutcome.SURVIVED
         }
