@@ -57,19 +57,32 @@ $(ACCELERATORS)/installed: .venv/installed
 demo: .venv/installed  ## train on real text with and without the guard (ARGS=--quick)
 	$(PY) -m optax_guard demo $(ARGS)
 
-# Tests of numbers are compiled as XLA does for users; the others with its older
-# generator of code for the CPU, which is several times as quick.
+# XLA's older generator of code for the CPU compiles several times as fast. The full tier
+# runs tests of numbers again, in the installed wheel, compiled as users compile.
 NUMERIC := $(patsubst %,tests/test_%.py,norms clipping mixed_precision)
-PYTEST = $(abspath $(PY)) -m pytest -n $(WORKERS) --dist loadgroup
+QUICK := OPTAX_GUARD_TEST_CODEGEN=quick
+# Compiled programs are kept between runs; `make clean` removes them.
+CACHE := OPTAX_GUARD_TEST_CACHE=$(abspath .cache/jax)
+PYTEST = $(CACHE) $(abspath $(PY)) -m pytest -n $(WORKERS) --dist loadgroup
+# pyproject.toml selects the short tier. This selects both tiers.
+BOTH := -m 'not multihost'
 
 .PHONY: test
-test: .venv/installed  ## run the tests and the examples in docstrings
+test: .venv/installed  ## run the short tier: the tests of a change, within five minutes
+	$(QUICK) $(PYTEST) $(ARGS)
+
+# `make test-all` is `make test` and `make test-rest`, or the tests that ARGS names.
+.PHONY: test-all test-rest
 ifeq ($(ARGS),)
-	OPTAX_GUARD_TEST_CODEGEN=quick $(PYTEST) $(addprefix --ignore=,$(NUMERIC))
-	$(MAKE) test-wheel
+test-all: test test-rest  ## run all tests: studies, the whole law table, the wheel
 else
-	$(PYTEST) $(ARGS)
+test-all: .venv/installed
+	$(QUICK) $(PYTEST) $(BOTH) $(ARGS)
 endif
+
+test-rest: .venv/installed
+	$(QUICK) $(PYTEST) -m full
+	$(MAKE) test-wheel
 
 # The wheel as a user installs it, and the tests, without the source tree.
 ELSEWHERE := build/elsewhere
@@ -85,7 +98,7 @@ elsewhere: .venv/installed
 
 .PHONY: test-wheel
 test-wheel: elsewhere  ## run the tests of numbers with the installed wheel
-	cd $(ELSEWHERE) && PYTHONPATH=site $(PYTEST) $(NUMERIC)
+	cd $(ELSEWHERE) && PYTHONPATH=site $(PYTEST) $(BOTH) $(NUMERIC)
 
 # The lowest versions that pyproject.toml states, and the newest there are.
 .venv-lowest/installed: pyproject.toml
@@ -114,8 +127,7 @@ NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(foreach p, \
 
 .PHONY: test-lowest test-newest test-matrix
 test-lowest test-newest: test-%: .venv-%/installed
-	OPTAX_GUARD_TEST_CODEGEN=quick .venv-$*/bin/python -m pytest -n $(WORKERS) \
-	  --dist loadgroup $(ARGS)
+	$(QUICK) .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(BOTH) $(ARGS)
 
 test-matrix: test-lowest test-newest  ## run the tests with the lowest versions and the newest
 
@@ -147,7 +159,8 @@ bench: .venv/installed  ## print the cost of a guarded step beside Optax's (ARGS
 
 .PHONY: test-accelerators
 test-accelerators: $(ACCELERATORS)/installed  ## compile for TPU and GPU, assert the cost
-	PYTHONPATH=$(ACCELERATORS) $(PYTEST) --no-loadscope-reorder tests/accelerators $(ARGS)
+	PYTHONPATH=$(ACCELERATORS) $(PYTEST) --no-loadscope-reorder $(BOTH) \
+	  tests/accelerators $(ARGS)
 
 # In one process: the jobs that it starts have enough of their own.
 .PHONY: test-multihost
@@ -163,7 +176,7 @@ test-multihost: .venv/installed  ## run `fit` on several processes of this machi
 mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_norms/tree_norm)
 	rm -rf build/mutants
 	git clone --quiet . build/mutants
-	cd build/mutants && OPTAX_GUARD_TEST_CODEGEN=quick OPTAX_GUARD_TEST_CACHE=$$PWD/cache \
+	cd build/mutants && $(QUICK) OPTAX_GUARD_TEST_CACHE=$$PWD/cache \
 	  $(abspath $(PY)) tests/mutants.py $(ARGS)
 
 CORE := _norms/* _clipping/parts _clipping/global_norm _guarding/guard \
@@ -174,13 +187,13 @@ CORE_TESTS := norms clipping guarding skip mixed_precision masking threshold ske
 
 .PHONY: coverage
 coverage: .venv/installed-mutants  ## lines and branches of the core that its tests reach
-	OPTAX_GUARD_TEST_CODEGEN=quick $(PY) -m pytest -n 0 --cov=optax_guard --cov-branch \
+	$(QUICK) $(PY) -m pytest -n 0 $(BOTH) --cov=optax_guard --cov-branch \
 	  --cov-report= $(CORE_TESTS:%=tests/test_%.py) $(ARGS)
 	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/%s.py,' $(CORE))"
 
 .PHONY: soak
 soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`
-	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 tests/test_soak.py tests/test_faults.py
+	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 $(BOTH) tests/test_soak.py tests/test_faults.py
 
 # Executed notebooks go to OUT; `make notebooks OUT=notebooks` renews the committed ones.
 # Side by side, because most of the time is compilation, on one core; a cell that raises
@@ -199,8 +212,8 @@ notebooks: .venv/installed-notebooks  ## execute every notebook
 wheel: .venv/installed  ## build wheel and sdist in dist/ and check what is in them
 	rm -rf dist
 	$(PY) -m build --outdir dist
-	OPTAX_GUARD_DIST=dist $(PY) -m pytest tests/test_packaging.py
+	OPTAX_GUARD_DIST=dist $(PY) -m pytest $(BOTH) tests/test_packaging.py
 
 .PHONY: clean
 clean:  ## remove what can be made again, except .venv
-	rm -rf build dist runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist runs .cache .pytest_cache .ruff_cache .hypothesis

@@ -4,8 +4,8 @@ import ast
 import doctest
 import inspect
 import os
-import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,23 +13,43 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = (
     " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
 )
-# Compiling is nearly all that the tests do, and each program runs a few times. XLA's
-# older generator of code for the CPU, unoptimised, takes a quarter of the time or less,
-# but it does not round alike in all branches: `make test` compiles tests of numbers as
-# users do.
+# Compilation takes nearly all the time of the tests, and each program runs a few times.
+# XLA's older generator of code for the CPU, without optimisation, takes a quarter of
+# the time or less, but it rounds differently in some branches: `make test-all` runs
+# tests of numbers again, compiled as users compile.
 if os.environ.get("OPTAX_GUARD_TEST_CODEGEN") == "quick":
     _flags += " --xla_backend_optimization_level=0"
     # An XLA that has no older generator any more does not start with this flag.
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
         _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _flags
-# A program that several tests make anew is compiled once: a quarter of the time. Each
-# process of xdist has a folder of its own, for JAX writes there without a lock. Mutants
-# are tried one by one, and share theirs.
-_cache = tempfile.TemporaryDirectory(prefix="optax_guard_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
-    "OPTAX_GUARD_TEST_CACHE", _cache.name
-)
+
+
+def _cache_folder(root: Path, most_bytes: int = 2 << 30) -> Path:
+    """The folder of this process for compiled programs, kept between runs.
+
+    JAX writes there without a lock, so every process of xdist has its own. The process
+    that starts them lets each begin with the programs of all; it removes a cache that
+    has grown too large, and a program that an interrupted run has not written.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        sizes = {path: path.stat().st_size for path in root.glob("*/*-cache")}
+        is_over = sum(sizes.values()) > most_bytes
+        for path in [path for path, size in sizes.items() if is_over or size == 0]:
+            path.unlink(missing_ok=True)
+            del sizes[path]
+        folders = {path.parent for path in sizes}
+        for path in sizes:
+            for folder in folders - {path.parent}:
+                if not (folder / path.name).exists():
+                    os.link(path, folder / path.name)
+    return root / (worker or "main")
+
+
+_root = os.environ.get("OPTAX_GUARD_TEST_CACHE")
+_root = Path(_root) if _root else Path(__file__).parents[1] / ".cache" / "jax"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache_folder(_root))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Nothing below changes a result: libtpu, where `make test-accelerators` installed
@@ -51,6 +71,7 @@ import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402 - as JAX, which its plugins import
 
 from tests.strategies import in_force  # noqa: E402 - imports JAX
+from tests.tiers import is_full  # noqa: E402 - beside the line above
 
 _find_module = doctest.DocTestFinder._from_module  # pyright: ignore
 
@@ -70,25 +91,28 @@ def _stands_in(finder: doctest.DocTestFinder, module: Any, value: Any) -> bool:
 
 doctest.DocTestFinder._from_module = _stands_in  # pyright: ignore
 
-# A tool, which needs packages of its own.
+# `make mutants` runs this file, and installs the packages that it needs.
 collect_ignore = ["mutants.py"]
-# Modules of which all tests share what takes long to make.
+# The tests of each of these modules share something that takes long to make.
 TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}
 
 
+# First, so that pytest selects by the marks that are set here.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Keeps in one process what shares compiled programs: cases of one `name`."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+    """Marks the full tier, and keeps in one process the tests that share programs."""
+    has_xdist = config.pluginmanager.hasplugin("xdist")
     for item in items:
         module = item.path.stem
         case = getattr(item, "callspec", None)
         name = case.params.get("name") if case else None
-        if module in TOGETHER:
+        if is_full(module, getattr(item, "originalname", None), name):
+            item.add_marker(pytest.mark.full)
+        if has_xdist and module in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(module))
-        elif isinstance(name, str):
+        elif has_xdist and isinstance(name, str):
             item.add_marker(pytest.mark.xdist_group(f"{module} {name}"))
 
 

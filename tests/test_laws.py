@@ -6,7 +6,7 @@ import inspect
 import math
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from tests.strategies import (
     true_norm,
     types_of,
 )
+from tests.tiers import all_pairs
 
 # The table of factories --------------------------------------------------------
 
@@ -157,6 +158,13 @@ THRESHOLDS: dict[str, tuple[float, Callable[[Any], Any]]] = {
 }
 
 
+ACTIONS = ("alone", "guarded")
+
+
+def named(scope: str, threshold: str, action: str) -> str:
+    return f"{'guard of ' * (action == 'guarded')}{scope} by {threshold}"
+
+
 def product() -> dict[str, Form]:
     forms = {}
     for scope, (factory, clip, oracle) in SCOPES.items():
@@ -165,8 +173,8 @@ def product() -> dict[str, Form]:
             expected = scaled(2) if name == "relative_to_mean" and oracle else oracle
             number = number if oracle else 1e3 * number
             bare, guarded = alone_and_guarded(clip, threshold)
-            forms[f"{scope} by {name}"] = Form(factory, bare, number, expected)
-            forms[f"guard of {scope} by {name}"] = Form(
+            forms[named(scope, name, "alone")] = Form(factory, bare, number, expected)
+            forms[named(scope, name, "guarded")] = Form(
                 "guard", guarded, number, expected
             )
     return forms
@@ -230,8 +238,38 @@ TYPICAL = {
 }
 
 
+ONE_GUARD = {"guard of norm by a number", "guard of norm by zscore"}
+# `make test` runs of the product only these: every pair of a scope, a threshold and an
+# action is among them.
+OTHERS = FORMS.keys() - product().keys()
+SHORT = (
+    OTHERS | ONE_GUARD | {named(*row) for row in all_pairs(SCOPES, THRESHOLDS, ACTIONS)}
+)
+
+
+def case(*values: Any, id: str, is_short: bool) -> Any:
+    return pytest.param(*values, id=id, marks=[] if is_short else pytest.mark.full)
+
+
 def over(forms: dict[str, Form]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("form", forms.values(), ids=forms)
+    cases = [case(form, id=k, is_short=k in SHORT) for k, form in forms.items()]
+    return pytest.mark.parametrize("form", cases)
+
+
+def over_forms_and(argument: str, values: Iterable[str]) -> pytest.MarkDecorator:
+    """Every form with every value; `make test` runs every pair of two properties."""
+    rows = all_pairs(SCOPES, THRESHOLDS, ACTIONS, values)
+    short = {(named(*row), value) for *row, value in rows}
+    cases = [
+        case(
+            *(form, value),
+            id=f"{name}-{value}",
+            is_short=name in OTHERS or (name, value) in short,
+        )
+        for name, form in FORMS.items()
+        for value in values
+    ]
+    return pytest.mark.parametrize(("form", argument), cases)
 
 
 # What is public and no transformation: the tests that hold its laws are elsewhere.
@@ -404,8 +442,12 @@ def step_of(name: str) -> Step:
     return Step(FORMS[name])
 
 
-by_name = pytest.mark.parametrize("name", FORMS)
-ONE_GUARD = {"guard of norm by a number", "guard of norm by zscore"}
+def over_names(names: Iterable[str]) -> pytest.MarkDecorator:
+    cases = [case(name, id=name, is_short=name in SHORT) for name in names]
+    return pytest.mark.parametrize("name", cases)
+
+
+by_name = over_names(FORMS)
 
 SMALL = grads_of_norm(0.05)
 LARGE = grads_of_norm(20.0, seed=1)
@@ -439,8 +481,7 @@ def everywhere(tx: Any, params: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@over(FORMS)
+@over_forms_and("kind", KINDS)
 def test_types_of_the_state_never_change(form, kind, request):
     if kind == "x64":
         request.getfixturevalue("x64")
@@ -574,7 +615,7 @@ WITH_ORACLE = [
 ]
 
 
-@pytest.mark.parametrize("name", [*WITH_ORACLE, "record", "guard"])
+@over_names([*WITH_ORACLE, "record", "guard"])
 def test_any_first_updates_are_bounded_as_in_float64(name):
     form, step = FORMS[name], step_of(name)
 
@@ -741,8 +782,7 @@ WRAPPERS: dict[str, Callable[[Form], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@over(FORMS)
+@over_forms_and("wrapper", WRAPPERS)
 def test_types_never_change_inside_other_transformations(form, wrapper):
     params = tree_of("mixed")
     tx = WRAPPERS[wrapper](form)
@@ -873,7 +913,9 @@ def losses_off(is_jitted: bool) -> np.ndarray:
     return losses_of(INNER) if is_jitted else losses_of(INNER, num_steps=5)
 
 
-@pytest.mark.parametrize("name", ON)
+@pytest.mark.parametrize(
+    "name", [case(k, id=k, is_short=k not in ("guard", "value")) for k in ON]
+)
 def test_on_clean_data_losses_on_and_off_are_identical(name):
     # One operation at a time, because a compiler that fuses more rounds less.
     with jax.disable_jit():

@@ -1,0 +1,38 @@
+"""The two tiers of tests: which tests `make test` leaves to `make test-all`."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.tiers import FULL, all_pairs, is_full
+
+TESTS = Path(__file__).parent
+
+
+def test_every_entry_of_the_full_tier_is_there():
+    sources = {path.stem: path.read_text("utf-8") for path in TESTS.rglob("test_*.py")}
+    for stem, names in FULL.items():
+        source = sources[stem]
+        for name in names or ():
+            assert f"def {name}(" in source or f'"{name}"' in source, (stem, name)
+
+
+def test_a_test_is_of_the_full_tier_by_its_file_its_name_or_its_case():
+    assert is_full("test_soak", "test_any", None)
+    assert is_full("test_threshold", "test_any", "quantile forgets")
+    assert not is_full("test_threshold", "test_any", "zscore")
+    assert not is_full("test_rooms", "test_any", None)
+
+
+@pytest.mark.parametrize("sizes", [(4, 5, 2), (4, 5, 2, 4), (3, 3, 3), (2, 7), (1, 1)])
+def test_a_cover_holds_every_pair_in_few_rows(sizes):
+    axes = [[f"{axis}{i}" for i in range(size)] for axis, size in enumerate(sizes)]
+    rows = all_pairs(*axes)
+    assert rows == all_pairs(*axes)
+    *_, second, first = [1, *sorted(sizes)]
+    assert first * second <= len(set(rows)) == len(rows) <= 1.5 * first * second
+    assert set(rows) <= set(itertools.product(*axes))
+    for first, second in itertools.combinations(range(len(axes)), 2):
+        held = {(row[first], row[second]) for row in rows}
+        assert held == set(itertools.product(axes[first], axes[second]))
