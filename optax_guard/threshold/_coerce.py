@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_number, check_positive, is_number
@@ -68,7 +67,7 @@ def _constant(value: ArrayLike) -> Threshold:
     return Threshold(lambda shape: (), limits, lambda norm, clipped_norm, state: state)
 
 
-def _scheduled(schedule: optax.Schedule) -> Threshold:
+def _scheduled(schedule: Callable[..., Any]) -> Threshold:
     def limits(norm: jax.Array, global_norm: jax.Array, state: jax.Array) -> Limits:
         del global_norm
         value = schedule(state)
