@@ -70,7 +70,7 @@ def spike(
     A long row of bad but plausible batches raises the threshold until they pass; a row
     longer than the guard's ``max_consecutive_skips`` ends in any case. With
     ``skipped="nothing"`` the threshold stays. But then, after a lasting rise of norm or
-    loss, ``max_consecutive_skips`` healthy steps are skipped: 10 by default, and more if
+    loss, ``max_consecutive_skips`` healthy steps are skipped: 10 by default, more if
     that number is raised. (`benchmarks/README.md`, "Bad batches".)
 
     OLMo-core and MaxText's rule is ``spike(sigma, window, min_history=max(2, window //
