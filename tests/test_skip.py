@@ -153,12 +153,12 @@ def oracle(sigma, window, norms, losses, min_history, min_deviation, skipped):
         for x, values, top in zip(signals, past, tops, strict=True):
             if not is_skipped or skipped == "enter":
                 values.append(x)
-            elif skipped == "limit":
+            elif skipped == "threshold":
                 values.append(min(x, top))
     return decisions
 
 
-@pytest.mark.parametrize("skipped", ["limit", "enter", "nothing"])
+@pytest.mark.parametrize("skipped", ["threshold", "enter", "nothing"])
 def test_skipped_values_enter_as_asked(skipped):
     rng = np.random.default_rng(1)
     norms = np.exp(0.2 * rng.normal(size=300))
@@ -195,7 +195,7 @@ def faults_at(phase):
     return rows
 
 
-@pytest.mark.parametrize("skipped", ["limit", "enter", "nothing"])
+@pytest.mark.parametrize("skipped", ["threshold", "enter", "nothing"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_bad_value_makes_no_healthy_step_skipped(phase, skipped):
     state, reasons = jax.device_get(default_runner(skipped)(faults_at(phase)))
@@ -213,18 +213,18 @@ def test_one_spike_does_not_hide_the_next():
     norms = NOISE.copy()
     norms[[100, 101, 105, 120]] = 1e30, 1e30, 50.0, 8.0
     after = {}
-    for skipped in ("limit", "enter", "nothing"):
+    for skipped in ("threshold", "enter", "nothing"):
         reasons, _ = play(og.skip.spike(6.0, 32, skipped=skipped), norms)
         after[skipped] = np.flatnonzero(reasons).tolist()
     assert after == {
-        "limit": [100, 101, 105, 120],
+        "threshold": [100, 101, 105, 120],
         "enter": [100],
         "nothing": [100, 101, 105, 120],
     }
 
 
 @pytest.mark.parametrize(
-    ("skipped", "most"), [("limit", 5), ("enter", 2), ("nothing", 5)]
+    ("skipped", "most"), [("threshold", 5), ("enter", 2), ("nothing", 5)]
 )
 def test_lasting_rise_costs_a_bounded_number_of_steps(skipped, most):
     norms = np.where(np.arange(200) < 100, 1, 5) * NOISE
@@ -391,7 +391,10 @@ def test_derivative_through_a_spike_rule_is_finite():
         ({"watch": "loss"}, "`watch` must be one of 'grad_norm', 'value', got 'loss'"),
         ({"watch": ()}, "`watch` must name a signal"),
         ({"min_deviation": -1.0}, "`min_deviation` must not be negative"),
-        ({"skipped": "drop"}, "`skipped` must be one of 'limit', 'enter', 'nothing'"),
+        (
+            {"skipped": "drop"},
+            "`skipped` must be one of 'threshold', 'enter'",
+        ),
         ({"ddof": 2}, r"`ddof` must be in \[0, 1\], got 2"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -1,0 +1,75 @@
+"""The type of a skip rule, its inputs, and the reasons of skipped steps."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+
+
+class SkipReason(enum.IntEnum):
+    """Why a guard skipped a step. Numbers are checkpointed and never reused."""
+
+    NONE = 0
+    NONFINITE = 1
+    NONFINITE_VALUE = 2
+    NORM_ABOVE = 3
+    SPIKE = 4
+
+
+def is_nonfinite(reason: jax.Array) -> jax.Array:
+    """Whether a step was skipped for a NaN or an infinity, not by a rule.
+
+    Args:
+      reason: A ``SkipReason`` as the guard's state holds it, int32[].
+
+    Returns:
+      bool[].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_guard import skip
+      >>> bool(skip.is_nonfinite(jnp.int32(skip.SkipReason.NONFINITE)))
+      True
+    """
+    return (reason == SkipReason.NONFINITE) | (reason == SkipReason.NONFINITE_VALUE)
+
+
+class Signals(NamedTuple):
+    """The inputs of a skip rule, measured at one step. Both are finite.
+
+    Attributes:
+      grad_norm: float[], the global norm before clipping.
+      value: float32[], the loss given to ``update`` as ``value=``; ``None`` if it was
+        not given.
+    """
+
+    grad_norm: jax.Array
+    value: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkipRule:
+    """Decides which finite steps to skip, by pure functions, and names the reason.
+
+    ``start()`` makes the state. ``judge(signals, state)`` says whether to skip.
+    ``learn(signals, is_skipped, state)`` adds a finite step. ``restart(state)`` makes a
+    new state when the guard overrules the rule; if it is ``None``, ``start()`` does.
+    """
+
+    reason: SkipReason
+    start: Callable[[], Any]
+    judge: Callable[[Signals, Any], jax.Array]
+    learn: Callable[[Signals, jax.Array, Any], Any]
+    restart: Callable[[Any], Any] | None = None
+
+    @property
+    def init(self) -> NoReturn:
+        """Raises, because the caller takes the rule for a transformation."""
+        raise TypeError(
+            "A skip rule is not a gradient transformation and cannot be chained. Pass "
+            "it to the guard: `guard(optimizer, skip=rule)`."
+        )
+
+    update = init

@@ -1,0 +1,217 @@
+"""The rule that skips a step whose norm or loss rises far above the last ones."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_guard._checks import (
+    check_choice,
+    check_count,
+    check_kind,
+    check_not_negative,
+    check_positive,
+    check_range,
+    static_count,
+)
+from optax_guard.skip._rule import Signals, SkipReason, SkipRule
+from optax_guard.threshold._base import float32
+
+
+class SpikeWindow(NamedTuple):
+    """The last values of one signal, in a ring.
+
+    Attributes:
+      window_values: float32[window], in the signal's unit; 0 after ``init``.
+      window_position: int32[], how many values were added; once the window is full, a
+        multiple of it is subtracted. The next value becomes entry ``window_position %
+        window``; 0 after ``init``.
+    """
+
+    window_values: jax.Array
+    window_position: jax.Array
+
+
+class SpikeState(NamedTuple):
+    """State of ``spike``.
+
+    Attributes:
+      grad_norm_window: The last global norms before clipping, a ``SpikeWindow``.
+      value_window: The last losses, a ``SpikeWindow``.
+    """
+
+    grad_norm_window: SpikeWindow
+    value_window: SpikeWindow
+
+
+def spike(
+    sigma: ArrayLike = 6.0,
+    window: int = 128,
+    *,
+    min_history: ArrayLike | None = None,
+    watch: str | Sequence[str] = ("grad_norm", "value"),
+    min_deviation: ArrayLike = 1e-3,
+    skipped: str = "threshold",
+    ddof: ArrayLike = 1,
+) -> SkipRule:
+    r"""Skips steps whose norm or loss rises far above the last ones.
+
+    A step is skipped if, for one of the watched signals :math:`x`,
+    :math:`x - \mu > \sigma \max(s, \delta|\mu|)`, with the mean :math:`\mu` and
+    deviation :math:`s` of the ``window`` values before it and
+    :math:`\delta` = ``min_deviation``. The norm is the one before clipping. Values that
+    are not finite are never judged and never enter the window. While a window holds
+    only zeros, the rule skips nothing. The guard bounds the number of steps skipped in
+    a row, and then empties the windows.
+
+    A long row of bad but plausible batches raises the threshold until they pass; a row
+    longer than the guard's ``max_consecutive_skips`` ends in any case. With
+    ``skipped="nothing"`` the threshold stays. But then, after a lasting rise of norm or
+    loss, ``max_consecutive_skips`` healthy steps are skipped: 10 by default, more if
+    that number is raised. (`benchmarks/README.md`, "Bad batches".)
+
+    OLMo-core and MaxText's rule is ``spike(sigma, window, min_history=max(2, window //
+    2) - 1, min_deviation=0, skipped="enter")``, levanter's ``spike(sigma, window,
+    min_deviation=0, skipped="enter", ddof=0)``.
+
+    Args:
+      sigma: How many standard deviations pass; positive.
+      window: How many values make up mean and deviation; at least 2. Not traced.
+      min_history: How many values must have entered before a step is skipped;
+        ``max(2, window // 2)`` if ``None``. Until then a spike is taken, and enters.
+      watch: ``"grad_norm"``, ``"value"`` or both. ``"value"`` is the loss, and counts
+        at steps where it is given to ``update`` as ``value=``.
+      min_deviation: Smallest standard deviation assumed, as a share of the mean's
+        magnitude; at least 0.
+      skipped: How the values of a skipped step enter the window: ``"threshold"``, at
+        most as the largest that would have passed, so that one spike hardly hides the
+        next; ``"enter"``, as they are; ``"nothing"``, not at all.
+      ddof: The divisor of the variance is the number of values less this: 1, or 0 for
+        the variance of a population.
+
+    Returns:
+      A rule for ``guard(inner, skip=...)``, of ``8 * window`` bytes.
+
+    Raises:
+      ValueError: If a concrete number is out of range or a string unknown.
+      TypeError: If ``window`` is traced; in ``update``, if only the loss is watched and
+        ``value=`` was not given.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx = og.guard(optax.sgd(1.0), skip=og.skip.spike(3.0, window=4))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 1.1, 0.9, 8.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates, og.SkipReason(int(state.skip_reason)).name
+      (Array([0.], dtype=float32), 'SPIKE')
+
+    References:
+      OLMo-core's `SkipStepOptimizer <https://github.com/allenai/OLMo-core>`_
+    """
+    check_positive("sigma", sigma)
+    window = static_count("window", window, least=2)
+    if min_history is None:
+        min_history = max(2, window // 2)
+    check_count("min_history", min_history)
+    check_range("min_history", min_history, 1, window)
+    check_kind("watch", watch, Sequence, "a name or a list of names")
+    watched = (watch,) if isinstance(watch, str) else tuple(watch)
+    for signal in watched:
+        check_choice("watch", signal, ("grad_norm", "value"))
+    if not watched:
+        raise ValueError("`watch` must name a signal, got none.")
+    check_not_negative("min_deviation", min_deviation)
+    check_choice("skipped", skipped, ("threshold", "enter", "nothing"))
+    check_range("ddof", ddof, 0, 1)
+
+    settings = _Settings(
+        sigma, window, min_history, watched, min_deviation, skipped, ddof
+    )
+    return SkipRule(
+        reason=SkipReason.SPIKE,
+        start=lambda: SpikeState(_empty_window(window), _empty_window(window)),
+        judge=functools.partial(_judge, settings),
+        learn=functools.partial(_learn, settings),
+    )
+
+
+class _Settings(NamedTuple):
+    sigma: ArrayLike
+    window: int
+    min_history: ArrayLike
+    watched: tuple[str, ...]
+    min_deviation: ArrayLike
+    skipped: str
+    ddof: ArrayLike
+
+
+def _empty_window(size: int) -> SpikeWindow:
+    return SpikeWindow(jnp.zeros(size, jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def _judge(settings: _Settings, signals: Signals, state: SpikeState) -> jax.Array:
+    found = _watched_signals(settings, signals).items()
+    is_above = [x > _threshold(settings, getattr(state, name)) for name, x in found]
+    return jnp.any(jnp.stack(is_above))
+
+
+def _learn(
+    settings: _Settings, signals: Signals, is_skipped: jax.Array, state: SpikeState
+) -> SpikeState:
+    found = _watched_signals(settings, signals).items()
+    new = {
+        name: _window_with(settings, x, getattr(state, name), is_skipped)
+        for name, x in found
+    }
+    return state._replace(**new)
+
+
+def _watched_signals(settings: _Settings, signals: Signals) -> dict[str, jax.Array]:
+    """Maps the window of each signal that is watched and given to its new value."""
+    found = {f"{name}_window": getattr(signals, name) for name in settings.watched}
+    found = {name: x for name, x in found.items() if x is not None}
+    if not found:
+        raise TypeError(
+            '`spike` with `watch="value"` needs the loss: pass `value=` to '
+            "`update` or `apply_gradients`."
+        )
+    return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+
+def _threshold(settings: _Settings, past: SpikeWindow) -> jax.Array:
+    """Computes the largest value that passes; infinite without enough history."""
+    length = jnp.minimum(past.window_position, settings.window)
+    is_seen = jnp.arange(settings.window, dtype=jnp.int32) < length
+    number = jnp.maximum(length, 1).astype(jnp.float32)
+    mean = jnp.sum(past.window_values) / number
+    squares = jnp.where(is_seen, (past.window_values - mean) ** 2, 0.0)
+    var = jnp.sum(squares) / jnp.maximum(number - float32(settings.ddof), 1.0)
+    smallest = float32(settings.min_deviation) * jnp.abs(mean)
+    deviation = jnp.maximum(jnp.sqrt(var), smallest)
+    # Only zeros do not tell the scale of the signal, so no value is too large for it.
+    is_known = (length >= settings.min_history) & ((deviation > 0) | (mean != 0))
+    return jnp.where(is_known, mean + float32(settings.sigma) * deviation, jnp.inf)
+
+
+def _window_with(
+    settings: _Settings, x: jax.Array, past: SpikeWindow, is_skipped: jax.Array
+) -> SpikeWindow:
+    """Adds the value of a step to a window, as ``skipped=`` says."""
+    if settings.skipped == "threshold":
+        largest = _threshold(settings, past)
+        x = jnp.where(is_skipped, jnp.minimum(x, largest), x)
+    enters = jnp.isfinite(x)
+    if settings.skipped == "nothing":
+        enters &= ~is_skipped
+    window, position = settings.window, past.window_position
+    is_next = (jnp.arange(window, dtype=jnp.int32) == position % window) & enters
+    # The position stays below twice the window, so it never overflows.
+    following = jnp.where(position + 1 == 2 * window, window, position + 1)
+    return SpikeWindow(
+        jnp.where(is_next, x, past.window_values),
+        jnp.where(enters, following, position),
+    )
