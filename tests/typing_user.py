@@ -124,7 +124,9 @@ def studying(path: Path) -> None:
     assert_type(analysis.suggest_max_norm(history).max_norm, float)
     found = analysis.replay(history, {"patience": og.stop.patience(3)})
     assert_type(found, list[analysis.Replayed])
+    assert_type(analysis.table(found), str)
     assert_type(plotting.plot_history(history), Figure)
+    assert_type(plotting.plot_history({"a": history}, max_loss=9.0), Figure)
     assert_type(plotting.plot_replay(history, found), Figure)
 
 
