@@ -21,7 +21,6 @@ from optax_guard.stop._rule import (
     check_rule,
     sign_of,
 )
-from optax_guard.stop._rules import check_limits, clock_needs, reached
 
 
 def any_of(*rules: StopRule) -> StopRule:
@@ -120,55 +119,6 @@ def _rank(reasons: jax.Array) -> jax.Array:
     for reason, place in first.items():
         rank = jnp.where(reasons == int(reason), place, rank)
     return rank
-
-
-def not_before(
-    rule: StopRule,
-    evaluations: ArrayLike | None = None,
-    *,
-    steps: ArrayLike | None = None,
-    seconds: ArrayLike | None = None,
-) -> StopRule:
-    """Holds back a rule's verdict until the run is old enough.
-
-    The rule sees every evaluation, and is judged anew at each: a stall that is over
-    when the time comes does not stop the run.
-
-    Args:
-      rule: The rule to hold back.
-      evaluations: First evaluation, counted from 1, at which it may fire.
-      steps: First step at which it may fire; `update` then needs ``step=``.
-      seconds: Seconds of training before which it may not fire; `update` then needs
-        ``seconds=``. Give exactly one of the three.
-
-    Returns:
-      A rule with the state of ``rule``.
-
-    Raises:
-      ValueError: If a concrete number is out of range, or not exactly one is given.
-
-    Examples:
-      >>> from optax_guard import early_stopping, stop
-      >>> stopper = early_stopping(stop.not_before(stop.patience(1), 4))
-      >>> state = stopper.init()
-      >>> for loss in [0.5, 0.6, 0.7, 0.8]:
-      ...     state = stopper.update(loss, state)
-      >>> bool(state.should_stop), int(state.stopped_at)
-      (True, 3)
-    """
-    check_rule(rule, "not_before")
-    if sum(limit is not None for limit in (evaluations, steps, seconds)) != 1:
-        raise ValueError(
-            "`not_before` takes exactly one of `evaluations`, `steps` and `seconds`."
-        )
-    check_limits("evaluations", evaluations, steps, seconds)
-
-    def update(observation: Observation, state: Any) -> tuple[Verdict, Any]:
-        verdict, state = rule.update(observation, state)
-        fired = verdict.fired & reached(observation, evaluations, steps, seconds)
-        return verdict._replace(fired=fired), state
-
-    return rule._replace(update=update, needs=rule.needs | clock_needs(steps, seconds))
 
 
 class HeldForState(NamedTuple):

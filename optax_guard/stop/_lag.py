@@ -16,7 +16,7 @@ from optax_guard.stop._rule import (
     as_float,
     as_int,
     train_values,
-    verdict,
+    verdict_for,
 )
 
 
@@ -77,7 +77,7 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
             jnp.where(valid, rises, state.rise_count),
         )
         fired = valid & (new_state.rise_count >= as_int(s))
-        return verdict(fired, StopReason.LAG), new_state
+        return verdict_for(fired, StopReason.LAG), new_state
 
     return StopRule(init, update)
 
@@ -156,6 +156,6 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
             jnp.where(valid, rises, state.rise_count),
         )
         fired = valid & (new_state.rise_count >= as_int(s))
-        return verdict(fired, StopReason.OVERFITTING), new_state
+        return verdict_for(fired, StopReason.OVERFITTING), new_state
 
     return StopRule(init, update, frozenset({"train_value"}))

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_kind, check_positive
+from optax_guard.stop._patience import PatienceState, patience
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -16,9 +17,8 @@ from optax_guard.stop._rule import (
     as_float,
     as_int,
     check_fraction,
-    verdict,
+    verdict_for,
 )
-from optax_guard.stop._rules import PatienceState, patience
 from optax_guard.stop._state import EarlyStoppingState
 
 
@@ -109,7 +109,7 @@ def plateau(
             jnp.where(reduces, as_int(cooldown), rest),
         )
         fired = stalls & ~reduces
-        return verdict(fired, StopReason.PLATEAU, judged.significant), new_state
+        return verdict_for(fired, StopReason.PLATEAU, judged.significant), new_state
 
     return StopRule(init, update)
 

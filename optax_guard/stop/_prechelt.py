@@ -16,7 +16,7 @@ from optax_guard.stop._rule import (
     as_float,
     as_int,
     train_values,
-    verdict,
+    verdict_for,
 )
 
 
@@ -82,7 +82,7 @@ def generalization_loss(alpha: ArrayLike) -> StopRule:
         percent, opt_value = _loss_in_percent(observation, state.opt_value)
         fired = observation.valid & (percent > as_float(alpha))
         return (
-            verdict(fired, StopReason.GENERALIZATION_LOSS),
+            verdict_for(fired, StopReason.GENERALIZATION_LOSS),
             GeneralizationLossState(opt_value),
         )
 
@@ -162,7 +162,7 @@ def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
         exceeds = percent * jnp.abs(least) > as_float(alpha) * progress
         fired = observation.valid & is_full & (percent > 0) & exceeds
         return (
-            verdict(fired, StopReason.PROGRESS_QUOTIENT),
+            verdict_for(fired, StopReason.PROGRESS_QUOTIENT),
             ProgressQuotientState(opt_value, strip),
         )
 
@@ -237,6 +237,6 @@ def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
             jnp.where(ends, rises, state.rise_count),
         )
         fired = observation.valid & (new_state.rise_count >= as_int(s))
-        return verdict(fired, StopReason.SUCCESSIVE_RISES), new_state
+        return verdict_for(fired, StopReason.SUCCESSIVE_RISES), new_state
 
     return StopRule(init, update)

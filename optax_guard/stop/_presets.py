@@ -8,10 +8,10 @@ from optax_guard._checks import (
     check_not_nan,
 )
 from optax_guard.stop._combinators import any_of
-from optax_guard.stop._rules import divergence, target
-from optax_guard.stop._rules import patience as stop_patience
+from optax_guard.stop._patience import patience as stop_patience
 from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._stopper import early_stopping
+from optax_guard.stop._target import divergence, target
 
 
 def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
