@@ -19,7 +19,7 @@ from optax_guard._checks import (
     check_range,
     check_static,
 )
-from optax_guard._public import publish
+from optax_guard._public import answers_wrong_calls, publish
 from optax_guard.threshold._base import Threshold, float32
 from optax_guard.threshold._coerce import as_threshold
 
@@ -105,6 +105,7 @@ class SkipRule:
     update = init
 
 
+@answers_wrong_calls
 def norm_above(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
 ) -> SkipRule:
@@ -183,6 +184,7 @@ class SpikeState(NamedTuple):
     value_window: SpikeWindow
 
 
+@answers_wrong_calls
 def spike(
     sigma: ArrayLike = 6.0,
     window: int = 128,

@@ -35,6 +35,7 @@ from optax_guard._norms.statistics import (
     update_stats,
 )
 from optax_guard._norms.tree_norm import TreeNorm
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import select
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._coerce import as_threshold
@@ -70,6 +71,7 @@ class ClipByGroupNormState(NamedTuple):
     threshold: Any
 
 
+@answers_wrong_calls
 def clip_by_leaf_norm(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
     *,
@@ -136,6 +138,7 @@ def clip_by_leaf_norm(
     )
 
 
+@answers_wrong_calls
 def clip_by_group_norm(
     max_norms: Mapping[str, Any],
     labels: Any,

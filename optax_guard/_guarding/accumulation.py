@@ -13,6 +13,7 @@ from optax_guard._guarding.guard import GuardState, guard
 from optax_guard._guarding.step import cast_like, take_or_keep
 from optax_guard._norms.statistics import as_float32
 from optax_guard._norms.tree_norm import accumulator_dtype
+from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, part_of, transformation
 from optax_guard._trees import increment, is_inexact, select
 from optax_guard.skip import SkipReason, is_nonfinite
@@ -47,6 +48,7 @@ class AccumulateState(NamedTuple):
     guard_state: GuardState
 
 
+@answers_wrong_calls
 def accumulate(
     inner: optax.GradientTransformation,
     every_k: ArrayLike | Callable[[jax.Array], ArrayLike],

@@ -23,6 +23,7 @@ from optax_guard._guarding.judging import (
 )
 from optax_guard._guarding.masking import counting_only, hide
 from optax_guard._guarding.step import cast_like, check_same_tree, take_or_keep
+from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, part_of, transformation
 from optax_guard._trees import first_difference, increment, select
 from optax_guard.skip import SkipReason, SkipRule
@@ -62,6 +63,7 @@ class GuardState(NamedTuple):
     wrapped_state: Any
 
 
+@answers_wrong_calls
 def guard(
     inner: optax.GradientTransformation,
     clip: ArrayLike

@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from optax_guard._checks import check_leaves, check_transformation
+from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import part_of
 from optax_guard._trees import map_inexact, select
 
@@ -71,6 +72,7 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(leaf, tree, like)
 
 
+@answers_wrong_calls
 def apply_gradients(
     tx: optax.GradientTransformation,
     params: optax.Params,

@@ -93,7 +93,7 @@ def warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
     warnings.warn(
         f"`batches` ended after step {step} of {num_steps}, and the run with it. Pass "
         "a function `step -> batch`, or an iterable that repeats the data.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

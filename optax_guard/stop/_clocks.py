@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_positive
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -18,6 +19,7 @@ from optax_guard.stop._rule import (
 )
 
 
+@answers_wrong_calls
 def budget(
     *,
     evaluations: ArrayLike | None = None,
@@ -66,6 +68,7 @@ def budget(
     return StopRule(no_state, update, clock_needs(steps, seconds))
 
 
+@answers_wrong_calls
 def not_before(
     rule: StopRule,
     evaluations: ArrayLike | None = None,

@@ -4,6 +4,7 @@ Children say "true now" and never latch, so every combination means what it says
 `all_of` is "all are true at the same evaluation".
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_kind
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -23,6 +25,7 @@ from optax_guard.stop._rule import (
 )
 
 
+@answers_wrong_calls
 def any_of(*rules: StopRule) -> StopRule:
     """Fires when at least one rule is true.
 
@@ -51,6 +54,7 @@ def any_of(*rules: StopRule) -> StopRule:
     return _combine("any_of", jnp.any, rules)
 
 
+@answers_wrong_calls
 def all_of(*rules: StopRule) -> StopRule:
     """Fires when all rules are true at the same evaluation.
 
@@ -76,10 +80,17 @@ def all_of(*rules: StopRule) -> StopRule:
     return _combine("all_of", jnp.all, rules)
 
 
-def _combine(name: str, join: Any, rules: tuple[StopRule, ...]) -> StopRule:
+def _combine(
+    name: str, join: Callable[[jax.Array], jax.Array], rules: tuple[StopRule, ...]
+) -> StopRule:
     if not rules:
         raise ValueError(f"`{name}` needs at least one rule.")
     for rule in rules:
+        if isinstance(rule, Iterable) and not isinstance(rule, StopRule):
+            raise TypeError(
+                f"`{name}` takes rules one by one, got a {type(rule).__name__}. Write "
+                f"`stop.{name}(*rules)`."
+            )
         check_rule(rule, name)
 
     def init() -> tuple[Any, ...]:
@@ -134,6 +145,7 @@ class HeldForState(NamedTuple):
     held_count: jax.Array
 
 
+@answers_wrong_calls
 def held_for(rule: StopRule, n: ArrayLike) -> StopRule:
     """Fires when a rule has been true at ``n`` evaluations in a row.
 
@@ -191,6 +203,7 @@ class CooldownState(NamedTuple):
     rest_count: jax.Array
 
 
+@answers_wrong_calls
 def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
     """Lets a rule rest for ``n`` evaluations after it fired, then start afresh.
 
@@ -239,6 +252,7 @@ def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
     return rule._replace(init=init, update=update)
 
 
+@answers_wrong_calls
 def monitor(key: str, rule: StopRule, mode: str = "min") -> StopRule:
     """Lets a rule judge another value of a dict.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_not_negative, check_size
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -33,6 +34,7 @@ class LagState(NamedTuple):
     rise_count: jax.Array
 
 
+@answers_wrong_calls
 def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
     """Stops when the value is worse than ``k`` evaluations ago: L(t) > L(t - k).
 
@@ -99,6 +101,7 @@ class OverfittingState(NamedTuple):
     rise_count: jax.Array
 
 
+@answers_wrong_calls
 def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
     """Stops when training improves while validation gets worse.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_not_nan, check_not_negative
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._clocks import check_limits, clock_needs
 from optax_guard.stop._rule import (
@@ -37,6 +38,7 @@ class PatienceState(NamedTuple):
     bad_count: jax.Array
 
 
+@answers_wrong_calls
 def patience(
     n: ArrayLike | None = None,
     *,

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_kind, check_positive
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._patience import PatienceState, patience
 from optax_guard.stop._rule import (
     Observation,
@@ -39,6 +40,7 @@ class PlateauState(NamedTuple):
     rest_count: jax.Array
 
 
+@answers_wrong_calls
 def plateau(
     n: ArrayLike,
     *,

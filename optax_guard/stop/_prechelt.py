@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_positive, check_size
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -43,6 +44,7 @@ def _loss_in_percent(
     return 100.0 * share, opt_value
 
 
+@answers_wrong_calls
 def generalization_loss(alpha: ArrayLike) -> StopRule:
     """Stops when the value is more than ``alpha`` percent above its best.
 
@@ -103,6 +105,7 @@ class ProgressQuotientState(NamedTuple):
     train_values: jax.Array
 
 
+@answers_wrong_calls
 def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
     """Stops when the value rises while training hardly progresses.
 
@@ -184,6 +187,7 @@ class SuccessiveRisesState(NamedTuple):
     rise_count: jax.Array
 
 
+@answers_wrong_calls
 def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
     """Stops when the value rose in ``s`` strips of ``k`` evaluations in a row.
 

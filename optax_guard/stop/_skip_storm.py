@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -29,6 +30,7 @@ class SkipStormState(NamedTuple):
     seen_skipped: jax.Array
 
 
+@answers_wrong_calls
 def skip_storm(n: ArrayLike) -> StopRule:
     """Stops when the guard skips many steps instead of training.
 

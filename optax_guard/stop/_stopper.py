@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_leaves
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._config import Config, checked_config
 from optax_guard.stop._inputs import Inputs, prepare_inputs
 from optax_guard.stop._judging import judge, keep_or_take
@@ -22,6 +23,7 @@ from optax_guard.stop._state import (
 )
 
 
+@answers_wrong_calls
 def early_stopping(
     rule: StopRule,
     *,
@@ -84,6 +86,7 @@ def early_stopping(
     def compiled_judge(inputs: Inputs, state: EarlyStoppingState) -> EarlyStoppingState:
         return judge(config, inputs, state)
 
+    @answers_wrong_calls
     def update(
         value: ArrayLike | Mapping[str, ArrayLike],
         state: EarlyStoppingState,
@@ -98,6 +101,7 @@ def early_stopping(
         given = Inputs(value, params, step, seconds, train_value, opt_state)
         return compiled_judge(prepare_inputs(config, given), state)
 
+    @answers_wrong_calls
     def reset(
         state: EarlyStoppingState, *, keep_best: bool = True
     ) -> EarlyStoppingState:
@@ -105,7 +109,7 @@ def early_stopping(
         check_flag("keep_best", keep_best)
         return _restart(config, state, keep_best)
 
-    return EarlyStopping(init, update, best_params, reset, rule.needs)
+    return EarlyStopping(init, update, best, reset, rule.needs)
 
 
 def _initial_state(config: Config, params: Any) -> EarlyStoppingState:
@@ -143,7 +147,8 @@ def _restart(
     )
 
 
-def best_params(state: EarlyStoppingState, default: Any) -> Any:
+@answers_wrong_calls
+def best(state: EarlyStoppingState, default: Any) -> Any:
     """Returns the best parameters, or ``default`` if there was no finite value."""
     check_state("best", state)
     if state.best_params is None:

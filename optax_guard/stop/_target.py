@@ -3,6 +3,7 @@
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_not_nan
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -14,6 +15,7 @@ from optax_guard.stop._rule import (
 )
 
 
+@answers_wrong_calls
 def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
     """Stops when the value is as good as asked.
 
@@ -50,6 +52,7 @@ def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
     return StopRule(no_state, update)
 
 
+@answers_wrong_calls
 def divergence(threshold: ArrayLike) -> StopRule:
     """Stops when the value is worse than a threshold.
 

@@ -19,6 +19,7 @@ from optax_guard._norms.sketch import (
     sketch_init,
     sketch_quantile,
 )
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.threshold._base import Limits, Threshold, capped, is_informative, where
 
@@ -37,6 +38,7 @@ class QuantileState(NamedTuple):
     norms_seen: jax.Array
 
 
+@answers_wrong_calls
 def quantile(
     q: ArrayLike,
     *,

@@ -16,6 +16,7 @@ from optax_guard._checks import (
     check_range,
 )
 from optax_guard._norms.statistics import bounded_square
+from optax_guard._public import answers_wrong_calls
 from optax_guard.threshold._base import (
     Limits,
     Threshold,
@@ -48,6 +49,7 @@ class ZScoreState(NamedTuple):
     recent_length: jax.Array
 
 
+@answers_wrong_calls
 def zscore(
     sigma: ArrayLike = 2.5,
     *,
