@@ -21,6 +21,7 @@ except ImportError as error:
 
 from optax_guard._checks import check_kind, check_leaves, check_transformation
 from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._guarding.step import apply_gradients
 from optax_guard._guarding.undoing import keep_if_skipped, last_reasons
 from optax_guard._public import answers_wrong_calls, publish
@@ -168,6 +169,7 @@ class TrainState(train_state.TrainState):
             opt_state=tx.init(_trained(params)),
             **kwargs,
         )
+        warn_if_nested(state)
         seen: set[int] = set()
 
         def own(leaf: Any) -> Any:

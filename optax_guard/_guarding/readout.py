@@ -14,6 +14,7 @@ from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.judging import LOG_LENGTH
+from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._norms.tree_norm import leaves_of_part
 from optax_guard._trees import find_states, only_state, path_names
 from optax_guard.skip import SkipReason
@@ -93,6 +94,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
             "`state` holds no state of this library. Wrap the optimizer in `guard`, or "
             "chain `clip_by_global_norm` or `record_norm` before it."
         )
+    warn_if_nested(state)
     return _as_scalars(watching, guards, find_states(state, AccumulateState))
 
 

@@ -85,12 +85,14 @@ def _combine(
 ) -> StopRule:
     if not rules:
         raise ValueError(f"`{name}` needs at least one rule.")
+    only = rules[0] if len(rules) == 1 else None
+    # A rule is a tuple as well.
+    if isinstance(only, Iterable) and not isinstance(only, StopRule):
+        raise TypeError(
+            f"`{name}` takes rules one by one, got a {type(only).__name__}. Write "
+            f"`stop.{name}(*rules)`."
+        )
     for rule in rules:
-        if isinstance(rule, Iterable) and not isinstance(rule, StopRule):
-            raise TypeError(
-                f"`{name}` takes rules one by one, got a {type(rule).__name__}. Write "
-                f"`stop.{name}(*rules)`."
-            )
         check_rule(rule, name)
 
     def init() -> tuple[Any, ...]:
