@@ -180,8 +180,7 @@ mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_nor
 	  $(abspath $(PY)) tests/mutants.py $(ARGS)
 
 CORE := _norms/* _clipping/parts _clipping/global_norm _guarding/guard \
-  _guarding/judging _guarding/step threshold/* stop/_stopper stop/_state stop/_rule \
-  stop/_rules stop/_plateau stop/_smoothing
+  _guarding/judging _guarding/step threshold/* stop/*
 CORE_TESTS := norms clipping guarding skip mixed_precision masking threshold sketch \
   early_stopping stop_rules bad_input errors
 

@@ -36,8 +36,9 @@ from optax_guard._norms.statistics import NormStats as NormStats
 from optax_guard._public import publish
 from optax_guard._trees import find_state, find_states
 from optax_guard.skip import SkipReason
+from optax_guard.stop._explain import explain
 from optax_guard.stop._rule import StopReason
-from optax_guard.stop._state import EarlyStopping, explain
+from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._state import EarlyStoppingState as EarlyStoppingState
 from optax_guard.stop._stopper import early_stopping
 

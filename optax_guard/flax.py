@@ -21,9 +21,10 @@ except ImportError as error:
 
 from optax_guard._checks import check_kind, check_leaves, check_transformation
 from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._guarding.step import apply_gradients
 from optax_guard._guarding.undoing import keep_if_skipped, last_reasons
-from optax_guard._public import publish
+from optax_guard._public import answers_wrong_calls, publish
 from optax_guard._trees import find_states
 from optax_guard.loops._checkpoint import Checkpointer, load_best
 from optax_guard.loops._fit import fit
@@ -73,6 +74,7 @@ class TrainState(train_state.TrainState):
     # Keyword-only, so that a subclass may add fields without defaults, as Flax's can.
     batch_stats: Any = struct.field(default=None, kw_only=True)
 
+    @answers_wrong_calls
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """Takes one optimizer step, unless the guard skips it.
 
@@ -135,6 +137,7 @@ class TrainState(train_state.TrainState):
         )
 
     @classmethod
+    @answers_wrong_calls
     def create(
         cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
     ) -> Self:
@@ -166,6 +169,7 @@ class TrainState(train_state.TrainState):
             opt_state=tx.init(_trained(params)),
             **kwargs,
         )
+        warn_if_nested(state)
         seen: set[int] = set()
 
         def own(leaf: Any) -> Any:

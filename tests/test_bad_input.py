@@ -177,7 +177,7 @@ RIGHT: dict[str, set[str]] = {
     "params": set(),
     "path": NOTHING,
     "patience": FROM_ZERO,
-    "percentile": {"0", "3", "0.5", "2.5"},
+    "percentile": {"3", "2.5"},
     "progress": FLAG,
     "q": {"0", "0.5"},
     "record_quantiles": FLAG,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard import stop
+from optax_guard.stop._explain import explain
 from optax_guard.stop._rule import StopReason
-from optax_guard.stop._state import EarlyStoppingState, explain
+from optax_guard.stop._state import EarlyStoppingState
 from optax_guard.stop._stopper import early_stopping
 
 NAN, INF = math.nan, math.inf

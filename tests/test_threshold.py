@@ -678,7 +678,9 @@ def test_wrong_table(table, message):
         (lambda: threshold.relative_to_mean(warmup_max_norm=-1), "`warmup_max_norm`"),
         (lambda: zclip(mode="median"), "`mode` must be one of 'zscore', 'percentile'"),
         (lambda: zclip(clip_option="max"), "`clip_option` must be one of"),
-        (lambda: autoclip(101.0), r"`percentile` must be in \[0, 100\], got 101.0"),
+        (lambda: autoclip(101.0), r"`percentile` must be in \[1, 100\], got 101.0"),
+        (lambda: autoclip(0.9), r"got 0.9. It is in per cent: did you mean 90\?"),
+        (lambda: autoclip(0.0), r"`percentile` must be in \[1, 100\], got 0.0.$"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

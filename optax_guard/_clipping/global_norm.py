@@ -24,6 +24,7 @@ from optax_guard._clipping.parts import (
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.statistics import NormStats, init_stats, update_stats
 from optax_guard._norms.tree_norm import tree_norm
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import map_inexact
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
@@ -53,6 +54,7 @@ class RecordNormState(NamedTuple):
     threshold: Any
 
 
+@answers_wrong_calls
 def clip_by_global_norm(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
     *,
@@ -153,6 +155,7 @@ def clip_by_global_norm(
     return clip(ClipParts(init, measure, rescale))
 
 
+@answers_wrong_calls
 def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
     """Records the global norm of updates and changes nothing.
 

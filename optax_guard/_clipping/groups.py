@@ -37,6 +37,7 @@ from optax_guard._norms.statistics import (
     update_stats,
 )
 from optax_guard._norms.tree_norm import TreeNorm
+from optax_guard._public import answers_wrong_calls
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._coerce import as_threshold
 
@@ -71,6 +72,7 @@ class ClipByGroupNormState(NamedTuple):
     threshold: Any
 
 
+@answers_wrong_calls
 def clip_by_leaf_norm(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
     *,
@@ -138,6 +140,7 @@ def clip_by_leaf_norm(
     )
 
 
+@answers_wrong_calls
 def clip_by_group_norm(
     max_norms: Mapping[str, Any],
     labels: Any,

@@ -1,5 +1,6 @@
 """Clips that tune themselves, as published and with their papers' names."""
 
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -15,11 +16,13 @@ from optax_guard._checks import (
 from optax_guard._clipping.global_norm import clip_by_global_norm
 from optax_guard._clipping.groups import clip_by_leaf_norm
 from optax_guard._norms.mesh_axes import AxisName
+from optax_guard._public import answers_wrong_calls
 from optax_guard.threshold._mean import relative_to_mean
 from optax_guard.threshold._quantile import quantile
 from optax_guard.threshold._zscore import published_zscore
 
 
+@answers_wrong_calls
 def zclip(
     *,
     clip_option: str = "adaptive_scaling",
@@ -94,6 +97,7 @@ def zclip(
     return clip_by_global_norm(rule, axis_name=axis_name)
 
 
+@answers_wrong_calls
 def autoclip(
     percentile: ArrayLike = 10.0, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -103,7 +107,7 @@ def autoclip(
     1 % more, for norms from 1e-12 to 1e12. Zero and non-finite norms do not enter it.
 
     Args:
-      percentile: Which percentile, in [0, 100]: about the share of updates, in per
+      percentile: Which percentile, in [1, 100]: about the share of updates, in per
         cent, that pass. The paper's 10 clips nine in ten. May be traced.
       axis_name: As for ``clip_by_global_norm``.
 
@@ -126,11 +130,25 @@ def autoclip(
       Seetharaman et al., `AutoClip: Adaptive gradient clipping for source separation
       networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
-    check_range("percentile", percentile, 0, 100)
+    _check_percentile(percentile)
     rule = quantile(percentile / 100, warmup=0, include_current=True)
     return clip_by_global_norm(rule, axis_name=axis_name)
 
 
+def _check_percentile(percentile: ArrayLike) -> None:
+    """Refuses a share such as 0.9, which would clip nearly all updates."""
+    try:
+        check_range("percentile", percentile, 1, 100)
+    except ValueError as error:
+        number = np.asarray(percentile)
+        if number.ndim == 0 and 0 < number < 1:
+            raise ValueError(
+                f"{error} It is in per cent: did you mean {100 * number:g}?"
+            ) from None
+        raise
+
+
+@answers_wrong_calls
 def adagc(
     *,
     lambda_rel: ArrayLike = 1.05,

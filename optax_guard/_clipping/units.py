@@ -36,6 +36,7 @@ from optax_guard._norms.statistics import (
     init_stats,
     update_group_stats,
 )
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import as_float, for_each_leaf
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
@@ -59,6 +60,7 @@ class ClipByUnitNormState(NamedTuple):
     threshold: Any
 
 
+@answers_wrong_calls
 def clip_by_unit_norm(
     max_ratio: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
     *,

@@ -20,6 +20,7 @@ from optax_guard._clipping.value_effect import Bounds, effect_of_clipping
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.statistics import NormStats, init_stats, update_stats
 from optax_guard._norms.tree_norm import tree_norm
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import as_float, map_inexact
 
 
@@ -41,6 +42,7 @@ class ClipByValueState(NamedTuple):
     threshold: Any
 
 
+@answers_wrong_calls
 def clip_by_value(
     max_value: ArrayLike,
     *,

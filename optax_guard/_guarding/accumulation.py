@@ -15,6 +15,7 @@ from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
 from optax_guard._norms.statistics import as_float32
 from optax_guard._norms.two_scales import accumulator_dtype
+from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
 from optax_guard._trees import increment, is_inexact, select
 from optax_guard.skip import SkipReason, is_nonfinite
@@ -49,6 +50,7 @@ class AccumulateState(NamedTuple):
     guard_state: GuardState
 
 
+@answers_wrong_calls
 def accumulate(
     inner: optax.GradientTransformation,
     every_k: ArrayLike | Callable[[jax.Array], ArrayLike],

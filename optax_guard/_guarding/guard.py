@@ -15,6 +15,7 @@ from optax_guard._guarding.judging import as_rules, judge_step
 from optax_guard._guarding.masking import counting_only
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
 from optax_guard._guarding.step import StepParts, check_same_tree, take_or_keep
+from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
 from optax_guard._trees import first_difference
 from optax_guard.skip import SkipReason, SkipRule
@@ -22,6 +23,7 @@ from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
 
 
+@answers_wrong_calls
 def guard(
     inner: optax.GradientTransformation,
     clip: ArrayLike

@@ -12,6 +12,7 @@ from optax_guard._clipping.groups import ClipByGroupNormState, ClipByLeafNormSta
 from optax_guard._clipping.units import ClipByUnitNormState
 from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._guarding.state import LOG_LENGTH, GuardState
 from optax_guard._norms.tree_norm import leaves_of_part
 from optax_guard._trees import find_states, only_state, path_names
@@ -92,6 +93,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
             "`state` holds no state of this library. Wrap the optimizer in `guard`, or "
             "chain `clip_by_global_norm` or `record_norm` before it."
         )
+    warn_if_nested(state)
     return _as_scalars(watching, guards, find_states(state, AccumulateState))
 
 

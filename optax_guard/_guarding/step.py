@@ -9,6 +9,8 @@ import optax
 from jax import lax
 
 from optax_guard._checks import check_leaves, check_transformation
+from optax_guard._guarding.nesting import warn_if_nested
+from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import parts_of
 from optax_guard._trees import map_inexact, select
 
@@ -100,6 +102,7 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(leaf, tree, like)
 
 
+@answers_wrong_calls
 def apply_gradients(
     tx: optax.GradientTransformation,
     params: optax.Params,
@@ -148,6 +151,7 @@ def apply_gradients(
         check_leaves("opt_state", opt_state)
         return parts.apply_gradients(params, opt_state, grads=grads, **extra_args)
     check_same_tree(params, grads)
+    warn_if_nested(opt_state)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state

@@ -11,6 +11,7 @@ import optax
 from optax_guard._checks import static_count
 from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import metrics
+from optax_guard._public import answers_wrong_calls
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
@@ -40,6 +41,7 @@ from optax_guard.loops._rewind import Rewind, check_rewind, go_back
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
+@answers_wrong_calls
 def fit(
     state: Any,
     train_step: Callable[[Any, Any], tuple[Any, Any]],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._records.writers import is_logger
 from optax_guard.stop._state import EarlyStopping
 
@@ -32,6 +33,7 @@ def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) 
                 f"`state` must have `{name}`, as a Flax `TrainState` has, got a "
                 f"`{type(state).__name__}`."
             )
+    warn_if_nested(state)
     if evaluate is not None and not callable(evaluate):
         raise TypeError(
             f"`evaluate` must be a function of the state, got {evaluate!r}."
@@ -93,7 +95,7 @@ def warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
     warnings.warn(
         f"`batches` ended after step {step} of {num_steps}, and the run with it. Pass "
         "a function `step -> batch`, or an iterable that repeats the data.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -118,7 +118,7 @@ def go_back(
         f"At step {run.step}, back to the checkpoint of step {then}, rewind "
         f"{rewound.num_rewinds} of {rewind.times}, with the learning rate times "
         f"{rewound.lr_scale:g} and batches of step + {offset}, because of {message}",
-        stacklevel=3,
+        stacklevel=4,
     )
     return state, stop, rewound
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optax_guard._public import answers_wrong_calls
 from optax_guard.skip._rule import Signals, SkipReason, SkipRule
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._coerce import as_threshold
 
 
+@answers_wrong_calls
 def norm_above(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
 ) -> SkipRule:

@@ -17,6 +17,7 @@ from optax_guard._checks import (
     check_range,
     static_count,
 )
+from optax_guard._public import answers_wrong_calls
 from optax_guard.skip._rule import Signals, SkipReason, SkipRule
 from optax_guard.threshold._base import float32
 
@@ -47,6 +48,7 @@ class SpikeState(NamedTuple):
     value_window: SpikeWindow
 
 
+@answers_wrong_calls
 def spike(
     sigma: ArrayLike = 6.0,
     window: int = 128,

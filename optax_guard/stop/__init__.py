@@ -1,6 +1,7 @@
 """Stop rules for `early_stopping`, combinators of them, and smoothing."""
 
 from optax_guard._public import publish
+from optax_guard.stop._clocks import budget, not_before
 from optax_guard.stop._combinators import CooldownState as CooldownState
 from optax_guard.stop._combinators import HeldForState as HeldForState
 from optax_guard.stop._combinators import (
@@ -9,11 +10,12 @@ from optax_guard.stop._combinators import (
     cooldown,
     held_for,
     monitor,
-    not_before,
 )
 from optax_guard.stop._lag import LagState as LagState
 from optax_guard.stop._lag import OverfittingState as OverfittingState
 from optax_guard.stop._lag import lag, overfitting
+from optax_guard.stop._patience import PatienceState as PatienceState
+from optax_guard.stop._patience import patience
 from optax_guard.stop._plateau import PlateauScaleState as PlateauScaleState
 from optax_guard.stop._plateau import PlateauState as PlateauState
 from optax_guard.stop._plateau import apply_plateau, plateau, scale_by_plateau
@@ -29,12 +31,12 @@ from optax_guard.stop._prechelt import (
 )
 from optax_guard.stop._presets import from_flax, from_keras, from_lightning
 from optax_guard.stop._rule import Observation, StopRule, Verdict
-from optax_guard.stop._rules import PatienceState as PatienceState
-from optax_guard.stop._rules import SkipStormState as SkipStormState
-from optax_guard.stop._rules import budget, divergence, patience, skip_storm, target
+from optax_guard.stop._skip_storm import SkipStormState as SkipStormState
+from optax_guard.stop._skip_storm import skip_storm
 from optax_guard.stop._smoothing import MedianState as MedianState
 from optax_guard.stop._smoothing import MovingAverageState as MovingAverageState
 from optax_guard.stop._smoothing import Smoother, ema, median
+from optax_guard.stop._target import divergence, target
 
 __all__ = [
     "Observation",

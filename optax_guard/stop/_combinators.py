@@ -4,6 +4,7 @@ Children say "true now" and never latch, so every combination means what it says
 `all_of` is "all are true at the same evaluation".
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_kind
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -21,9 +23,9 @@ from optax_guard.stop._rule import (
     check_rule,
     sign_of,
 )
-from optax_guard.stop._rules import check_limits, clock_needs, reached
 
 
+@answers_wrong_calls
 def any_of(*rules: StopRule) -> StopRule:
     """Fires when at least one rule is true.
 
@@ -52,6 +54,7 @@ def any_of(*rules: StopRule) -> StopRule:
     return _combine("any_of", jnp.any, rules)
 
 
+@answers_wrong_calls
 def all_of(*rules: StopRule) -> StopRule:
     """Fires when all rules are true at the same evaluation.
 
@@ -77,9 +80,18 @@ def all_of(*rules: StopRule) -> StopRule:
     return _combine("all_of", jnp.all, rules)
 
 
-def _combine(name: str, join: Any, rules: tuple[StopRule, ...]) -> StopRule:
+def _combine(
+    name: str, join: Callable[[jax.Array], jax.Array], rules: tuple[StopRule, ...]
+) -> StopRule:
     if not rules:
         raise ValueError(f"`{name}` needs at least one rule.")
+    only = rules[0] if len(rules) == 1 else None
+    # A rule is a tuple as well.
+    if isinstance(only, Iterable) and not isinstance(only, StopRule):
+        raise TypeError(
+            f"`{name}` takes rules one by one, got a {type(only).__name__}. Write "
+            f"`stop.{name}(*rules)`."
+        )
     for rule in rules:
         check_rule(rule, name)
 
@@ -122,55 +134,6 @@ def _rank(reasons: jax.Array) -> jax.Array:
     return rank
 
 
-def not_before(
-    rule: StopRule,
-    evaluations: ArrayLike | None = None,
-    *,
-    steps: ArrayLike | None = None,
-    seconds: ArrayLike | None = None,
-) -> StopRule:
-    """Holds back a rule's verdict until the run is old enough.
-
-    The rule sees every evaluation, and is judged anew at each: a stall that is over
-    when the time comes does not stop the run.
-
-    Args:
-      rule: The rule to hold back.
-      evaluations: First evaluation, counted from 1, at which it may fire.
-      steps: First step at which it may fire; `update` then needs ``step=``.
-      seconds: Seconds of training before which it may not fire; `update` then needs
-        ``seconds=``. Give exactly one of the three.
-
-    Returns:
-      A rule with the state of ``rule``.
-
-    Raises:
-      ValueError: If a concrete number is out of range, or not exactly one is given.
-
-    Examples:
-      >>> from optax_guard import early_stopping, stop
-      >>> stopper = early_stopping(stop.not_before(stop.patience(1), 4))
-      >>> state = stopper.init()
-      >>> for loss in [0.5, 0.6, 0.7, 0.8]:
-      ...     state = stopper.update(loss, state)
-      >>> bool(state.should_stop), int(state.stopped_at)
-      (True, 3)
-    """
-    check_rule(rule, "not_before")
-    if sum(limit is not None for limit in (evaluations, steps, seconds)) != 1:
-        raise ValueError(
-            "`not_before` takes exactly one of `evaluations`, `steps` and `seconds`."
-        )
-    check_limits("evaluations", evaluations, steps, seconds)
-
-    def update(observation: Observation, state: Any) -> tuple[Verdict, Any]:
-        verdict, state = rule.update(observation, state)
-        fired = verdict.fired & reached(observation, evaluations, steps, seconds)
-        return verdict._replace(fired=fired), state
-
-    return rule._replace(update=update, needs=rule.needs | clock_needs(steps, seconds))
-
-
 class HeldForState(NamedTuple):
     """State of `held_for`.
 
@@ -184,6 +147,7 @@ class HeldForState(NamedTuple):
     held_count: jax.Array
 
 
+@answers_wrong_calls
 def held_for(rule: StopRule, n: ArrayLike) -> StopRule:
     """Fires when a rule has been true at ``n`` evaluations in a row.
 
@@ -241,6 +205,7 @@ class CooldownState(NamedTuple):
     rest_count: jax.Array
 
 
+@answers_wrong_calls
 def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
     """Lets a rule rest for ``n`` evaluations after it fired, then start afresh.
 
@@ -289,6 +254,7 @@ def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
     return rule._replace(init=init, update=update)
 
 
+@answers_wrong_calls
 def monitor(key: str, rule: StopRule, mode: str = "min") -> StopRule:
     """Lets a rule judge another value of a dict.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_not_negative, static_count
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -16,7 +17,7 @@ from optax_guard.stop._rule import (
     as_float,
     as_int,
     train_values,
-    verdict,
+    verdict_for,
 )
 
 
@@ -33,6 +34,7 @@ class LagState(NamedTuple):
     rise_count: jax.Array
 
 
+@answers_wrong_calls
 def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
     """Stops when the value is worse than ``k`` evaluations ago: L(t) > L(t - k).
 
@@ -77,7 +79,7 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
             jnp.where(valid, rises, state.rise_count),
         )
         fired = valid & (new_state.rise_count >= as_int(s))
-        return verdict(fired, StopReason.LAG), new_state
+        return verdict_for(fired, StopReason.LAG), new_state
 
     return StopRule(init, update)
 
@@ -99,6 +101,7 @@ class OverfittingState(NamedTuple):
     rise_count: jax.Array
 
 
+@answers_wrong_calls
 def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
     """Stops when training improves while validation gets worse.
 
@@ -156,6 +159,6 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
             jnp.where(valid, rises, state.rise_count),
         )
         fired = valid & (new_state.rise_count >= as_int(s))
-        return verdict(fired, StopReason.OVERFITTING), new_state
+        return verdict_for(fired, StopReason.OVERFITTING), new_state
 
     return StopRule(init, update, frozenset({"train_value"}))

@@ -8,6 +8,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_fraction, check_kind
+from optax_guard._public import answers_wrong_calls
+from optax_guard.stop._patience import PatienceState, patience
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -15,9 +17,8 @@ from optax_guard.stop._rule import (
     Verdict,
     as_float,
     as_int,
-    verdict,
+    verdict_for,
 )
-from optax_guard.stop._rules import PatienceState, patience
 from optax_guard.stop._state import EarlyStoppingState
 
 
@@ -38,6 +39,7 @@ class PlateauState(NamedTuple):
     rest_count: jax.Array
 
 
+@answers_wrong_calls
 def plateau(
     n: ArrayLike,
     *,
@@ -107,7 +109,7 @@ def plateau(
             jnp.where(reduces, as_int(cooldown), rest),
         )
         fired = stalls & ~reduces
-        return verdict(fired, StopReason.PLATEAU, judged.significant), new_state
+        return verdict_for(fired, StopReason.PLATEAU, judged.significant), new_state
 
     return StopRule(init, update)
 

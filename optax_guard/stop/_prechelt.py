@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_positive, static_count
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.stop._rule import (
     Observation,
@@ -16,7 +17,7 @@ from optax_guard.stop._rule import (
     as_float,
     as_int,
     train_values,
-    verdict,
+    verdict_for,
 )
 
 
@@ -43,6 +44,7 @@ def _loss_in_percent(
     return 100.0 * share, opt_value
 
 
+@answers_wrong_calls
 def generalization_loss(alpha: ArrayLike) -> StopRule:
     """Stops when the value is more than ``alpha`` percent above its best.
 
@@ -82,7 +84,7 @@ def generalization_loss(alpha: ArrayLike) -> StopRule:
         percent, opt_value = _loss_in_percent(observation, state.opt_value)
         fired = observation.valid & (percent > as_float(alpha))
         return (
-            verdict(fired, StopReason.GENERALIZATION_LOSS),
+            verdict_for(fired, StopReason.GENERALIZATION_LOSS),
             GeneralizationLossState(opt_value),
         )
 
@@ -103,6 +105,7 @@ class ProgressQuotientState(NamedTuple):
     train_values: jax.Array
 
 
+@answers_wrong_calls
 def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
     """Stops when the value rises while training hardly progresses.
 
@@ -162,7 +165,7 @@ def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
         exceeds = percent * jnp.abs(least) > as_float(alpha) * progress
         fired = observation.valid & is_full & (percent > 0) & exceeds
         return (
-            verdict(fired, StopReason.PROGRESS_QUOTIENT),
+            verdict_for(fired, StopReason.PROGRESS_QUOTIENT),
             ProgressQuotientState(opt_value, strip),
         )
 
@@ -184,6 +187,7 @@ class SuccessiveRisesState(NamedTuple):
     rise_count: jax.Array
 
 
+@answers_wrong_calls
 def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
     """Stops when the value rose in ``s`` strips of ``k`` evaluations in a row.
 
@@ -237,6 +241,6 @@ def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
             jnp.where(ends, rises, state.rise_count),
         )
         fired = observation.valid & (new_state.rise_count >= as_int(s))
-        return verdict(fired, StopReason.SUCCESSIVE_RISES), new_state
+        return verdict_for(fired, StopReason.SUCCESSIVE_RISES), new_state
 
     return StopRule(init, update)

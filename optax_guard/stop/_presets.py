@@ -7,13 +7,15 @@ from optax_guard._checks import (
     check_kind,
     check_not_nan,
 )
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._combinators import any_of
-from optax_guard.stop._rules import divergence, target
-from optax_guard.stop._rules import patience as stop_patience
+from optax_guard.stop._patience import patience as stop_patience
 from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._stopper import early_stopping
+from optax_guard.stop._target import divergence, target
 
 
+@answers_wrong_calls
 def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
     """Builds the stopper that stops where `flax.training.early_stopping` does.
 
@@ -42,6 +44,7 @@ def from_flax(min_delta: float = 0.0, patience: int = 0) -> EarlyStopping:
     return early_stopping(rule, nonfinite="wait")
 
 
+@answers_wrong_calls
 def from_keras(
     monitor: str = "val_loss",
     min_delta: float = 0.0,
@@ -95,6 +98,7 @@ def from_keras(
     )
 
 
+@answers_wrong_calls
 def from_lightning(
     monitor: str,
     min_delta: float = 0.0,

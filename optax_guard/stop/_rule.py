@@ -161,11 +161,16 @@ class StopRule(NamedTuple):
     keys: frozenset[str] = frozenset()
 
 
-def verdict(
+def verdict_for(
     fired: jax.Array, reason: StopReason, significant: jax.Array | None = None
 ) -> Verdict:
     """Builds a `Verdict` whose reason is fixed."""
     return Verdict(fired, jnp.asarray(int(reason), jnp.int32), significant)
+
+
+def no_state() -> tuple[()]:
+    """Is the ``init`` of a rule without state."""
+    return ()
 
 
 def train_values(observation: Observation) -> jax.Array:

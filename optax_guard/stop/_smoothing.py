@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_fraction, static_count
+from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._rule import as_float
 
 
@@ -35,6 +36,7 @@ class MovingAverageState(NamedTuple):
     weight_sum: jax.Array
 
 
+@answers_wrong_calls
 def ema(decay: ArrayLike) -> Smoother:
     """Smooths with an exponential moving average that is right from the first value.
 
@@ -92,6 +94,7 @@ class MedianState(NamedTuple):
     recent_values: jax.Array
 
 
+@answers_wrong_calls
 def median(k: int) -> Smoother:
     """Smooths with the median of the last k values; one outlier does not move it.
 

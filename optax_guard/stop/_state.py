@@ -1,14 +1,13 @@
-"""What early stopping is made of, its state, and what that says to people."""
+"""The functions and the state of early stopping, and checks that a state fits."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_kind
-from optax_guard.stop._rule import StopReason
+from optax_guard.stop._rule import StopRule
+from optax_guard.stop._smoothing import Smoother
 
 
 class EarlyStoppingState(NamedTuple):
@@ -100,50 +99,52 @@ class EarlyStopping(NamedTuple):
     needs: frozenset[str]
 
 
-def explain(state: EarlyStoppingState) -> str:
-    """Says in words how the run stands, or why it stopped and what to try.
-
-    Reads the state on the host, so it waits for the device.
-
-    Args:
-      state: State of one run; of a population, index its leaves first.
-
-    Returns:
-      One line of text. Evaluations are counted from 0.
-
-    Raises:
-      TypeError: If the state is no `EarlyStoppingState`.
-      ValueError: If the state is that of a population.
-
-    Examples:
-      >>> from optax_guard import early_stopping, explain, stop
-      >>> stopper = early_stopping(stop.target(0.5))
-      >>> explain(stopper.update(0.7, stopper.init()))
-      'running, best 0.7 at evaluation 0'
-      >>> explain(stopper.update(0.4, stopper.init()))
-      'stopped at evaluation 0 (TARGET), best 0.4 at evaluation 0. ...'
-    """
-    check_kind("state", state, EarlyStoppingState, "an `EarlyStoppingState`")
-    if np.shape(state.should_stop):
-        raise ValueError(
-            "`explain` takes the state of one run, got a population of shape "
-            f"{np.shape(state.should_stop)}. Take one member with "
-            "`jax.tree.map(lambda leaf: leaf[i], state)`."
+def check_state(where: str, state: object) -> None:
+    """Refuses anything but a state of early stopping."""
+    if not isinstance(state, EarlyStoppingState):
+        raise TypeError(
+            f"`state` of `{where}` must be the `EarlyStoppingState` that `init` "
+            f"returned, got {type(state).__name__}. The order is update(value, state, "
+            "params); a checkpoint is restored into `init(params)` as its target."
         )
-    # The parameters may be large and say nothing here.
-    now = jax.device_get(state._replace(best_params=None))
-    if int(now.best_eval) < 0:
-        best = "no finite value yet"
-    else:
-        best = f"best {float(now.best_value):.6g} at evaluation {int(now.best_eval)}"
-        if int(now.best_step) >= 0:
-            best += f" (step {int(now.best_step)})"
-    if not bool(now.should_stop):
-        since = int(now.num_evals) - 1 - int(now.best_eval)
-        waiting = f", {since} without a better one" if since > 0 else ""
-        return f"running, {best}{waiting}"
-    reason = StopReason(int(now.stop_reason))
-    return (
-        f"stopped at evaluation {int(now.stopped_at)} ({reason.name}), {best}. "
-        f"{reason.message}"
-    )
+
+
+def check_same_rule(
+    state: EarlyStoppingState, rule: StopRule, smooth: Smoother | None
+) -> None:
+    """Refuses the state of a stopper with another rule or smoothing."""
+    expected = (rule.init(), () if smooth is None else smooth.init())
+    got = (state.rule_state, state.smooth_state)
+    if jax.tree.structure(got) != jax.tree.structure(expected):
+        raise ValueError(
+            "`state` belongs to another stopper: its rule or smoothing has a state of "
+            f"{jax.tree.structure(got)}, this one's is "
+            f"{jax.tree.structure(expected)}. Make it with this stopper's `init`."
+        )
+
+
+def check_same_params(what: str, params: Any, kept: Any) -> None:
+    """Refuses parameters that are not like those kept in the state."""
+    if params is None and kept is not None:
+        raise ValueError(
+            f"{what} are missing: `init` was given parameters, so every "
+            "call needs those that gave the value. To keep none, call `init()`."
+        )
+    if kept is None and params is not None:
+        raise ValueError(
+            f"{what} have no place in `state`: it was made by `init()`. "
+            "Make it by `init(params)` to keep the best, or pass none."
+        )
+    if jax.tree.structure(params) != jax.tree.structure(kept):
+        raise ValueError(
+            f"{what} must have the structure given to `init`, "
+            f"{jax.tree.structure(kept)}, got {jax.tree.structure(params)}."
+        )
+    pairs = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(kept), strict=True)
+    for (path, leaf), old in pairs:
+        if (leaf.shape, leaf.dtype) != (old.shape, old.dtype):
+            raise ValueError(
+                f"{what} must be like those given to `init`: at "
+                f"{jax.tree_util.keystr(path)} {old.dtype}{list(old.shape)}, got "
+                f"{leaf.dtype}{list(leaf.shape)}."
+            )

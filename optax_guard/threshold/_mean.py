@@ -14,6 +14,7 @@ from optax_guard._checks import (
     check_fraction,
     check_positive,
 )
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import as_float
 from optax_guard.threshold._base import (
     Limits,
@@ -45,6 +46,7 @@ class RelativeToMeanState(NamedTuple):
     recent_length: jax.Array
 
 
+@answers_wrong_calls
 def relative_to_mean(
     ratio: ArrayLike = 1.05,
     *,

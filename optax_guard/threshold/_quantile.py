@@ -20,6 +20,7 @@ from optax_guard._norms.sketch import (
     sketch_init,
     sketch_quantile,
 )
+from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import increment
 from optax_guard.threshold._base import (
     Limits,
@@ -44,6 +45,7 @@ class QuantileState(NamedTuple):
     norms_seen: jax.Array
 
 
+@answers_wrong_calls
 def quantile(
     q: ArrayLike,
     *,

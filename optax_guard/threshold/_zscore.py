@@ -16,6 +16,7 @@ from optax_guard._checks import (
     check_positive,
 )
 from optax_guard._norms.statistics import bounded_square
+from optax_guard._public import answers_wrong_calls
 from optax_guard.threshold._base import (
     Limits,
     Threshold,
@@ -49,6 +50,7 @@ class ZScoreState(NamedTuple):
     recent_length: jax.Array
 
 
+@answers_wrong_calls
 def zscore(
     sigma: ArrayLike = 2.5,
     *,

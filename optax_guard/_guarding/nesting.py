@@ -1,0 +1,114 @@
+"""A guard inside of a transformation whose own state changes on skipped steps."""
+
+import os
+import sys
+import warnings
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._trees import opt_state_of
+
+# Fields that only states with a guard have. Their classes are in files above this one.
+_GUARD_FIELDS = {"guard_exhausted", "guard_state"}
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+# Structures of states that were found in order. After a warning nothing is looked at.
+_checked: set[Hashable] = set()
+_has_warned = False
+
+
+def warn_if_nested(state: Any) -> None:
+    """Warns once per process if state outside of a guard changes on a skipped step.
+
+    It looks at types, so that under `jit` it costs nothing after tracing.
+    """
+    global _has_warned
+    opt_state = opt_state_of(state)
+    if _has_warned or _is_guarded(opt_state):
+        return
+    structure = jax.tree.structure(opt_state)
+    if structure in _checked:
+        return
+    names = names_outside_of_guard(opt_state)
+    if not names:
+        _checked.add(structure)
+        return
+    _has_warned = True
+    warnings.warn(
+        f"The guard is inside of a transformation whose own state ({', '.join(names)}) "
+        "changes on a skipped step, when that of the guard does not. Put the guard "
+        "outermost: `guard(optax.chain(...))`.",
+        stacklevel=_frames_inside(),
+    )
+
+
+def names_outside_of_guard(opt_state: Any) -> list[str]:
+    """Names the states that change on a step which a guard beside them skips.
+
+    Only floating leaves count: whole numbers count calls, as schedules do. Statistics
+    of this library and hyperparameters change without harm.
+
+    Returns:
+      Sorted names of classes; empty if there is no guard or nothing is outside of it.
+    """
+    has_guard, names = _survey(opt_state, type(opt_state).__name__)
+    return sorted(names) if has_guard else []
+
+
+def _survey(node: Any, owner: str) -> tuple[bool, set[str]]:
+    """Says whether a node holds a guard, and which classes hold floats outside of it.
+
+    Args:
+      node: A part of the optimizer state.
+      owner: Name of the class that holds it.
+    """
+    if _is_guarded(node):
+        return True, set()
+    if type(node).__module__.partition(".")[0] == "optax_guard":
+        return False, set()
+    if isinstance(node, optax.MultiStepsState):
+        return _survey(node.inner_opt_state, owner)
+    if isinstance(node, optax.MaskedState):
+        return _survey(node.inner_state, owner)
+    if hasattr(node, "hyperparams") and hasattr(node, "inner_state"):
+        return _survey(node.inner_state, owner)
+    if isinstance(node, optax.PartitionState):
+        return _survey_apart(list(node.inner_states.values()), owner)
+    children = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
+    if any(child is node for child in children):
+        dtype = getattr(node, "dtype", np.dtype(np.int32))
+        return False, {owner} if jnp.issubdtype(dtype, jnp.inexact) else set()
+    name = type(node).__name__ if hasattr(node, "_fields") else owner
+    # Masks in one chain are for parameters of their own, as the parts of a partition.
+    masked = [child for child in children if isinstance(child, optax.MaskedState)]
+    found = [_survey_apart(masked, name)]
+    found += [
+        _survey(child, name)
+        for child in children
+        if not isinstance(child, optax.MaskedState)
+    ]
+    return any(has for has, _ in found), set().union(*(names for _, names in found))
+
+
+def _survey_apart(nodes: list[Any], owner: str) -> tuple[bool, set[str]]:
+    """As `_survey`, of states for different parameters: each has a guard or none."""
+    found = [_survey(node, owner) for node in nodes]
+    guarded = [names for has, names in found if has]
+    return bool(guarded), set().union(*(guarded or [names for _, names in found]))
+
+
+def _is_guarded(node: Any) -> bool:
+    return not _GUARD_FIELDS.isdisjoint(getattr(node, "_fields", ()))
+
+
+def _frames_inside() -> int:
+    """Counts the frames of this package above the caller, for `stacklevel`."""
+    frame, count = sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, count = frame.f_back, count + 1
+    return count

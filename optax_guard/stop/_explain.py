@@ -1,0 +1,57 @@
+"""The state of a run in words."""
+
+import jax
+import numpy as np
+
+from optax_guard._checks import check_kind
+from optax_guard.stop._rule import StopReason
+from optax_guard.stop._state import EarlyStoppingState
+
+
+def explain(state: EarlyStoppingState) -> str:
+    """Says in words how the run stands, or why it stopped and what to try.
+
+    Reads the state on the host, so it waits for the device.
+
+    Args:
+      state: State of one run; of a population, index its leaves first.
+
+    Returns:
+      One line of text. Evaluations are counted from 0.
+
+    Raises:
+      TypeError: If the state is no `EarlyStoppingState`.
+      ValueError: If the state is that of a population.
+
+    Examples:
+      >>> from optax_guard import early_stopping, explain, stop
+      >>> stopper = early_stopping(stop.target(0.5))
+      >>> explain(stopper.update(0.7, stopper.init()))
+      'running, best 0.7 at evaluation 0'
+      >>> explain(stopper.update(0.4, stopper.init()))
+      'stopped at evaluation 0 (TARGET), best 0.4 at evaluation 0. ...'
+    """
+    check_kind("state", state, EarlyStoppingState, "an `EarlyStoppingState`")
+    if np.shape(state.should_stop):
+        raise ValueError(
+            "`explain` takes the state of one run, got a population of shape "
+            f"{np.shape(state.should_stop)}. Take one member with "
+            "`jax.tree.map(lambda leaf: leaf[i], state)`."
+        )
+    # The parameters may be large and say nothing here.
+    now = jax.device_get(state._replace(best_params=None))
+    if int(now.best_eval) < 0:
+        best = "no finite value yet"
+    else:
+        best = f"best {float(now.best_value):.6g} at evaluation {int(now.best_eval)}"
+        if int(now.best_step) >= 0:
+            best += f" (step {int(now.best_step)})"
+    if not bool(now.should_stop):
+        since = int(now.num_evals) - 1 - int(now.best_eval)
+        waiting = f", {since} without a better one" if since > 0 else ""
+        return f"running, {best}{waiting}"
+    reason = StopReason(int(now.stop_reason))
+    return (
+        f"stopped at evaluation {int(now.stopped_at)} ({reason.name}), {best}. "
+        f"{reason.message}"
+    )

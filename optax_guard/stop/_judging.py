@@ -1,0 +1,75 @@
+"""The order of judgment at an evaluation, the latch, and the best parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard._trees import increment, select
+from optax_guard.stop._config import Config
+from optax_guard.stop._inputs import Inputs
+from optax_guard.stop._observation import observe
+from optax_guard.stop._rule import StopReason, as_int
+from optax_guard.stop._state import (
+    EarlyStoppingState,
+    check_same_params,
+    check_same_rule,
+)
+
+
+def judge(
+    config: Config, inputs: Inputs, state: EarlyStoppingState
+) -> EarlyStoppingState:
+    """Returns the state after an evaluation; a stopped one changes no more."""
+    check_same_rule(state, config.rule, config.smooth)
+    check_same_params("`params` of `update`", inputs.params, state.best_params)
+    seen = observe(config, inputs, state)
+    observation, step = seen.observation, seen.observation.step
+    contender = observation.raw if config.best_on == "raw" else observation.value
+    is_best = observation.valid & (contender < config.sign * state.best_value)
+    verdict, rule_state = config.rule.update(observation, state.rule_state)
+
+    streak = jnp.where(seen.is_finite, 0, increment(state.nonfinite_streak, True))
+    should_stop, reason = verdict.fired, verdict.reason
+    if config.nonfinite == "stop":
+        is_bad = streak > as_int(config.max_nonfinite)
+        should_stop |= is_bad
+        reason = jnp.where(is_bad, int(StopReason.NONFINITE), reason)
+
+    runs = ~state.should_stop
+    new = EarlyStoppingState(
+        num_evals=observation.num_evals,
+        best_value=jnp.where(is_best, config.sign * contender, state.best_value),
+        best_eval=jnp.where(is_best, state.num_evals, state.best_eval),
+        best_step=jnp.where(is_best, -1 if step is None else step, state.best_step),
+        is_best=is_best,
+        is_significant=is_best if verdict.significant is None else verdict.significant,
+        nonfinite_streak=streak,
+        train_seconds=seen.train_seconds,
+        should_stop=should_stop,
+        stop_reason=jnp.where(should_stop, reason, int(StopReason.RUNNING)),
+        stopped_at=jnp.where(should_stop, state.num_evals, -1),
+        best_params=None,
+        rule_state=rule_state,
+        smooth_state=seen.smooth_state,
+    )
+    new = select(runs, new, state._replace(best_params=None))
+    return new._replace(
+        is_best=runs & new.is_best,
+        is_significant=runs & new.is_significant,
+        best_params=keep_or_take(runs & is_best, state.best_params, inputs.params),
+    )
+
+
+def keep_or_take(takes: jax.Array, kept: Any, params: Any) -> Any:
+    """Takes the parameters or keeps the old ones, with no traffic when it keeps."""
+    # Keep comes first: XLA then aliases the carry instead of copying it.
+    return jax.lax.switch(
+        takes.astype(jnp.int32),
+        [
+            lambda kept, params: kept,
+            lambda kept, params: params,
+        ],
+        kept,
+        params,
+    )

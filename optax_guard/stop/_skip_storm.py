@@ -1,0 +1,89 @@
+"""A rule on the guard: too many skipped steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_guard._checks import check_count
+from optax_guard._public import answers_wrong_calls
+from optax_guard.stop._rule import (
+    Observation,
+    StopReason,
+    StopRule,
+    Verdict,
+    as_int,
+    verdict_for,
+)
+
+
+class SkipStormState(NamedTuple):
+    """State of `skip_storm`.
+
+    Attributes:
+      seen_skipped: Steps skipped up to the last evaluation, int32, shape (); -1
+        before the first.
+    """
+
+    seen_skipped: jax.Array
+
+
+@answers_wrong_calls
+def skip_storm(n: ArrayLike) -> StopRule:
+    """Stops when the guard skips many steps instead of training.
+
+    Fires when the guard is exhausted, when its present streak of skipped steps is
+    at least ``n``, or when at least ``n`` were skipped since the last evaluation.
+    Several guards in one state are added up. `update` needs ``opt_state=``.
+
+    Args:
+      n: Skipped steps that are too many; at least 1, may be traced.
+
+    Returns:
+      A rule whose state is a `SkipStormState`.
+
+    Raises:
+      ValueError: If ``n`` is a Python number below 1, or, at `update`, if
+        ``opt_state`` holds no guard.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> tx, params = og.guard(optax.sgd(0.1)), jnp.ones(1)
+      >>> _, opt_state = tx.update(jnp.array([jnp.nan]), tx.init(params), params)
+      >>> stopper = og.early_stopping(og.stop.skip_storm(1))
+      >>> state = stopper.update(0.5, stopper.init(), opt_state=opt_state)
+      >>> bool(state.should_stop)
+      True
+    """
+    check_count("n", n)
+
+    def init() -> SkipStormState:
+        return SkipStormState(jnp.asarray(-1, jnp.int32))
+
+    def update(
+        observation: Observation, state: SkipStormState
+    ) -> tuple[Verdict, SkipStormState]:
+        skipped = sum(_guard_field(observation.opt_state, "num_skipped"))
+        streaks = _guard_field(observation.opt_state, "skip_streak")
+        exhausted = _guard_field(observation.opt_state, "guard_exhausted")
+        skipped = jnp.asarray(skipped, jnp.int32)
+        # After `reset` the old skips are not held against the run again.
+        is_first = state.seen_skipped < 0
+        fired = ~is_first & (skipped - state.seen_skipped >= as_int(n))
+        for streak, spent in zip(streaks, exhausted, strict=True):
+            fired |= (streak >= as_int(n)) | spent
+        return verdict_for(fired, StopReason.SKIP_STORM), SkipStormState(skipped)
+
+    return StopRule(init, update, frozenset({"opt_state"}))
+
+
+def _guard_field(opt_state: Any, field: str) -> list[jax.Array]:
+    found = optax.tree.get_all_with_path(opt_state, field)
+    if not found:
+        raise ValueError(
+            f"`opt_state` holds no guard (no field `{field}`), which `skip_storm` "
+            "reads. Wrap the optimizer in `guard` and pass the state it returns."
+        )
+    return [leaf for _, leaf in found]
