@@ -20,8 +20,8 @@ except ImportError as error:
     ) from error
 
 from optax_guard._checks import check_kind, check_leaves, check_transformation
-from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.nesting import warn_if_nested
+from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import apply_gradients
 from optax_guard._guarding.undoing import keep_if_skipped, last_reasons
 from optax_guard._public import answers_wrong_calls, publish

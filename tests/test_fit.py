@@ -1,8 +1,10 @@
 """`fit`: the host loop. Oracles are plain Python loops in float64."""
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -550,6 +552,60 @@ def test_flaxs_own_state_is_traced_once_too():
     assert num_traces == 1
 
 
+class Trainer:
+    """Its step is a bound method: a new object each time it is read."""
+
+    def __init__(self):
+        self.num_traces = 0
+
+    def step(self, state, x):
+        self.num_traces += 1
+        return state.replace(step=state.step + 1, params=state.params - x), 0.0
+
+
+def test_step_that_is_a_method_is_traced_once_by_two_runs():
+    trainer = Trainer()
+    state = TrainState.create(apply_fn=str, params=jnp.zeros(()), tx=optax.sgd(1.0))
+    for _ in range(2):
+        fit(state, trainer.step, lambda step: 1.0, num_steps=2, eval_every=2)
+    assert trainer.num_traces == 1
+
+
+class Held:
+    """Stands for data that a function closes over."""
+
+    value = 1.0
+
+
+def test_what_the_functions_close_over_is_released_after_the_run():
+    def run():
+        held = [Held(), Held(), Trainer()]
+
+        def step(state, x):
+            return state.replace(step=state.step + 1), held[0].value
+
+        def update(observation, state):
+            is_over = observation.value > held[1].value
+            return og.stop.Verdict(is_over, jnp.asarray(0, jnp.int32)), state
+
+        state = TrainState.create(apply_fn=str, params=jnp.zeros(()), tx=optax.sgd(1.0))
+        for train_step in (step, held[2].step):
+            fit(
+                state,
+                train_step,
+                lambda step: 1.0,
+                num_steps=2,
+                eval_every=1,
+                evaluate=lambda state: 0.0,
+                stopper=og.early_stopping(og.stop.StopRule(lambda: (), update)),
+            )
+        return [weakref.ref(each) for each in held]
+
+    found = run()
+    gc.collect()
+    assert [ref() for ref in found] == [None] * 3
+
+
 def test_step_on_a_mesh_is_compiled_once(mesh, caplog):
     data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
@@ -602,8 +658,11 @@ def test_iterable_gives_what_the_function_gives():
 @pytest.mark.parametrize(("num_batches", "expected"), [(3, [2, 3]), (4, [2, 4])])
 def test_iterable_that_ends_early_ends_the_run_with_a_warning(num_batches, expected):
     data = [targets(i) for i in range(num_batches)]
-    with pytest.warns(UserWarning, match=rf"ended after step {num_batches} of 10, "):
+    expected_text = rf"ended after step {num_batches} of 10, "
+    with pytest.warns(UserWarning, match=expected_text) as caught:
         result = fit(made(), train_step, data, num_steps=10, eval_every=2)
+    # The warning points at the line that calls `fit`.
+    assert [warning.filename for warning in caught] == [__file__]
     assert [row["step"] for row in result.history] == expected
 
 

@@ -23,7 +23,7 @@ from optax_guard.loops._orbax import (
     restore_as_numpy,
     savable,
 )
-from optax_guard.loops._result import Rewound, Run
+from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
@@ -132,7 +132,7 @@ class Store:
         """Whether there is nothing to resume from."""
         return self._manager.latest_step() is None
 
-    def save(self, run: Run) -> None:
+    def save(self, run: Snapshot) -> None:
         """Saves in the background. The arrays may be donated when this returns."""
         variables, rest = _parted(run.state)
         training = {"state": rest, "stop": run.stop}
@@ -150,14 +150,14 @@ class Store:
         self._policy.best_step = run.best_step
         self._manager.save(run.step, args=self._args.Composite(**items))
 
-    def load_latest(self, state: Any, stopper: EarlyStopping | None) -> Run:
+    def load_latest(self, state: Any, stopper: EarlyStopping | None) -> Snapshot:
         """The run at the latest checkpoint, in arrays like those of `state`."""
         step = self._manager.latest_step()
         assert step is not None
         metadata = read_metadata(self._manager, step)
         state, stop = self._load(step, state, stopper and stopper.init())
         self._policy.best_step = metadata["best_step"]
-        return Run(
+        return Snapshot(
             step=step,
             state=state,
             stop=stop,

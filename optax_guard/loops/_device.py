@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from optax_guard._checks import static_count
-from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import metrics
+from optax_guard._guarding.state import GuardState
 from optax_guard._trees import as_argument, find_states
 from optax_guard.loops._ending import flags_of_guard, is_over
 from optax_guard.loops._evaluation import tracked
@@ -18,9 +18,15 @@ from optax_guard.loops._inputs import (
     check_arguments,
     check_functions,
     check_steps,
-    own,
+    copied,
 )
-from optax_guard.loops._lane import Lane, advance, first_lane, judge_of, next_evaluation
+from optax_guard.loops._lane import (
+    Lane,
+    advance,
+    evaluation_of,
+    first_lane,
+    next_evaluation,
+)
 from optax_guard.loops._result import FitResult, as_result
 from optax_guard.stop._state import EarlyStopping
 
@@ -100,7 +106,7 @@ def train_on_device(
     step = int(state.step)
     check_steps(step, num_steps)
     lane, best = _run(
-        own(state),
+        copied(state),
         [as_argument(f) for f in (train_step, batches, evaluate)],
         np.int32(step),
         stopper=stopper,
@@ -132,7 +138,7 @@ def _run(
 ) -> tuple[Lane, Any]:
     train_step, batches, evaluate = given
     functions = Functions(train_step, batches, evaluate, stopper)
-    judge = judge_of(functions)
+    evaluate_lane = evaluation_of(functions)
 
     def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:
         step, lane = carry
@@ -141,9 +147,9 @@ def _run(
     def go(carry: tuple[jax.Array, Lane]) -> tuple[jax.Array, Lane]:
         step, lane = carry
         until = next_evaluation(step, num_steps, eval_every)
-        return until, advance(functions, judge, lane, step, until)
+        return until, advance(functions, evaluate_lane, lane, step, until)
 
-    lane = first_lane(functions, judge, state, num_steps, eval_every)
+    lane = first_lane(functions, evaluate_lane, state, num_steps, eval_every)
     _, lane = jax.lax.while_loop(goes_on, go, (begin, lane))
     best = None
     if stopper is not None and lane.stop is not None:

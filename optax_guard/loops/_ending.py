@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import (
     GuardExhaustedError,
     raise_if_exhausted,
     skipped_steps,
 )
+from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
 from optax_guard.stop._rule import StopReason
 

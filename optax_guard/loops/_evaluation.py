@@ -1,16 +1,21 @@
-"""One evaluation, in one order, for host and device."""
+"""One evaluation of a run, in one order, for the loop on the host and on the device."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from optax_guard._guarding.guard import GuardState
+from optax_guard._guarding.readout import metrics
+from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
+from optax_guard.loops._compiled import CompiledFor
+from optax_guard.loops._ending import flags_of_guard
+from optax_guard.loops._interval import Interval, close, totals
 from optax_guard.stop._plateau import (
     PlateauScaleState,
     PlateauState,
@@ -19,68 +24,230 @@ from optax_guard.stop._plateau import (
 )
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
-# Of the stopper, for the host to read.
+# The fields of the stopper's state that end a run or name its best checkpoint.
 _FLAGS = ("should_stop", "stop_reason", "best_step")
 
-# The key of a row for what `evaluate` returned, if it was no dict.
+# The key of the value in a row, if `evaluate` did not return a dict.
 VALUE = "value"
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
+class Point(NamedTuple):
+    """The arrays of a run at an evaluation.
+
+    Attributes:
+      state: The user's state.
+      interval: Sums since the evaluation before.
+      stop: The `EarlyStoppingState`, or ``None`` without a stopper.
+    """
+
+    state: Any
+    interval: Interval
+    stop: EarlyStoppingState | None
+
+
+class Facts(NamedTuple):
+    """The facts that the loop adds to an evaluation.
+
+    Attributes:
+      step: Steps done, int32[].
+      seconds: Time since the evaluation before, float32[]; ``None`` if no rule needs it
+        or there is no clock.
+      scheduled_rate: The learning rate by the user's schedule; ``None`` without one.
+    """
+
+    step: ArrayLike
+    seconds: ArrayLike | None = None
+    scheduled_rate: jax.Array | None = None
+
+
+class Judged(NamedTuple):
+    """The results of an evaluation.
+
+    Attributes:
+      interval: An empty interval.
+      stop: The new state of the stopper, or ``None`` without one.
+      row: The items of the row that come from the interval and the guard.
+      rate: The learning rate as an item of the row, or an empty dict.
+      flags: Numbers that tell whether the run is over. They share no buffer with the
+        states, which are donated before the host reads the flags.
+    """
+
+    interval: Interval
+    stop: EarlyStoppingState | None
+    row: dict[str, jax.Array]
+    rate: dict[str, jax.Array]
+    flags: dict[str, jax.Array]
+
+
+class Evaluation(NamedTuple):
+    """The configuration of the evaluations of a run.
+
+    Attributes:
+      judge: `judge` with the stopper bound, compiled or not.
+      keeps_best: Whether the stopper holds the best parameters. With a checkpointer
+        they are on disk.
+      writes_rewinds: Whether a row has the number of rewinds.
+    """
+
+    judge: Callable[..., Judged]
+    keeps_best: bool = True
+    writes_rewinds: bool = False
+
+
+def evaluate_point(
+    evaluation: Evaluation,
+    point: Point,
+    found: Any,
+    facts: Facts,
+    *,
+    num_rewinds: int = 0,
+    lr_scale: float = 1.0,
+) -> tuple[Point, dict[str, Any], dict[str, Any]]:
+    """Judges the values of an evaluation: row, stopper, plateau, flags, in this order.
+
+    Args:
+      evaluation: The configuration.
+      point: The run. The host's loop donates its interval and its stopper's state.
+      found: The result of the user's ``evaluate``, or an empty dict.
+      facts: Step, seconds and learning rate.
+      num_rewinds: Rewinds so far.
+      lr_scale: Factor of the rewinds on the learning rate.
+
+    Returns:
+      The point from which the run goes on, the row, and the flags.
+    """
+    state, interval, stop = point
+    values = named_values(found)
+    # Without a stopper nothing judges the values: they may be on any device.
+    value = params = None
+    if stop is not None:
+        value = values if isinstance(found, Mapping) else values[VALUE]
+        params = tracked(state) if evaluation.keeps_best else None
+    judged = evaluation.judge(interval, stop, value, params, state.opt_state, facts)
+    if judged.stop is not None:
+        state = with_plateau(state, judged.stop, lr_scale)
+    row: dict[str, Any] = dict(judged.row)
+    if evaluation.writes_rewinds:
+        row["rewinds"] = num_rewinds
+    if "learning_rate" not in values:
+        row |= judged.rate
+    _check_names(row, values)
+    point = Point(state, judged.interval, judged.stop)
+    return point, {**row, **values}, judged.flags
+
+
+def judge(
+    update: Callable[..., EarlyStoppingState] | None,
+    needs: frozenset[str],
+    interval: Interval,
+    stop: EarlyStoppingState | None,
+    value: Any,
+    params: Any,
+    opt_state: Any,
+    facts: Facts,
+) -> Judged:
+    """Closes the interval, updates the stopper, and reads guard and learning rate.
+
+    Args:
+      update: The stopper's ``update``, or ``None`` without a stopper.
+      needs: The stopper's ``needs``.
+      interval: Sums since the evaluation before.
+      stop: The stopper's state.
+      value: The value to judge, or the dict that holds it.
+      params: The parameters of which the stopper keeps the best, or ``None``.
+      opt_state: The optimizer's state.
+      facts: Step, seconds and learning rate.
+    """
+    row, interval = close(interval)
+    flags: dict[str, jax.Array] = {}
+    if update is not None and stop is not None:
+        told = {"step": facts.step, "train_value": row["train_loss"]}
+        if "seconds" in needs:
+            told["seconds"] = facts.seconds
+        if "opt_state" in needs:
+            told["opt_state"] = opt_state
+        stop = update(value, stop, params, **told)
+        flags |= {name: jnp.copy(getattr(stop, name)) for name in _FLAGS}
+    if find_states(opt_state, GuardState):
+        counted = metrics(opt_state)
+        row |= totals(counted)
+        flags |= flags_of_guard(counted)
+    rate = learning_rate_item(opt_state, facts.scheduled_rate)
+    return Judged(interval, stop, row, rate, flags)
+
+
+def compiled_judge(stopper: EarlyStopping | None) -> Callable[..., Judged]:
+    """`judge`, compiled once for each stopper: one dispatch an evaluation.
+
+    The interval and the stopper's state are donated.
+    """
+    if stopper is None:
+        return _judge_without_stopper
+    return functools.partial(_judge_by(stopper.update), stopper.needs)
+
+
+_judge_without_stopper = jax.jit(
+    functools.partial(judge, None, frozenset()), donate_argnums=0
+)
+
+
+@CompiledFor
+def _judge_by(get_update: Callable[[], Any]) -> Callable[..., Judged]:
+    def judge_run(needs: frozenset[str], *inputs: Any) -> Judged:
+        return judge(get_update(), needs, *inputs)
+
+    return jax.jit(judge_run, static_argnums=0, donate_argnums=(1, 2))
+
+
+def scheduled_rate(
+    schedule: optax.Schedule | None, opt_state: Any, step: int
+) -> jax.Array | None:
+    """The learning rate of the last update by a schedule of the updates done."""
+    if schedule is None:
+        return None
+    guards = find_states(opt_state, GuardState)
+    # A schedule does not advance at a step that is skipped.
+    skipped = guards[0].num_skipped if guards else 0
+    return jnp.array(schedule(jnp.maximum(step - 1 - skipped, 0)), copy=True)
+
+
 def learning_rate_item(
-    state: Any, step: Any, schedule: optax.Schedule | None = None
+    opt_state: Any, scheduled_rate: jax.Array | None
 ) -> dict[str, jax.Array]:
     """The learning rate of the last update, as an item of a row.
 
     Args:
-      state: A state with ``opt_state``.
-      step: Steps done, at least 1.
-      schedule: A function of the updates done, as the optimizer was given it; the
-        hyperparameter ``learning_rate`` of ``optax.inject_hyperparams`` if ``None``.
+      opt_state: The optimizer's state.
+      scheduled_rate: The rate by the user's schedule. If it is ``None``, the rate is
+        the hyperparameter ``learning_rate`` of ``optax.inject_hyperparams``.
 
     Returns:
       ``{"learning_rate": float[]}``, times the factor of a `stop.scale_by_plateau`;
-      empty if nothing tells it.
+      empty if neither tells the rate.
     """
-    if schedule is not None:
-        guards = find_states(state, GuardState)
-        # A schedule does not advance at a step that is skipped.
-        skipped = guards[0].num_skipped if guards else 0
-        rates = [schedule(jnp.maximum(step - 1 - skipped, 0))]
+    if scheduled_rate is not None:
+        rates = [scheduled_rate]
     else:
-        settings = [s.hyperparams for s in find_states(state, _INJECTED)]
+        settings = [s.hyperparams for s in find_states(opt_state, _INJECTED)]
         rates = [x["learning_rate"] for x in settings if "learning_rate" in x]
     if not rates:
         return {}
-    # A copy, for the state is donated to the next step.
+    # A copy, because the state is donated to the next step.
     rate = jnp.array(rates[0], copy=True)
-    for scale in find_states(state, PlateauScaleState):
+    for scale in find_states(opt_state, PlateauScaleState):
         rate = rate * scale.lr_scale
     return {"learning_rate": rate}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _judge(
-    stopper: EarlyStopping,
-    stop: EarlyStoppingState,
-    value: Any,
-    params: Any,
-    facts: dict[str, Any],
-) -> tuple[EarlyStoppingState, dict[str, jax.Array]]:
-    stop = stopper.update(value, stop, params, **facts)
-    # Copies: the state is donated before the host reads the flags.
-    flags = {name: getattr(stop, name) for name in _FLAGS}
-    return stop, jax.tree.map(jnp.copy, flags)
-
-
 def batch_stats(state: Any) -> Any:
-    """The field of Flax, if there is one."""
+    """The state's ``batch_stats``, or ``None`` if it has no such field."""
     return getattr(state, "batch_stats", None)
 
 
 def tracked(state: Any) -> Any:
-    """What belongs to the best evaluation: averages of other weights would not do."""
+    """The parameters with the batch statistics that were computed for them."""
     stats = batch_stats(state)
     if stats is None:
         return state.params
@@ -88,7 +255,7 @@ def tracked(state: Any) -> Any:
 
 
 def named_values(found: Any) -> dict[str, Any]:
-    """What `evaluate` returned, by the names of a row."""
+    """The result of ``evaluate`` as named values of a row."""
     values = dict(found) if isinstance(found, Mapping) else {VALUE: found}
     for name, value in values.items():
         where = "" if name == VALUE else f" for {name!r}"
@@ -102,8 +269,8 @@ def named_values(found: Any) -> dict[str, Any]:
                 "`evaluate` must return scalars, got an array of shape "
                 f"{np.shape(value)}{where}. Take the mean over the data."
             )
-        # One dtype for numbers of the host, so that the stopper is not traced again;
-        # a copy of an array, which may be a part of the state that is donated next.
+        # Numbers of the host get one dtype, so that the stopper is not traced again.
+        # An array is copied: it may be a part of the state, which is donated next.
         if isinstance(value, jax.Array):
             values[name] = jnp.copy(value)
         else:
@@ -112,8 +279,8 @@ def named_values(found: Any) -> dict[str, Any]:
     return values
 
 
-def check_apart(row: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses values with a name that `fit` itself uses."""
+def _check_names(row: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses values with a name that `fit` itself writes."""
     if taken := sorted(values.keys() & {"step", *row}):
         raise ValueError(
             f"`evaluate` must not return {taken}: `fit` itself writes these into the "
@@ -122,7 +289,7 @@ def check_apart(row: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def with_plateau(state: Any, stop: EarlyStoppingState, lr_scale: float = 1.0) -> Any:
-    """Hands the factor that a `stop.plateau` has come to on to the optimizer."""
+    """Writes the factor of a `stop.plateau` into the optimizer's state, if any."""
     if not find_states(stop.rule_state, PlateauState):
         return state
     opt_state = apply_plateau(state.opt_state, stop)
@@ -132,5 +299,6 @@ def with_plateau(state: Any, stop: EarlyStoppingState, lr_scale: float = 1.0) ->
     return state.replace(opt_state=opt_state)
 
 
-def _lr_scales(state: Any) -> list[Any]:
+def lr_scales(state: Any) -> list[Any]:
+    """The factors on the learning rate in the optimizer's state."""
     return [x for _, x in optax.tree.get_all_with_path(state.opt_state, "lr_scale")]

@@ -1,44 +1,32 @@
 """The host loop: evaluation, early stopping and logs, without a stall."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import optax
 
 from optax_guard._checks import static_count
-from optax_guard._guarding.guard import GuardState
-from optax_guard._guarding.readout import metrics
 from optax_guard._public import answers_wrong_calls
-from optax_guard._records.diagnosis import Diagnosis
-from optax_guard._records.progress import Progress, open_display
+from optax_guard._records.progress import Progress
 from optax_guard._records.writers import Logger
-from optax_guard._trees import find_states
-from optax_guard.loops._checkpoint import (
-    Checkpointer,
-    Store,
-    check_checkpointer,
-    open_store,
+from optax_guard.loops._begin import open_run
+from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
+from optax_guard.loops._evaluation import Evaluation, compiled_judge
+from optax_guard.loops._host import open_source
+from optax_guard.loops._host_run import (
+    Plan,
+    ending_after_evaluation,
+    ending_after_steps,
+    evaluate_run,
+    result_of,
+    train_interval,
 )
-from optax_guard.loops._ending import flags_of_guard, is_over
-from optax_guard.loops._evaluation import (
-    VALUE,
-    _judge,
-    batch_stats,
-    check_apart,
-    learning_rate_item,
-    named_values,
-    tracked,
-    with_plateau,
-)
-from optax_guard.loops._host import END, Interrupt, Record, agree, open_source
-from optax_guard.loops._inputs import beside, check_arguments, own, warn_of_end
-from optax_guard.loops._interval import close, first_interval, run_step, totals
-from optax_guard.loops._result import FitResult, Rewound, Run
-from optax_guard.loops._rewind import Rewind, check_rewind, go_back
-from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
+from optax_guard.loops._inputs import check_arguments, check_host_functions
+from optax_guard.loops._interval import compiled_step
+from optax_guard.loops._result import FitResult
+from optax_guard.loops._rewind import Rewind, check_rewind
+from optax_guard.stop._state import EarlyStopping
 
 
 @answers_wrong_calls
@@ -169,179 +157,41 @@ def fit(
     eval_every = static_count("eval_every", eval_every)
     check_arguments(state, evaluate, stopper, loggers)
     check_checkpointer(checkpointer, state)
-    if not callable(train_step):
-        raise TypeError(f"`train_step` must be a function, got {train_step!r}.")
-    if learning_rate is not None and not callable(learning_rate):
-        raise TypeError(
-            "`learning_rate` must be the optimizer's schedule, which `fit` only "
-            f"records, got {learning_rate!r}."
-        )
-    draw = open_source(batches)
+    check_host_functions(train_step, learning_rate)
+    batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
-
+    evaluation = Evaluation(
+        compiled_judge(stopper),
+        keeps_best=checkpointer is None,
+        writes_rewinds=rewind is not None,
+    )
+    plan = Plan(
+        train_step=train_step,
+        step=compiled_step(train_step),
+        batch_at=batch_at,
+        eval_every=eval_every,
+        evaluate=evaluate,
+        stopper=stopper,
+        rewind=rewind,
+        learning_rate=learning_rate,
+        evaluation=evaluation,
+    )
     with contextlib.ExitStack() as stack:
-        # First, so that it is in force until the last checkpoint is written.
-        interrupt = stack.enter_context(Interrupt())
-        store = stack.enter_context(
-            open_store(checkpointer, keeps_first=rewind is not None)
+        run = open_run(
+            stack,
+            plan,
+            state,
+            batches,
+            num_steps=num_steps,
+            loggers=loggers,
+            progress=progress,
+            checkpointer=checkpointer,
         )
-        run = begin(state, stopper, batches, num_steps, store)
-        step, state, stop, history, _, rewound = run
-        is_done = step >= num_steps or (stop is not None and bool(stop.should_stop))
-        preempted = False
-        is_guarded = bool(find_states(state, GuardState))
-        interval: Any = None
-        evaluated_at = step
-        clock = time.monotonic()
-        display = stack.enter_context(open_display(progress, max(0, num_steps - step)))
-        if progress is True and not any(isinstance(x, Diagnosis) for x in loggers):
-            diagnosis = Diagnosis()
-            for row in history:  # Of before a resumption: what they said was printed.
-                diagnosis.update(row)
-            loggers = [*loggers, diagnosis]
-        record = stack.enter_context(Record(loggers, display, history))
-
-        while not is_done:
-            until = min(num_steps, (step // eval_every + 1) * eval_every)
-            while step < until and not interrupt.requested:
-                batch = draw(step + rewound.data_offset)
-                if batch is END:
-                    warn_of_end(step, num_steps, is_empty=interval is None)
-                    num_steps = until = step
-                    break
-                if interval is None:
-                    interval = first_interval(train_step, state, batch)
-                    state, stop, interval = beside((state, stop, interval), batch)
-                state, interval = run_step(train_step, state, interval, batch)
-                step += 1
-                display.advance(1)
-
-            # The device is at work on these steps. Only now is read what the
-            # evaluation before them found, unless it had to be saved.
-            flags = record.read()
-            is_done = is_over(flags, state)
-            preempted = not is_done and bool(flags.get("preempted", False))
-            if is_done or preempted or interrupt.requested or step == evaluated_at:
-                break
-
-            found = {} if evaluate is None else evaluate(state)
-            values = named_values(found)
-            row, interval = close(interval)
-            rate = learning_rate_item(state, step, learning_rate)
-            now = time.monotonic()
-            seconds, told = agree(row["train_loss"], now - clock, interrupt.preempted)
-            clock = now
-            flags = {"preempted": told}
-            if stopper is not None:
-                facts = {"step": np.int32(step), "train_value": row["train_loss"]}
-                if "seconds" in stopper.needs:
-                    facts["seconds"] = np.float32(seconds)
-                if "opt_state" in stopper.needs:
-                    facts["opt_state"] = state.opt_state
-                judged = values if isinstance(found, Mapping) else values[VALUE]
-                # With a store, the best is on disk.
-                params = tracked(state) if store is None else None
-                stop, judged_flags = _judge(stopper, stop, judged, params, facts)
-                flags |= judged_flags
-                state = with_plateau(state, stop, rewound.lr_scale)
-            if is_guarded:
-                counted = metrics(state)
-                row |= totals(counted)
-                flags |= flags_of_guard(counted)
-            if rewind is not None:
-                row["rewinds"] = rewound.num_rewinds
-            if "learning_rate" not in values:
-                row |= rate
-            check_apart(row, values)
-            record.put(step, {**row, **values}, flags)
-            evaluated_at = step
-
-            if store is not None:
-                flags = record.read()
-                best_step = int(flags.get("best_step", -1))
-                run = Run(step, state, stop, record.history, best_step, rewound)
-                if rewind is not None and step < num_steps:
-                    back = go_back(rewind, store, stopper, run, flags)
-                    if back is not None:
-                        state, stop, rewound = back
-                        continue
-                is_done = is_over(flags, state)
-                store.save(run)
-                preempted = not is_done and step < num_steps and flags["preempted"]
-                is_done |= preempted
-            if step == num_steps:
-                is_over(record.read(), state)
-                break
-
-        best = best_variables(state, stopper, stop, store)
-        return FitResult(
-            state=state,
-            best_params=best.get("params"),
-            stop=stop,
-            history=record.history,
-            best_batch_stats=best.get("batch_stats"),
-            interrupted=interrupt.requested,
-            preempted=bool(preempted),
-        )
-
-
-def begin(
-    state: Any,
-    stopper: EarlyStopping | None,
-    batches: Any,
-    num_steps: int,
-    store: Store | None,
-) -> Run:
-    """The run at its latest checkpoint, or one that begins with this state."""
-    if store is not None and not store.is_empty():
-        return _resumed(state, stopper, batches, store)
-    state = own(state)
-    step = int(state.step)
-    if step >= num_steps:
-        raise ValueError(
-            f"`num_steps` must be above the steps done, {step}, got {num_steps}: it is "
-            "the step to train to, not the number of further steps."
-        )
-    stop = None
-    if stopper is not None:
-        # With a store, the best is on disk.
-        stop = stopper.init(tracked(state) if store is None else None)
-        state = with_plateau(state, stop)
-    run = Run(step, state, stop, history=[], best_step=-1, rewound=Rewound())
-    if store is not None and store.keeps_first:
-        store.save(run)
-    return run
-
-
-def _resumed(
-    state: Any, stopper: EarlyStopping | None, batches: Any, store: Store
-) -> Run:
-    if not callable(batches):
-        raise ValueError(
-            "`batches` must be a function `step -> batch` to resume the run in "
-            f"{store.directory}: an iterable starts again at its first batch."
-        )
-    run = store.load_latest(state, stopper)
-    if stopper is None or run.stop is None or not store.continues_stopped:
-        return run
-    if not run.stop.should_stop:
-        return run
-    stop = stopper.reset(run.stop)
-    state = with_plateau(run.state, stop, run.rewound.lr_scale)
-    return run._replace(state=state, stop=stop)
-
-
-def best_variables(
-    state: Any,
-    stopper: EarlyStopping | None,
-    stop: EarlyStoppingState | None,
-    store: Store | None,
-) -> dict[str, Any]:
-    """`params` and, if there are, `batch_stats` of the best evaluation."""
-    if stopper is None or stop is None:
-        return {}
-    if store is not None:
-        return store.load_best_variables(state)
-    best = stopper.best(stop, tracked(state))
-    return {"params": best} if batch_stats(state) is None else best
+        while run.ending is None:
+            train_interval(run)
+            run.ending = ending_after_steps(run)
+            if run.ending is None:
+                evaluate_run(run)
+                run.ending = ending_after_evaluation(run)
+        return result_of(run)

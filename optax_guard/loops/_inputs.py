@@ -1,4 +1,4 @@
-"""What `fit` is given: arguments, its own copy of the state, values."""
+"""The inputs of a loop: its arguments, and its own copy of the state."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._records.writers import is_logger
 from optax_guard.stop._state import EarlyStopping
 
-# What a stopper may be told without a host.
+# The facts that a loop on the device can tell a stopper.
 _FACTS = frozenset({"step", "train_value", "opt_state"})
 
 
 class Functions(NamedTuple):
-    """The functions that make a run, as `train_on_device` takes them."""
+    """The functions of a run, as `train_on_device` takes them."""
 
     train_step: Callable[[Any, Any], tuple[Any, Any]]
     batches: Callable[[Any], Any]
@@ -26,7 +26,7 @@ class Functions(NamedTuple):
 
 
 def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) -> None:
-    """Refuses what is of the wrong kind, with advice."""
+    """Refuses arguments of the wrong kind, with advice."""
     for name in ("step", "params", "opt_state"):
         if not hasattr(state, name):
             raise TypeError(
@@ -44,7 +44,9 @@ def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) 
             f"`early_stopping(stop.patience(5))`, got {stopper!r}."
         )
     if stopper is not None and evaluate is None:
-        raise ValueError("`stopper` needs `evaluate`: it judges what that returns.")
+        raise ValueError(
+            "`stopper` needs `evaluate`: it judges the value that it returns."
+        )
     if not isinstance(loggers, Sequence):
         raise TypeError(f"`loggers` must be a list of loggers, got {loggers!r}.")
     for logger in loggers:
@@ -55,18 +57,18 @@ def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) 
             )
 
 
-def own(state: Any) -> Any:
-    """A copy that may be donated, without weak types, which would be traced again."""
+def copied(state: Any) -> Any:
+    """A copy to donate, without weak types: those would be traced a second time."""
     return jax.tree.map(
         lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), state
     )
 
 
-def beside(tree: Any, batch: Any) -> Any:
-    """A tree whose arrays that are nowhere yet are on all devices of its mesh.
+def on_mesh(tree: Any, batch: Any) -> Any:
+    """Replicates the uncommitted arrays of a tree over its mesh, or over the batch's.
 
-    Or on those of the batch's. There a step leaves them, and given as they were, the
-    step would be compiled once for them and once for what it returns.
+    A step leaves them there. If it got them as they were, it would be compiled once for
+    them and once for its own results.
     """
     arrays = [x for x in jax.tree.leaves((tree, batch)) if isinstance(x, jax.Array)]
     meshes = [
@@ -80,7 +82,7 @@ def beside(tree: Any, batch: Any) -> Any:
     loose = [
         i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and not x.committed
     ]
-    # By `jit`, which, unlike `device_put`, does not let processes compare them.
+    # `device_put` would let the processes compare them, `jit` does not.
     everywhere = NamedSharding(meshes[0], PartitionSpec())
     placed = jax.jit(lambda x: x, out_shardings=everywhere)([leaves[i] for i in loose])
     for i, x in zip(loose, placed, strict=True):
@@ -89,14 +91,25 @@ def beside(tree: Any, batch: Any) -> Any:
 
 
 def warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
-    """Tells that the data has ended before the run."""
+    """Warns that the batches have ended before the run."""
     if is_empty:
         raise ValueError("`batches` is empty.")
     warnings.warn(
-        f"`batches` ended after step {step} of {num_steps}, and the run with it. Pass "
+        f"`batches` ended after step {step} of {num_steps}, so the run ends too. Pass "
         "a function `step -> batch`, or an iterable that repeats the data.",
-        stacklevel=4,
+        stacklevel=5,  # The line that calls `fit`.
     )
+
+
+def check_host_functions(train_step: Any, learning_rate: Any) -> None:
+    """Refuses a step and a schedule that `fit` cannot call."""
+    if not callable(train_step):
+        raise TypeError(f"`train_step` must be a function, got {train_step!r}.")
+    if learning_rate is not None and not callable(learning_rate):
+        raise TypeError(
+            "`learning_rate` must be the schedule of the optimizer, which `fit` only "
+            f"records, got {learning_rate!r}."
+        )
 
 
 def check_functions(functions: Functions) -> None:
@@ -112,12 +125,12 @@ def check_functions(functions: Functions) -> None:
         raise ValueError(
             f"`stopper` has a rule that reads {sorted(missing)}, which a loop on the "
             "device cannot tell: it has no clock. Count evaluations or steps instead, "
-            "as in `stop.budget(steps=...)`, or run it with `optax_guard.flax.fit`."
+            "as in `stop.budget(steps=...)`, or use `optax_guard.loops.fit`."
         )
 
 
 def check_steps(step: int, num_steps: int) -> None:
-    """Refuses to train to a step that lies behind."""
+    """Refuses to train to a step that is done already."""
     if step >= num_steps:
         raise ValueError(
             f"`num_steps` must be above the steps done, {step}, got {num_steps}: it is "

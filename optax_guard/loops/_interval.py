@@ -1,4 +1,4 @@
-"""What happens between two evaluations of `fit`, summed up on the device."""
+"""Sums over the steps between two evaluations, kept on the device."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_guard._guarding.guard import GuardState
 from optax_guard._guarding.readout import metrics
+from optax_guard._guarding.state import GuardState
 from optax_guard._norms.statistics import NormStats
 from optax_guard._trees import find_states
+from optax_guard.loops._compiled import CompiledFor
 
 # Skipped steps; and micro-batches that an accumulation has left out.
 _TOTALS = ("num_skipped", "num_dropped")
@@ -97,8 +98,7 @@ def totals(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in _TOTALS if name in found}
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def run_step(
+def add_step(
     train_step: Callable[[Any, Any], Any], state: Any, interval: Interval, batch: Any
 ) -> tuple[Any, Interval]:
     """Takes one step and adds it to the interval."""
@@ -106,7 +106,33 @@ def run_step(
     return new_state, _add(interval, _as_dict(found), state, new_state)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+class Step(NamedTuple):
+    """The step of a run.
+
+    Attributes:
+      train_step: The user's function. It is the same object for each run, as a bound
+        method is not, so that it is traced once.
+      run_step: `add_step` with it, compiled. State and interval are donated.
+    """
+
+    train_step: Callable[[Any, Any], Any]
+    run_step: Callable[[Any, Interval, Any], tuple[Any, Interval]]
+
+
+@CompiledFor
+def compiled_step(get_train_step: Callable[[], Any]) -> Step:
+    """The step of runs with one ``train_step``."""
+
+    def train_step(state: Any, batch: Any) -> Any:
+        return get_train_step()(state, batch)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def run_step(state: Any, interval: Interval, batch: Any) -> tuple[Any, Interval]:
+        return add_step(train_step, state, interval, batch)
+
+    return Step(train_step, run_step)
+
+
 def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
     """The interval's row of means, rates and norms, and an empty interval."""
     row = {

@@ -18,9 +18,15 @@ from optax_guard.loops._inputs import (
     check_arguments,
     check_functions,
     check_steps,
-    own,
+    copied,
 )
-from optax_guard.loops._lane import Lane, advance, first_lane, judge_of, next_evaluation
+from optax_guard.loops._lane import (
+    Lane,
+    advance,
+    evaluation_of,
+    first_lane,
+    next_evaluation,
+)
 from optax_guard.loops._result import FitResult, as_result, split_best
 from optax_guard.stop._state import EarlyStoppingState
 
@@ -274,8 +280,10 @@ def start(
 ) -> tuple[Lane, jax.Array]:
     def one(member: Any) -> tuple[Lane, jax.Array]:
         functions, state = built(build, member)
-        state = own(state)
-        lane = first_lane(functions, judge_of(functions), state, num_steps, eval_every)
+        state = copied(state)
+        lane = first_lane(
+            functions, evaluation_of(functions), state, num_steps, eval_every
+        )
         return lane._replace(state=jax.tree.leaves(lane.state)), state.step
 
     return jax.vmap(one)(members)
@@ -299,7 +307,7 @@ def advance_all(
 
     def one(member: Any, lane: Lane) -> tuple[jax.Array, Lane]:
         functions, state = built(build, member)
-        judge = judge_of(functions)
+        judge = evaluation_of(functions)
 
         # The same for all members: a condition of each one's own would make the loop
         # choose between old and new states at every step.

@@ -1,4 +1,4 @@
-"""What a run is, and what it returns."""
+"""A run at an evaluation, and its result."""
 
 from typing import Any, NamedTuple
 
@@ -9,12 +9,12 @@ from optax_guard.stop._state import EarlyStoppingState
 
 
 class Rewound(NamedTuple):
-    """What the rewinds of a run have come to.
+    """The effects of the rewinds of a run.
 
     Attributes:
-      num_rewinds: How many there were.
+      num_rewinds: Rewinds so far.
       lr_scale: Factor on the learning rate, beside that of a `stop.plateau`.
-      data_offset: What is added to the step for the batch to take.
+      data_offset: Number that is added to the step to get its batch.
     """
 
     num_rewinds: int = 0
@@ -22,16 +22,16 @@ class Rewound(NamedTuple):
     data_offset: int = 0
 
 
-class Run(NamedTuple):
-    """What a run is at an evaluation.
+class Snapshot(NamedTuple):
+    """A run at an evaluation, as a checkpoint holds it.
 
     Attributes:
       step: Steps done.
       state: The train state.
       stop: The stopper's state without parameters, or ``None``.
-      history: All rows up to this evaluation's.
+      history: All rows, that of this evaluation included.
       best_step: Step of the best evaluation; -1 if there is none.
-      rewound: What rewinds have come to.
+      rewound: The effects of the rewinds so far.
     """
 
     step: int
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
       state: The state after the last step that ran. After an early stop that is up to
@@ -74,7 +74,7 @@ class FitResult(NamedTuple):
 def as_result(
     state: Any, best: Any, stop: EarlyStoppingState | None, rows: Any, num_rows: Any
 ) -> FitResult:
-    """What `fit` would have returned. Waits for the device."""
+    """The result as `fit` would return it. This waits for the device."""
     columns, size = jax.device_get((rows, num_rows))
     columns = {"step": columns["step"], **columns}
     best_params, best_batch_stats = split_best(state, best)

@@ -8,8 +8,8 @@ from typing import Any
 from optax_guard._checks import check_count, check_positive
 from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import _trouble
-from optax_guard.loops._evaluation import _lr_scales
-from optax_guard.loops._result import Rewound, Run
+from optax_guard.loops._evaluation import lr_scales
+from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.stop._plateau import set_lr_scale
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
@@ -72,7 +72,7 @@ def check_rewind(rewind: Any, state: Any, batches: Any, stopper: Any, store: Any
             "`on_rewind` needs `batches` to be a function `step -> batch`: an iterable "
             "cannot be moved."
         )
-    if rewind.lr_factor != 1.0 and not _lr_scales(state):
+    if rewind.lr_factor != 1.0 and not lr_scales(state):
         raise ValueError(
             f"`lr_factor` is {rewind.lr_factor}, but the optimizer has no factor to "
             "change: put `stop.scale_by_plateau()` last in its chain, or give "
@@ -84,7 +84,7 @@ def go_back(
     rewind: Rewind,
     store: Store,
     stopper: EarlyStopping | None,
-    run: Run,
+    run: Snapshot,
     flags: Mapping[str, Any],
 ) -> tuple[Any, EarlyStoppingState, Rewound] | None:
     """State and stopper of the best checkpoint, made ready to go on at this step.
@@ -95,7 +95,7 @@ def go_back(
         return None
     if (message := _trouble(flags, run.state)) is None:
         return None
-    scales = _lr_scales(run.state)
+    scales = lr_scales(run.state)
     offset = run.rewound.data_offset
     if rewind.on_rewind is not None:
         offset = _as_offset(rewind.on_rewind(run.step))

@@ -217,7 +217,7 @@ def preempted_unsaved(job: Job, folder: pathlib.Path) -> dict[str, Any]:
 
 def timed(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     stopper = og.early_stopping(og.stop.budget(seconds=2.5))
-    with mock.patch("optax_guard.loops._fit.time") as clock:
+    with mock.patch("optax_guard.loops._host_run.time") as clock:
         clock.monotonic = clock_of_process()
         return job.found(job.fit(None, stopper=stopper))
 

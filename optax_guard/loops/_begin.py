@@ -1,0 +1,108 @@
+"""The beginning of a run of `fit`: at its first step, or at its latest checkpoint."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from optax_guard._records.diagnosis import Diagnosis
+from optax_guard._records.progress import Progress, open_display
+from optax_guard._records.writers import Logger
+from optax_guard.loops._checkpoint import Checkpointer, Store, open_store
+from optax_guard.loops._evaluation import tracked, with_plateau
+from optax_guard.loops._host import Interrupt, Record
+from optax_guard.loops._host_run import Ending, HostRun, Plan
+from optax_guard.loops._inputs import check_steps, copied
+from optax_guard.loops._result import Rewound, Snapshot
+from optax_guard.stop._state import EarlyStopping
+
+
+def open_run(
+    stack: contextlib.ExitStack,
+    plan: Plan,
+    state: Any,
+    batches: Any,
+    *,
+    num_steps: int,
+    loggers: Sequence[Logger],
+    progress: bool | Progress,
+    checkpointer: Checkpointer | None,
+) -> HostRun:
+    """The run before its first step here. The stack closes all that it has opened."""
+    # Signals come first, so that they are held until the last checkpoint is written.
+    interrupt = stack.enter_context(Interrupt())
+    store = stack.enter_context(
+        open_store(checkpointer, keeps_first=plan.rewind is not None)
+    )
+    start = _first_snapshot(state, plan.stopper, batches, num_steps, store)
+    steps_left = max(0, num_steps - start.step)
+    display = stack.enter_context(open_display(progress, steps_left))
+    if progress is True and not any(isinstance(x, Diagnosis) for x in loggers):
+        diagnosis = Diagnosis()
+        for row in start.history:  # Its findings were printed before the resumption.
+            diagnosis.update(row)
+        loggers = [*loggers, diagnosis]
+    return HostRun(
+        plan=plan,
+        interrupt=interrupt,
+        store=store,
+        display=display,
+        record=stack.enter_context(Record(loggers, display, start.history)),
+        num_steps=num_steps,
+        step=start.step,
+        state=start.state,
+        stop=start.stop,
+        rewound=start.rewound,
+        evaluated_at=start.step,
+        ending=_ending_at_start(start, num_steps),
+    )
+
+
+def _first_snapshot(
+    state: Any,
+    stopper: EarlyStopping | None,
+    batches: Any,
+    num_steps: int,
+    store: Store | None,
+) -> Snapshot:
+    """The run at its latest checkpoint, or one that begins with this state."""
+    if store is not None and not store.is_empty():
+        return _resumed(state, stopper, batches, store)
+    state = copied(state)
+    step = int(state.step)
+    check_steps(step, num_steps)
+    stop = None
+    if stopper is not None:
+        # With a store, the best is on disk.
+        stop = stopper.init(tracked(state) if store is None else None)
+        state = with_plateau(state, stop)
+    start = Snapshot(step, state, stop, history=[], best_step=-1, rewound=Rewound())
+    if store is not None and store.keeps_first:
+        store.save(start)
+    return start
+
+
+def _resumed(
+    state: Any, stopper: EarlyStopping | None, batches: Any, store: Store
+) -> Snapshot:
+    if not callable(batches):
+        raise ValueError(
+            "`batches` must be a function `step -> batch` to resume the run in "
+            f"{store.directory}: an iterable starts again at its first batch."
+        )
+    latest = store.load_latest(state, stopper)
+    if stopper is None or latest.stop is None or not store.continues_stopped:
+        return latest
+    if not latest.stop.should_stop:
+        return latest
+    stop = stopper.reset(latest.stop)
+    state = with_plateau(latest.state, stop, latest.rewound.lr_scale)
+    return latest._replace(state=state, stop=stop)
+
+
+def _ending_at_start(start: Snapshot, num_steps: int) -> Ending | None:
+    """Why a resumed run ends at once: it has come to its end before."""
+    if start.step >= num_steps:
+        return Ending.COMPLETE
+    if start.stop is not None and bool(start.stop.should_stop):
+        return Ending.STOPPED
+    return None

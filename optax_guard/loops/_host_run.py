@@ -1,0 +1,227 @@
+"""A run of `fit` on the host: how it trains, is evaluated and ends."""
+
+import dataclasses
+import enum
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optax
+
+from optax_guard.loops._checkpoint import Store
+from optax_guard.loops._ending import is_over
+from optax_guard.loops._evaluation import (
+    Evaluation,
+    Facts,
+    Point,
+    batch_stats,
+    evaluate_point,
+    scheduled_rate,
+    tracked,
+)
+from optax_guard.loops._host import END, Interrupt, Record, agree
+from optax_guard.loops._inputs import on_mesh, warn_of_end
+from optax_guard.loops._interval import Interval, Step, first_interval
+from optax_guard.loops._result import FitResult, Rewound, Snapshot
+from optax_guard.loops._rewind import Rewind, go_back
+from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
+
+
+class Ending(enum.Enum):
+    """Why a run ends without an error."""
+
+    # It has come to `num_steps`, or there are no more batches.
+    COMPLETE = enum.auto()
+    # The stopper has stopped it.
+    STOPPED = enum.auto()
+    # A process of the run has got SIGTERM.
+    PREEMPTED = enum.auto()
+    # The user has pressed Ctrl-C.
+    INTERRUPTED = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The arguments of `fit` that stay the same over a run.
+
+    Attributes:
+      train_step: The user's function. It is held here, because `step` does not hold it.
+      step: The compiled step.
+      batch_at: The batch of a step, or `END`.
+      evaluation: The configuration of its evaluations.
+
+    The others have the names that they have in `fit`.
+    """
+
+    train_step: Callable[[Any, Any], Any]
+    step: Step
+    batch_at: Callable[[int], Any]
+    eval_every: int
+    evaluate: Callable[[Any], Any] | None
+    stopper: EarlyStopping | None
+    rewind: Rewind | None
+    learning_rate: optax.Schedule | None
+    evaluation: Evaluation
+
+
+@dataclasses.dataclass
+class HostRun:
+    """A run between two dispatches.
+
+    Attributes:
+      plan: The arguments.
+      interrupt: The signals that have come.
+      store: The open directory of the checkpoints, or ``None``.
+      display: The progress display.
+      record: The rows, the last of which may not have been read yet.
+      num_steps: The step to train to. It moves to the last step if the batches end.
+      step: Steps dispatched.
+      state: The train state.
+      stop: The stopper's state, or ``None``.
+      rewound: The effects of the rewinds so far.
+      evaluated_at: Step of the last evaluation.
+      ending: Why the run ends, or ``None`` as long as it goes on.
+      clock: Seconds on the host's clock at the last evaluation.
+      interval: Sums since the last evaluation; ``None`` before the first batch.
+    """
+
+    plan: Plan
+    interrupt: Interrupt
+    store: Store | None
+    display: Any
+    record: Record
+    num_steps: int
+    step: int
+    state: Any
+    stop: EarlyStoppingState | None
+    rewound: Rewound
+    evaluated_at: int
+    ending: Ending | None
+    clock: float = dataclasses.field(default_factory=lambda: time.monotonic())
+    interval: Interval | None = None
+
+
+def train_interval(run: HostRun) -> None:
+    """Dispatches the steps up to the next evaluation, or to a Ctrl-C."""
+    plan, display = run.plan, run.display
+    batch_at, run_step = plan.batch_at, plan.step.run_step
+    until = min(run.num_steps, (run.step // plan.eval_every + 1) * plan.eval_every)
+    while run.step < until and not run.interrupt.requested:
+        batch = batch_at(run.step + run.rewound.data_offset)
+        if batch is END:
+            warn_of_end(run.step, run.num_steps, is_empty=run.interval is None)
+            run.num_steps = run.step
+            break
+        interval = run.interval
+        if interval is None:
+            interval = first_interval(plan.step.train_step, run.state, batch)
+            run.state, run.stop, interval = on_mesh(
+                (run.state, run.stop, interval), batch
+            )
+        run.state, run.interval = run_step(run.state, interval, batch)
+        run.step += 1
+        display.advance(1)
+
+
+def ending_after_steps(run: HostRun) -> Ending | None:
+    """Reads the evaluation before these steps, and says whether it ends the run.
+
+    The device is at work on the steps meanwhile. If the evaluation was saved, it has
+    been read before.
+    """
+    flags = run.record.read()
+    if is_over(flags, run.state):
+        return Ending.STOPPED
+    if flags.get("preempted", False):
+        return Ending.PREEMPTED
+    if run.interrupt.requested:
+        return Ending.INTERRUPTED
+    # No step was left, because the batches ended at the last evaluation.
+    return Ending.COMPLETE if run.step == run.evaluated_at else None
+
+
+def evaluate_run(run: HostRun) -> None:
+    """Dispatches an evaluation, and updates the stopper with it."""
+    plan, state, interval = run.plan, run.state, run.interval
+    # There was a step, and the first step makes the interval.
+    assert interval is not None
+    found = {} if plan.evaluate is None else plan.evaluate(state)
+    now = time.monotonic()
+    seconds, preempted = agree(
+        interval.metric_sums["train_loss"], now - run.clock, run.interrupt.preempted
+    )
+    run.clock = now
+    needs_seconds = plan.stopper is not None and "seconds" in plan.stopper.needs
+    facts = Facts(
+        np.int32(run.step),
+        np.float32(seconds) if needs_seconds else None,
+        scheduled_rate(plan.learning_rate, state.opt_state, run.step),
+    )
+    point, row, flags = evaluate_point(
+        plan.evaluation,
+        Point(state, interval, run.stop),
+        found,
+        facts,
+        num_rewinds=run.rewound.num_rewinds,
+        lr_scale=run.rewound.lr_scale,
+    )
+    run.state, run.interval, run.stop = point
+    run.record.put(run.step, row, {**flags, "preempted": preempted})
+    run.evaluated_at = run.step
+
+
+def ending_after_evaluation(run: HostRun) -> Ending | None:
+    """Saves the evaluation, if there is a store, and says whether it ends the run.
+
+    Without a store it is read after the next steps have been dispatched, unless there
+    are none.
+    """
+    is_last = run.step == run.num_steps
+    if run.store is None:
+        if is_last:
+            is_over(run.record.read(), run.state)  # An exhausted guard raises.
+        return Ending.COMPLETE if is_last else None
+    flags = run.record.read()
+    snapshot = Snapshot(
+        step=run.step,
+        state=run.state,
+        stop=run.stop,
+        history=run.record.history,
+        best_step=int(flags.get("best_step", -1)),
+        rewound=run.rewound,
+    )
+    if run.plan.rewind is not None and not is_last:
+        back = go_back(run.plan.rewind, run.store, run.plan.stopper, snapshot, flags)
+        if back is not None:
+            run.state, run.stop, run.rewound = back
+            return None
+    is_stopped = is_over(flags, run.state)
+    run.store.save(snapshot)
+    if is_stopped:
+        return Ending.STOPPED
+    if is_last:
+        return Ending.COMPLETE
+    return Ending.PREEMPTED if flags["preempted"] else None
+
+
+def result_of(run: HostRun) -> FitResult:
+    """The result, with the best parameters."""
+    best: dict[str, Any] = {}
+    stopper = run.plan.stopper
+    if stopper is not None and run.stop is not None:
+        if run.store is not None:
+            best = run.store.load_best_variables(run.state)
+        else:
+            best = stopper.best(run.stop, tracked(run.state))
+            if batch_stats(run.state) is None:
+                best = {"params": best}
+    return FitResult(
+        state=run.state,
+        best_params=best.get("params"),
+        stop=run.stop,
+        history=run.record.history,
+        best_batch_stats=best.get("batch_stats"),
+        interrupted=run.interrupt.requested,
+        preempted=run.ending is Ending.PREEMPTED,
+    )
