@@ -182,7 +182,7 @@ mutants: .venv/installed-mutants  ## change the core, see a test fail (ARGS=_nor
 CORE := _norms/* _clipping/parts _clipping/global_norm _guarding/guard \
   _guarding/judging _guarding/step threshold/* stop/*
 CORE_TESTS := norms clipping guarding skip mixed_precision masking threshold sketch \
-  early_stopping stop_rules bad_input errors
+  early_stopping stop_rules bad_input errors checks
 
 .PHONY: coverage
 coverage: .venv/installed-mutants  ## lines and branches of the core that its tests reach

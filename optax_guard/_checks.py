@@ -218,8 +218,8 @@ def check_leaves(name: str, tree: Any) -> None:
                 f"{type(leaf).__name__}."
             )
         if isinstance(leaf, (int, np.integer)):
-            kind = int if isinstance(leaf, int) else leaf.dtype
-            if abs(int(leaf)) > jnp.iinfo(jnp.result_type(kind)).max:
+            held_as = jnp.result_type(int if isinstance(leaf, int) else leaf)
+            if abs(int(leaf)) > jnp.iinfo(held_as).max:
                 raise ValueError(
                     f"`{name}` must have leaves that fit into arrays, got a whole "
                     f"number of {int(leaf).bit_length()} bits."

@@ -550,8 +550,10 @@ OF_OTHERS = (
 )
 
 
-def is_documented(error: Exception, names: list[str]) -> bool:
+def is_documented(error: Exception | None, names: list[str]) -> bool:
     """Whether an error is of this package and names what is wrong."""
+    if error is None:
+        return False
     text = str(error)
     if any(words in text for words in OF_OTHERS):
         return True

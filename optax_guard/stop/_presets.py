@@ -6,6 +6,7 @@ from optax_guard._checks import (
     check_flag,
     check_kind,
     check_not_nan,
+    static_count,
 )
 from optax_guard._public import answers_wrong_calls
 from optax_guard.stop._combinators import any_of
@@ -91,8 +92,8 @@ def from_keras(
     if mode == "auto":
         grows = monitor.endswith(("acc", "accuracy", "auc"))
         mode = "max" if grows else "min"
-    check_count("patience", patience, least=0)
-    rule = stop_patience(max(patience, 1), min_delta=abs(min_delta), baseline=baseline)
+    patience = max(static_count("patience", patience, least=0), 1)
+    rule = stop_patience(patience, min_delta=abs(min_delta), baseline=baseline)
     return early_stopping(
         rule, mode=mode, nonfinite="wait", warmup=start_from_epoch, key=monitor
     )
@@ -140,9 +141,9 @@ def from_lightning(
     """
     check_kind("monitor", monitor, str, "a string")
     check_not_nan("min_delta", min_delta)
-    check_count("patience", patience, least=0)
+    patience = max(static_count("patience", patience, least=0), 1)
     check_flag("check_finite", check_finite)
-    rules = [stop_patience(max(patience, 1), min_delta=abs(min_delta))]
+    rules = [stop_patience(patience, min_delta=abs(min_delta))]
     if stopping_threshold is not None:
         check_not_nan("stopping_threshold", stopping_threshold)
         rules.append(target(stopping_threshold, strict=True))
