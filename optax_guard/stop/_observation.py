@@ -70,7 +70,7 @@ def observe(config: Config, inputs: Inputs, state: EarlyStoppingState) -> Observ
 def as_scalar(
     name: str, number: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Casts to one dtype, and refuses what is not a real scalar."""
+    """Casts a real scalar to one dtype, and refuses anything else."""
     if jnp.ndim(number):
         raise ValueError(
             f"`{name}` must be a scalar, got shape {jnp.shape(number)}. Reduce it "
