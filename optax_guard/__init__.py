@@ -21,11 +21,11 @@ from optax_guard._guarding.adoption import unwrap_state, wrap_state
 from optax_guard._guarding.guard import guard
 from optax_guard._guarding.readout import (
     GuardExhaustedError,
-    SkippedStep,
     metrics,
     raise_if_exhausted,
     skipped_steps,
 )
+from optax_guard._guarding.readout import SkippedStep as SkippedStep
 from optax_guard._guarding.state import GuardState as GuardState
 from optax_guard._guarding.state import SkipLog as SkipLog
 from optax_guard._guarding.step import apply_gradients
@@ -38,15 +38,13 @@ from optax_guard._trees import find_state, find_states
 from optax_guard.skip import SkipReason
 from optax_guard.stop._explain import explain
 from optax_guard.stop._rule import StopReason
-from optax_guard.stop._state import EarlyStopping
+from optax_guard.stop._state import EarlyStopping as EarlyStopping
 from optax_guard.stop._state import EarlyStoppingState as EarlyStoppingState
 from optax_guard.stop._stopper import early_stopping
 
 __all__ = [
-    "EarlyStopping",
     "GuardExhaustedError",
     "SkipReason",
-    "SkippedStep",
     "StopReason",
     "accumulate",
     "adagc",
@@ -88,12 +86,14 @@ _STATES = [
     "ClipByNormState",
     "ClipByUnitNormState",
     "ClipByValueState",
+    "EarlyStopping",
     "EarlyStoppingState",
     "GroupStats",
     "GuardState",
     "NormStats",
     "RecordNormState",
     "SkipLog",
+    "SkippedStep",
 ]
 
 

@@ -218,11 +218,6 @@ def increment(counter: jax.Array, by: jax.Array | bool = True) -> jax.Array:
     return jnp.where(by, optax.safe_increment(counter), counter)
 
 
-def select(condition: jax.Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf ``new`` where ``condition`` holds, else ``old``."""
-    return optax.tree.where(condition, new, old)
-
-
 def as_argument(function: Any) -> Any:
     """Makes a function a pytree, which ``jit`` takes as an argument.
 

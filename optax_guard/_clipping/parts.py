@@ -19,7 +19,7 @@ from optax_guard._norms.axis_norms import divide
 from optax_guard._norms.tree_norm import TreeNorm
 from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._transformation import transformation
-from optax_guard._trees import dtype_of, is_inexact, select
+from optax_guard._trees import dtype_of, is_inexact
 from optax_guard.threshold._base import Threshold
 
 
@@ -131,7 +131,7 @@ def decide(
     is_clipped = jnp.isfinite(norms) & (norms > trigger)
     clipped = jnp.where(is_clipped, target, norms)
     learned = threshold.learn(norms, clipped, state)
-    state = select(jnp.isfinite(global_norm), learned, state)
+    state = optax.tree.where(jnp.isfinite(global_norm), learned, state)
     return Decision(trigger, target, is_clipped, clipped, state)
 
 

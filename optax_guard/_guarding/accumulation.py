@@ -17,7 +17,7 @@ from optax_guard._norms.statistics import as_float32
 from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
-from optax_guard._trees import increment, is_inexact, select
+from optax_guard._trees import increment, is_inexact
 from optax_guard.skip import SkipReason, is_nonfinite
 
 
@@ -206,7 +206,7 @@ def _gather(
         group_seen=jnp.where(is_last, 0, seen),
         group_kept=jnp.where(is_last, 0, kept),
         num_groups=increment(state.num_groups, is_last),
-        num_micro_batches=increment(state.num_micro_batches, True),
+        num_micro_batches=increment(state.num_micro_batches),
         num_dropped=increment(state.num_dropped, is_dropped),
         drop_reason=jnp.where(
             is_dropped, judged.skip_reason, jnp.int32(SkipReason.NONE)
@@ -227,7 +227,7 @@ def _records_of(
     last micro-batch. Its optimizer's state is neither touched nor chosen between.
     """
     inner_state = before.wrapped_state
-    records = select(
+    records = optax.tree.where(
         is_lost, judged._replace(wrapped_state=()), before._replace(wrapped_state=())
     )
     return records._replace(wrapped_state=inner_state)

@@ -13,7 +13,7 @@ from optax_guard._guarding.masking import hide
 from optax_guard._guarding.state import GuardConfig, GuardState, logged, start_rules
 from optax_guard._norms.mesh_axes import varying_axes
 from optax_guard._norms.statistics import NormStats, as_float32
-from optax_guard._trees import dtype_of, increment, is_inexact, select
+from optax_guard._trees import dtype_of, increment, is_inexact
 from optax_guard.skip import Signals, SkipReason, SkipRule
 
 
@@ -73,9 +73,9 @@ def verdict(
     new_states = []
     for rule, fires, state in zip(rules, fired, states, strict=True):
         anew = rule.start() if rule.restart is None else rule.restart(state)
-        restarted = select(fires & is_overruled, anew, state)
+        restarted = optax.tree.where(fires & is_overruled, anew, state)
         learned = rule.learn(signals, is_skipped, restarted)
-        new_states.append(select(is_finite, learned, state))
+        new_states.append(optax.tree.where(is_finite, learned, state))
     return reason, tuple(new_states)
 
 
@@ -114,7 +114,7 @@ def judge_step(
         state.skip_streak >= config.max_consecutive_skips,
     )
     is_skipped = reason != SkipReason.NONE
-    streak = jnp.where(is_skipped, increment(state.skip_streak, True), 0)
+    streak = jnp.where(is_skipped, increment(state.skip_streak), 0)
     num_vanished = state.num_vanished
     if config.is_clipping:  # A clip that only measures makes nothing smaller.
         like = updates if params is None else params
@@ -123,7 +123,9 @@ def judge_step(
         num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
     # The threshold steers later steps, so it must not learn from a skipped step. The
     # statistics are a record of every step.
-    threshold = select(is_skipped, state.clip_state.threshold, clip_state.threshold)
+    threshold = optax.tree.where(
+        is_skipped, state.clip_state.threshold, clip_state.threshold
+    )
     return measured, GuardState(
         num_skipped=increment(state.num_skipped, is_skipped),
         skip_streak=streak,

@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
 from optax_guard._norms.statistics import as_float32
-from optax_guard._trees import select
 from optax_guard.skip import SkipReason, SkipRule
 
 LOG_LENGTH = 16
@@ -158,4 +157,4 @@ def logged(
         skipped_num_leaves=jnp.int32(num_leaves),
     )
     slot = jnp.arange(LOG_LENGTH, dtype=jnp.int32) == num_skipped % LOG_LENGTH
-    return select(slot & (reason != SkipReason.NONE), entry, log)
+    return optax.tree.where(slot & (reason != SkipReason.NONE), entry, log)

@@ -12,7 +12,7 @@ from optax_guard._checks import check_leaves, check_transformation
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import parts_of
-from optax_guard._trees import map_inexact, select
+from optax_guard._trees import map_inexact
 
 
 class StepParts(NamedTuple):
@@ -71,7 +71,7 @@ def take_or_keep(
     def mask(grads: Any, *kept: Any) -> tuple[Any, ...]:
         # A masked result must not have been NaN: its derivative would be 0 * NaN.
         seen = _zeros_unless(is_taken, grads) if hides_bad else grads
-        return select(is_taken, take(seen, *kept), keep(grads, *kept))
+        return optax.tree.where(is_taken, take(seen, *kept), keep(grads, *kept))
 
     if use_cond:
         return branch(grads, *kept)

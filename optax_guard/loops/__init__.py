@@ -4,24 +4,28 @@ from optax_guard._public import publish
 from optax_guard.loops._checkpoint import Checkpointer, load_best
 from optax_guard.loops._device import train_on_device
 from optax_guard.loops._fit import fit
-from optax_guard.loops._population import PopulationResult, train_population
-from optax_guard.loops._result import FitResult
+from optax_guard.loops._population import PopulationResult as PopulationResult
+from optax_guard.loops._population import train_population
+from optax_guard.loops._result import FitResult as FitResult
 from optax_guard.loops._rewind import Rewind
 
 __all__ = [
     "Checkpointer",
-    "FitResult",
-    "PopulationResult",
     "Rewind",
     "fit",
     "load_best",
     "train_on_device",
     "train_population",
 ]
+# Users meet these classes in results and never construct them.
+_STATES = [
+    "FitResult",
+    "PopulationResult",
+]
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*__all__, *_STATES]
 
 
-publish(__name__)
+publish(__name__, _STATES)

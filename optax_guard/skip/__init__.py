@@ -2,13 +2,13 @@
 
 from optax_guard._public import publish
 from optax_guard.skip._norm_above import norm_above
-from optax_guard.skip._rule import Signals, SkipReason, SkipRule, is_nonfinite
+from optax_guard.skip._rule import Signals as Signals
+from optax_guard.skip._rule import SkipReason, SkipRule, is_nonfinite
 from optax_guard.skip._spike import SpikeState as SpikeState
 from optax_guard.skip._spike import SpikeWindow as SpikeWindow
 from optax_guard.skip._spike import spike
 
 __all__ = [
-    "Signals",
     "SkipReason",
     "SkipRule",
     "is_nonfinite",
@@ -17,6 +17,7 @@ __all__ = [
 ]
 # Users meet these classes in states and never construct them.
 _STATES = [
+    "Signals",
     "SpikeState",
     "SpikeWindow",
 ]

@@ -30,7 +30,8 @@ from optax_guard.stop._prechelt import (
     successive_rises,
 )
 from optax_guard.stop._presets import from_flax, from_keras, from_lightning
-from optax_guard.stop._rule import Observation, StopRule, Verdict
+from optax_guard.stop._rule import Observation as Observation
+from optax_guard.stop._rule import StopRule, Verdict
 from optax_guard.stop._skip_storm import SkipStormState as SkipStormState
 from optax_guard.stop._skip_storm import skip_storm
 from optax_guard.stop._smoothing import MedianState as MedianState
@@ -39,7 +40,6 @@ from optax_guard.stop._smoothing import Smoother, ema, median
 from optax_guard.stop._target import divergence, target
 
 __all__ = [
-    "Observation",
     "Smoother",
     "StopRule",
     "Verdict",
@@ -76,6 +76,7 @@ _STATES = [
     "LagState",
     "MedianState",
     "MovingAverageState",
+    "Observation",
     "OverfittingState",
     "PatienceState",
     "PlateauScaleState",

@@ -29,8 +29,8 @@ def budget(
     """Stops when a total of evaluations, steps or seconds of training is spent.
 
     The totals belong to the run: a restart from a checkpoint and
-    ``reset(keep_best=True)`` go on counting. Time in which nothing ran is not
-    counted, because `update` is told the seconds since the update before. Non-finite
+    ``reset(keep_best=True)`` go on counting. Time in which nothing ran does
+    not count, because `update` is told the seconds since the update before. Non-finite
     values spend the budget too.
 
     Args:

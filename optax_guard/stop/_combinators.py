@@ -1,7 +1,7 @@
 """Combinators: stop rules made of stop rules.
 
-Children say "true now" and never latch, so every combination means what it says:
-`all_of` is "all are true at the same evaluation".
+The rules inside never latch. So `all_of` fires when all of them are true at the same
+evaluation.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ def any_of(*rules: StopRule) -> StopRule:
       *rules: One rule or more.
 
     Returns:
-      A rule whose state is the tuple of its children's states.
+      A rule whose state is the tuple of the states of the rules.
 
     Raises:
       ValueError: If no rule is given.
@@ -62,7 +62,7 @@ def all_of(*rules: StopRule) -> StopRule:
       *rules: One rule or more; the reason is chosen among theirs as in `any_of`.
 
     Returns:
-      A rule whose state is the tuple of its children's states.
+      A rule whose state is the tuple of the states of the rules.
 
     Raises:
       ValueError: If no rule is given.
@@ -108,7 +108,7 @@ def _combine(
         verdicts = [verdict for verdict, _ in pairs]
         fired = jnp.stack([verdict.fired for verdict in verdicts])
         reasons = jnp.stack([verdict.reason for verdict in verdicts])
-        order = jnp.where(fired, _rank(reasons), _LAST)
+        order = jnp.where(fired, _rank_reasons(reasons), _LAST_RANK)
         reason = reasons[jnp.argmin(order)]
         counted = [v.significant for v in verdicts if v.significant is not None]
         significant = jnp.any(jnp.stack(counted)) if counted else None
@@ -122,11 +122,11 @@ def _combine(
     )
 
 
-_LAST = 4
+_LAST_RANK = 4
 
 
-def _rank(reasons: jax.Array) -> jax.Array:
-    """Orders reasons: what was reached, what went wrong, then what ran out."""
+def _rank_reasons(reasons: jax.Array) -> jax.Array:
+    """Ranks reasons: a target first, then divergence, other rules, and a budget."""
     first = {StopReason.TARGET: 0, StopReason.DIVERGED: 1, StopReason.BUDGET: 3}
     rank = jnp.full_like(reasons, 2)
     for reason, place in first.items():
@@ -184,7 +184,7 @@ def held_for(rule: StopRule, n: ArrayLike) -> StopRule:
     ) -> tuple[Verdict, HeldForState]:
         verdict, child = rule.update(observation, state.child_state)
         broken = jnp.where(observation.valid, 0, state.held_count)
-        count = increment(state.held_count, True)
+        count = increment(state.held_count)
         count = jnp.where(verdict.fired, count, broken)
         fired = verdict.fired & (count >= as_int(n))
         return verdict._replace(fired=fired), HeldForState(child, count)
@@ -209,8 +209,7 @@ class CooldownState(NamedTuple):
 def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
     """Lets a rule rest for ``n`` evaluations after it fired, then start afresh.
 
-    For a rule that fires without ending the run: inside `all_of`, whose other
-    members were not true.
+    It serves inside `all_of`, where a rule may fire without ending the run.
 
     Args:
       rule: The rule that rests.

@@ -10,7 +10,7 @@ from optax_guard.stop._smoothing import Smoother
 
 
 class Config(NamedTuple):
-    """What a stopper was built with. Its numbers may be traced."""
+    """The configuration of a stopper; its numbers may be traced."""
 
     rule: StopRule
     sign: float

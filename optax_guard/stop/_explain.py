@@ -9,7 +9,7 @@ from optax_guard.stop._state import EarlyStoppingState
 
 
 def explain(state: EarlyStoppingState) -> str:
-    """Says in words how the run stands, or why it stopped and what to try.
+    """Says in words how the run stands, or why it stopped, with advice.
 
     Reads the state on the host, so it waits for the device.
 
@@ -20,7 +20,7 @@ def explain(state: EarlyStoppingState) -> str:
       One line of text. Evaluations are counted from 0.
 
     Raises:
-      TypeError: If the state is no `EarlyStoppingState`.
+      TypeError: If ``state`` is no `EarlyStoppingState`.
       ValueError: If the state is that of a population.
 
     Examples:

@@ -64,10 +64,10 @@ def _check_needs(needs: frozenset[str], inputs: Inputs) -> None:
 def _split_value(
     value: Any, key: str | None, keys: frozenset[str]
 ) -> tuple[Any, dict[str, Any]]:
-    """Takes the judged value and the monitored ones out of what `update` was given."""
+    """Separates the judged value from those that `monitor` names."""
     if not isinstance(value, Mapping):
         if value is None:
-            raise TypeError("`value` must be a number or a dict of some, got None.")
+            raise TypeError("`value` must be a number or a dict of numbers, got None.")
         if keys:
             raise ValueError(
                 f"`value` must be a dict with the keys that `monitor` names, "
@@ -89,7 +89,7 @@ def _split_value(
 
 
 def as_numpy(name: str, number: Any, dtype: Any = np.float32) -> Any:
-    """Gives numbers of the host one dtype, so that no call traces anew."""
+    """Gives numbers of the host one dtype, so that no call retraces."""
     if number is None or np.iscomplexobj(number):
         return number
     # The value of a `jax.Array` is not read: the host would wait for the device.

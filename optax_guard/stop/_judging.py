@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from optax_guard._trees import increment, select
+from optax_guard._trees import increment
 from optax_guard.stop._config import Config
 from optax_guard.stop._inputs import Inputs
 from optax_guard.stop._observation import observe
@@ -29,7 +30,7 @@ def judge(
     is_best = observation.valid & (contender < config.sign * state.best_value)
     verdict, rule_state = config.rule.update(observation, state.rule_state)
 
-    streak = jnp.where(seen.is_finite, 0, increment(state.nonfinite_streak, True))
+    streak = jnp.where(seen.is_finite, 0, increment(state.nonfinite_streak))
     should_stop, reason = verdict.fired, verdict.reason
     if config.nonfinite == "stop":
         is_bad = streak > as_int(config.max_nonfinite)
@@ -53,7 +54,7 @@ def judge(
         rule_state=rule_state,
         smooth_state=seen.smooth_state,
     )
-    new = select(runs, new, state._replace(best_params=None))
+    new = optax.tree.where(runs, new, state._replace(best_params=None))
     return new._replace(
         is_best=runs & new.is_best,
         is_significant=runs & new.is_significant,

@@ -73,7 +73,7 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
         x, valid = observation.value, observation.valid
         # A place not yet filled is +inf, which nothing exceeds.
         rose = x > state.past_values[0] + as_float(min_rise)
-        rises = jnp.where(rose, increment(state.rise_count, True), 0)
+        rises = jnp.where(rose, increment(state.rise_count), 0)
         new_state = LagState(
             jnp.where(valid, jnp.append(state.past_values[1:], x), state.past_values),
             jnp.where(valid, rises, state.rise_count),
@@ -150,7 +150,7 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
         valid = observation.valid & jnp.isfinite(trained)
         rose = x > state.past_values[0] + as_float(min_rise)
         rose &= trained < state.past_train[0]
-        rises = jnp.where(rose, increment(state.rise_count, True), 0)
+        rises = jnp.where(rose, increment(state.rise_count), 0)
         new_state = OverfittingState(
             jnp.where(valid, jnp.append(state.past_values[1:], x), state.past_values),
             jnp.where(

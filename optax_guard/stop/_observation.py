@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 
-from optax_guard._trees import increment, select
+from optax_guard._trees import increment
 from optax_guard.stop._config import Config
 from optax_guard.stop._inputs import Inputs
 from optax_guard.stop._rule import Observation, as_int
@@ -33,7 +34,7 @@ def observe(config: Config, inputs: Inputs, state: EarlyStoppingState) -> Observ
     """Casts and smooths the value, and says whether it may be judged."""
     raw = config.sign * as_scalar("value", inputs.value)
     finite = jnp.isfinite(raw)
-    num_evals = increment(state.num_evals, True)
+    num_evals = increment(state.num_evals)
     visible = num_evals > as_int(config.warmup)
     valid = finite & visible
     seconds, step, train_value = state.train_seconds, inputs.step, inputs.train_value
@@ -46,7 +47,7 @@ def observe(config: Config, inputs: Inputs, state: EarlyStoppingState) -> Observ
     smoothed, smooth_state = raw, state.smooth_state
     if config.smooth is not None:
         smoothed, smooth_state = config.smooth.update(raw, state.smooth_state)
-        smooth_state = select(valid, smooth_state, state.smooth_state)
+        smooth_state = optax.tree.where(valid, smooth_state, state.smooth_state)
 
     bad_counts = config.nonfinite == "wait"
     observation = Observation(
@@ -70,7 +71,7 @@ def observe(config: Config, inputs: Inputs, state: EarlyStoppingState) -> Observ
 def as_scalar(
     name: str, number: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Casts to one dtype, and refuses what is not a real scalar."""
+    """Casts a real scalar to one dtype, and refuses anything else."""
     if jnp.ndim(number):
         raise ValueError(
             f"`{name}` must be a scalar, got shape {jnp.shape(number)}. Reduce it "

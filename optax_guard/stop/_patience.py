@@ -142,9 +142,7 @@ def _judge_patience(
     bad_count = jnp.where(
         significant,
         0,
-        jnp.where(
-            observation.counts, increment(state.bad_count, True), state.bad_count
-        ),
+        jnp.where(observation.counts, increment(state.bad_count), state.bad_count),
     )
     mark = state.ref_mark
     if config.n is None:

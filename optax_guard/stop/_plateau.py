@@ -49,7 +49,7 @@ def plateau(
     min_delta: ArrayLike = 0.0,
     rel_delta: ArrayLike = 0.0,
 ) -> StopRule:
-    """Reduces the learning rate at a stall, and stops at the first stall after.
+    """Reduces the learning rate at stalls, and stops when the reductions are spent.
 
     The rule holds the factor, `apply_plateau` writes it into the state of the
     optimizer, where `scale_by_plateau` applies it. One stopper decides both, so the
@@ -57,8 +57,8 @@ def plateau(
     Optax's ``reduce_on_plateau``, ``rel_delta`` is right for negative values.
 
     Args:
-      n: Evaluations without an improvement that counts that make a stall; at least 1.
-      factor: What a reduction multiplies the rate with; above 0, below 1.
+      n: Length of a stall: evaluations without an improvement that counts; at least 1.
+      factor: Factor of one reduction; above 0, below 1.
       max_reductions: Reductions before a stall stops the run; not negative.
       cooldown: Evaluations after a reduction that never count as bad; not negative.
       min_delta: Least improvement that counts, in units of the value.
@@ -126,7 +126,7 @@ class PlateauScaleState(NamedTuple):
 
 
 def scale_by_plateau() -> optax.GradientTransformation:
-    """Scales updates by the factor that `plateau` has come to.
+    """Scales updates by the present factor of `plateau`.
 
     Put it last in the chain, after the optimizer.
 
@@ -158,7 +158,7 @@ def scale_by_plateau() -> optax.GradientTransformation:
 
 
 def apply_plateau(opt_state: Any, state: EarlyStoppingState) -> Any:
-    """Writes the factor that `plateau` has come to into the optimizer's state.
+    """Writes the present factor of `plateau` into the optimizer's state.
 
     Call it after each update of early stopping; it may be jitted.
 
@@ -200,8 +200,8 @@ def apply_plateau(opt_state: Any, state: EarlyStoppingState) -> Any:
 def set_lr_scale(opt_state: Any, scale: ArrayLike) -> Any:
     """Writes a copy of ``scale`` over each ``lr_scale``: each may be donated."""
     for path, _ in optax.tree.get_all_with_path(opt_state, "lr_scale"):
-        own = jnp.array(scale, jnp.float32, copy=True)
+        copied = jnp.array(scale, jnp.float32, copy=True)
         opt_state = optax.tree.set(
-            opt_state, lambda at, _, path=path: at == path, lr_scale=own
+            opt_state, lambda at, _, path=path: at == path, lr_scale=copied
         )
     return opt_state

@@ -192,7 +192,7 @@ def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
     """Stops when the value rose in ``s`` strips of ``k`` evaluations in a row.
 
     Prechelt's UP: a strip has risen if the value at its end is above the value at the
-    end of the strip before. However large the rises, only their number counts.
+    end of the strip before. Only the number of rises counts, not their size.
 
     Args:
       s: Strips in a row; at least 1, may be traced.
@@ -234,7 +234,7 @@ def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
         age = state.strip_age + observation.valid.astype(jnp.int32)
         ends = observation.valid & (age >= as_int(k))
         rose = observation.value > state.strip_value
-        rises = jnp.where(rose, increment(state.rise_count, True), 0)
+        rises = jnp.where(rose, increment(state.rise_count), 0)
         new_state = SuccessiveRisesState(
             jnp.where(ends, 0, age),
             jnp.where(ends, observation.value, state.strip_value),

@@ -1,4 +1,4 @@
-"""What a stop rule is: what it sees, what it answers, and the reasons it may name."""
+"""Stop rules: their inputs, their verdict, and the reasons that they may name."""
 
 import enum
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from optax_guard._checks import check_choice
 
 
 class StopReason(enum.IntEnum):
-    """Why a run stopped; ``message`` says it in words and what to try.
+    """Why a run stopped; ``message`` says it in words, with advice.
 
-    The numbers are written into checkpoints: one is never given another meaning.
+    The numbers are written into checkpoints: none ever gets another meaning.
     """
 
     message: str
@@ -88,12 +88,12 @@ class StopReason(enum.IntEnum):
 
 
 class Observation(NamedTuple):
-    """What a rule sees at one evaluation.
+    """The inputs of a rule at one evaluation.
 
     Attributes:
       value: Value to judge, float32, shape (); smoothed if asked, with the sign that
-        makes smaller better. Meaningless unless ``valid``.
-      raw: The same before smoothing.
+        makes smaller better. It has no meaning unless ``valid``.
+      raw: The value before smoothing, float32, shape ().
       valid: Whether the value is finite and past the warm-up, bool, shape (). Only
         such a value may enter references and windows.
       counts: Whether the evaluation uses up patience, bool, shape (): it is valid,
@@ -126,13 +126,13 @@ class Observation(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a rule answers: whether it is true now, and why.
+    """The answer of a rule: whether it is true now, and why.
 
     Attributes:
       fired: Whether the rule is true now, bool, shape ().
-      reason: Its `StopReason`, int32, shape (); meaningless unless ``fired``.
+      reason: Its `StopReason`, int32, shape (); without meaning unless ``fired``.
       significant: Whether the value improved by enough to count, bool, shape (), or
-        None for a rule that has no such notion.
+        None if the rule does not say.
     """
 
     fired: jax.Array
@@ -144,14 +144,14 @@ class StopRule(NamedTuple):
     """A pair of pure functions that says, at each evaluation, "true now" or not.
 
     A rule does not remember that it was true: only `early_stopping` latches. So
-    rules compose, and a stall that ends before `not_before` lets it count is no stop.
+    rules compose: a stall that ends before the time of `not_before` stops nothing.
 
     Attributes:
       init: Function of no arguments that returns the rule's state, a pytree of arrays
         whose structure, shapes and dtypes never change.
       update: Function ``(observation, state) -> (verdict, state)``.
-      needs: Those of ``step``, ``seconds``, ``train_value`` and ``opt_state`` that
-        the rule reads; a loop on the device must refuse what it cannot provide.
+      needs: The names among ``step``, ``seconds``, ``train_value`` and ``opt_state``
+        that the rule reads; a loop that cannot provide one refuses the rule.
       keys: Keys that the rule reads from a ``value`` that is a dict.
     """
 
@@ -169,7 +169,7 @@ def verdict_for(
 
 
 def no_state() -> tuple[()]:
-    """Is the ``init`` of a rule without state."""
+    """Returns the state of a rule that has none."""
     return ()
 
 

@@ -36,7 +36,7 @@ def skip_storm(n: ArrayLike) -> StopRule:
 
     Fires when the guard is exhausted, when its present streak of skipped steps is
     at least ``n``, or when at least ``n`` were skipped since the last evaluation.
-    Several guards in one state are added up. `update` needs ``opt_state=``.
+    The counts of several guards in one state are added. `update` needs ``opt_state=``.
 
     Args:
       n: Skipped steps that are too many; at least 1, may be traced.
@@ -69,7 +69,7 @@ def skip_storm(n: ArrayLike) -> StopRule:
         streaks = _guard_field(observation.opt_state, "skip_streak")
         exhausted = _guard_field(observation.opt_state, "guard_exhausted")
         skipped = jnp.asarray(skipped, jnp.int32)
-        # After `reset` the old skips are not held against the run again.
+        # Steps that were skipped before a `reset` do not count again.
         is_first = state.seen_skipped < 0
         fired = ~is_first & (skipped - state.seen_skipped >= as_int(n))
         for streak, spent in zip(streaks, exhausted, strict=True):

@@ -99,8 +99,8 @@ def median(k: int) -> Smoother:
     """Smooths with the median of the last k values; one outlier does not move it.
 
     Args:
-      k: Number of values; a Python integer of at least 1. Until there are as many,
-        the median is of those there are.
+      k: Number of values; a Python integer of at least 1. Until there are k
+        values, the median is that of all values so far.
 
     Returns:
       A smoother whose state is a `MedianState`.

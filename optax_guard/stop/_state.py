@@ -82,14 +82,14 @@ class EarlyStopping(NamedTuple):
         train_value=None, opt_state=None) -> state``: tells the stopper the value of
         an evaluation, and the parameters it was computed with. ``step`` counts steps,
         below 2**31; ``seconds`` is the training time since the update before;
-        ``train_value`` is a number, or an array of those since then. What is no number
-        raises a ``TypeError``, what is none of these a ``ValueError``.
+        ``train_value`` is a number, or an array of those since then. An argument that
+        is no number raises a ``TypeError``, one out of range a ``ValueError``.
       best: ``best(state, default) -> params``: the best parameters, or ``default``
         if there was no finite value.
       reset: ``reset(state, *, keep_best=True) -> state``: lets a stopped run go on.
         Rules start afresh; totals and, unless ``keep_best=False``, the best stay.
-      needs: Those of ``step``, ``seconds``, ``train_value`` and ``opt_state`` that
-        `update` cannot do without.
+      needs: The names among ``step``, ``seconds``, ``train_value`` and ``opt_state``
+        that `update` cannot do without.
     """
 
     init: Callable[..., EarlyStoppingState]
@@ -123,28 +123,28 @@ def check_same_rule(
         )
 
 
-def check_same_params(what: str, params: Any, kept: Any) -> None:
+def check_same_params(name: str, params: Any, kept: Any) -> None:
     """Refuses parameters that are not like those kept in the state."""
     if params is None and kept is not None:
         raise ValueError(
-            f"{what} are missing: `init` was given parameters, so every "
+            f"{name} are missing: `init` was given parameters, so every "
             "call needs those that gave the value. To keep none, call `init()`."
         )
     if kept is None and params is not None:
         raise ValueError(
-            f"{what} have no place in `state`: it was made by `init()`. "
+            f"{name} have no place in `state`: it was made by `init()`. "
             "Make it by `init(params)` to keep the best, or pass none."
         )
     if jax.tree.structure(params) != jax.tree.structure(kept):
         raise ValueError(
-            f"{what} must have the structure given to `init`, "
+            f"{name} must have the structure given to `init`, "
             f"{jax.tree.structure(kept)}, got {jax.tree.structure(params)}."
         )
     pairs = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(kept), strict=True)
     for (path, leaf), old in pairs:
         if (leaf.shape, leaf.dtype) != (old.shape, old.dtype):
             raise ValueError(
-                f"{what} must be like those given to `init`: at "
+                f"{name} must be like those given to `init`: at "
                 f"{jax.tree_util.keystr(path)} {old.dtype}{list(old.shape)}, got "
                 f"{leaf.dtype}{list(leaf.shape)}."
             )

@@ -37,8 +37,8 @@ def early_stopping(
 ) -> EarlyStopping:
     """Builds a stopper that stops a run by a rule and keeps its best parameters.
 
-    At an evaluation, in this order: a stopped run changes no more (but the flags of
-    the last update go to False); a non-finite value touches nothing but its count;
+    At an evaluation, in this order: a stopped run does not change (but the flags of
+    the last update become False); a non-finite value changes nothing but its count;
     the value is smoothed; the best moves; the rule is judged; the first to fire is
     latched with its reason. Everything is a pure function of arrays: it runs in a
     Python loop, where an update is one dispatch that waits for nothing, and inside
@@ -48,14 +48,14 @@ def early_stopping(
       rule: A rule of `optax_guard.stop`. Its numbers live here, not in the state, so
         that a resumed run follows the numbers it is given.
       mode: "min" if smaller values are better, "max" if larger are.
-      nonfinite: What a NaN or infinite value means: "stop" stops, "wait" counts a
+      nonfinite: How a NaN or infinite value is treated: "stop" stops, "wait" counts a
         bad evaluation, "ignore" does nothing.
-      max_nonfinite: With "stop", non-finite values in a row to tolerate.
+      max_nonfinite: With "stop", how many non-finite values in a row are tolerated.
       smooth: `stop.ema(decay)` or `stop.median(k)`: rules judge the smoothed value,
         except `target` and `divergence`.
       best_on: "raw" or "smoothed": the value that decides which parameters are best.
-      warmup: First evaluations to disregard, for the best as well; they are counted,
-        and a non-finite value among them is still one.
+      warmup: How many first evaluations are disregarded, also for the best. They are
+        counted, and a non-finite value among them still counts as one.
       key: If ``value`` is a dict, the key of the value to judge. It alone defines the
         best; `stop.monitor` judges others.
 

@@ -19,7 +19,7 @@ from optax_guard.stop._rule import (
 def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
     """Stops when the value is as good as asked.
 
-    Judged on the raw value, after the best has been updated with it. For a target
+    The rule judges the raw value, after the best has been updated with it. For a target
     that must be held, wrap the rule in `held_for`.
 
     Args:
@@ -56,7 +56,7 @@ def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
 def divergence(threshold: ArrayLike) -> StopRule:
     """Stops when the value is worse than a threshold.
 
-    Judged on the raw value: a run that has blown up should not be smoothed over.
+    The rule judges the raw value: smoothing would hide a run that has blown up.
 
     Args:
       threshold: Worst value to tolerate, in the user's sign; may be traced.
