@@ -129,7 +129,7 @@ def static_number(name: str, value: object, reason: str) -> Any:
 
     Args:
       name: The argument's name, for the error.
-      value: What was given for it.
+      value: The value given for it.
       reason: Why it cannot be traced, for the error.
 
     Returns:

@@ -98,7 +98,7 @@ def clip_by_global_norm(
       ``max_norm`` by rounding at most.
 
     Raises:
-      ValueError: If ``max_norm`` or ``ord`` is a Python number and not positive, or
+      ValueError: If ``max_norm`` or ``ord`` is concrete and not positive, or
         ``nonfinite`` is unknown; in ``update``, if ``axis_name`` leaves out an axis
         over which a leaf varies.
       TypeError: If ``max_norm`` or ``axis_name`` is none of the above.

@@ -108,7 +108,7 @@ def clip_by_leaf_norm(
       gives the norms by path. To only watch, set ``max_norm`` to infinity.
 
     Raises:
-      ValueError: If ``max_norm`` is a Python number and not positive, or ``layer_axis``
+      ValueError: If ``max_norm`` is concrete and not positive, or ``layer_axis``
         is no axis of a leaf.
       TypeError: If ``max_norm`` is none of the above.
 
@@ -167,7 +167,7 @@ def clip_by_group_norm(
       A transformation whose state is a ``ClipByGroupNormState``.
 
     Raises:
-      ValueError: If a threshold is a Python number and not positive; at ``init``, if a
+      ValueError: If a threshold is concrete and not positive; at ``init``, if a
         leaf has a label without a threshold or a threshold's label has no leaf.
       TypeError: If ``max_norms`` is not a dict with strings as keys, or a threshold is
         none of the above.

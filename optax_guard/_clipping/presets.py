@@ -61,7 +61,7 @@ def zclip(
       A transformation whose state is a ``ClipByNormState``. All numbers may be traced.
 
     Raises:
-      ValueError: If a Python number is out of range or a string unknown.
+      ValueError: If a concrete number is out of range or a string unknown.
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og
@@ -115,7 +115,7 @@ def autoclip(
       A transformation whose state is a ``ClipByNormState``.
 
     Raises:
-      ValueError: If ``percentile`` is a Python number out of range.
+      ValueError: If ``percentile`` is concrete and out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og
@@ -179,7 +179,7 @@ def adagc(
       A transformation whose state is a ``ClipByLeafNormState``.
 
     Raises:
-      ValueError: If a Python number is out of range.
+      ValueError: If a concrete number is out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og

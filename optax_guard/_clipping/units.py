@@ -103,7 +103,7 @@ def clip_by_unit_norm(
       ``params``.
 
     Raises:
-      ValueError: If ``max_ratio`` or ``eps`` is a Python number and not positive;
+      ValueError: If ``max_ratio`` or ``eps`` is concrete and not positive;
         if a leaf has more axes than the rule by rank knows, or a device's
         part of one that is split in a way not given by a ``PartitionSpec`` has at most
         one axis longer than 1; if ``params`` is missing.

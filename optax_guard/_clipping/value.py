@@ -69,7 +69,7 @@ def clip_by_value(
       A transformation whose state is a ``ClipByValueState``.
 
     Raises:
-      ValueError: If the bounds are Python numbers and empty or the wrong way round.
+      ValueError: If the bounds are concrete and out of order.
       TypeError: If a bound is not a number.
 
     Examples:

@@ -85,7 +85,7 @@ def accumulate(
 
     Raises:
       TypeError: If ``inner`` is no transformation.
-      ValueError: If ``every_k`` is a Python number and no whole number of at least 1.
+      ValueError: If ``every_k`` is concrete and no whole number of at least 1.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og

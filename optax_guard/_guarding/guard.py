@@ -88,7 +88,7 @@ def guard(
 
     Raises:
       TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.
-      ValueError: If a Python number is out of range; in ``update``, if ``value`` is
+      ValueError: If a concrete number is out of range; in ``update``, if ``value`` is
         known to differ between devices that take a step together.
 
     Examples:

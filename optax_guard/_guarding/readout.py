@@ -148,7 +148,7 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
     """Raises if the guard has skipped too many steps in a row. Waits for the device.
 
     Args:
-      metrics: What ``metrics(state)`` returned.
+      metrics: The dict that ``metrics(state)`` returned.
 
     Raises:
       GuardExhaustedError: If a ``guard_exhausted`` in it is true.

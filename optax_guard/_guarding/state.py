@@ -141,7 +141,7 @@ def logged(
 
     Args:
       log: The log before.
-      measured: What the clip measured.
+      measured: The measurement of the clip.
       value: The loss, if it was given.
       reason: int32[], 0 if the step is taken.
       update: int32[], index of the step.

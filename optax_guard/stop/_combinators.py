@@ -162,7 +162,7 @@ def held_for(rule: StopRule, n: ArrayLike) -> StopRule:
       A rule whose state is a `HeldForState`.
 
     Raises:
-      ValueError: If ``n`` is a Python number below 1.
+      ValueError: If ``n`` is concrete and below 1.
 
     Examples:
       >>> from optax_guard import early_stopping, stop
@@ -219,7 +219,7 @@ def cooldown(rule: StopRule, n: ArrayLike) -> StopRule:
       A rule whose state is a `CooldownState`.
 
     Raises:
-      ValueError: If ``n`` is a negative Python number.
+      ValueError: If ``n`` is concrete and negative.
 
     Examples:
       >>> from optax_guard import early_stopping, stop

@@ -42,7 +42,7 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
     a least rise, or smooth.
 
     Args:
-      k: Evaluations to look back; a Python integer of at least 1.
+      k: Evaluations to look back; a concrete whole number of at least 1.
       s: Evaluations in a row at which it must hold; at least 1, may be traced.
       min_rise: Rise that must be exceeded, in units of the value; not negative.
 
@@ -51,7 +51,7 @@ def lag(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopRule:
 
     Raises:
       ValueError: If a concrete number is out of range.
-      TypeError: If ``k`` is not a Python integer.
+      TypeError: If ``k`` is traced or no number.
 
     Examples:
       >>> from optax_guard import early_stopping, stop
@@ -111,7 +111,7 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
     counts. An evaluation where either value is not finite is not judged.
 
     Args:
-      k: Evaluations to look back; a Python integer of at least 1.
+      k: Evaluations to look back; a concrete whole number of at least 1.
       s: Evaluations in a row at which it must hold; at least 1, may be traced.
       min_rise: Rise of the value that must be exceeded; not negative.
 
@@ -120,7 +120,7 @@ def overfitting(k: int, *, s: ArrayLike = 1, min_rise: ArrayLike = 0.0) -> StopR
 
     Raises:
       ValueError: If a concrete number is out of range.
-      TypeError: If ``k`` is not a Python integer.
+      TypeError: If ``k`` is traced or no number.
 
     Examples:
       >>> from optax_guard import early_stopping, stop

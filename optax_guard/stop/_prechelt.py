@@ -58,7 +58,7 @@ def generalization_loss(alpha: ArrayLike) -> StopRule:
       A rule whose state is a `GeneralizationLossState`.
 
     Raises:
-      ValueError: If ``alpha`` is a Python number and not positive.
+      ValueError: If ``alpha`` is concrete and not positive.
 
     Examples:
       >>> from optax_guard import early_stopping, stop
@@ -116,14 +116,14 @@ def progress_quotient(alpha: ArrayLike, k: int) -> StopRule:
 
     Args:
       alpha: Quotient to tolerate; positive, may be traced.
-      k: Training values in a strip; a Python integer of at least 1.
+      k: Training values in a strip; a concrete whole number of at least 1.
 
     Returns:
       A rule whose state is a `ProgressQuotientState`.
 
     Raises:
-      ValueError: If ``alpha`` is a Python number and not positive, or ``k`` below 1.
-      TypeError: If ``k`` is not a Python integer.
+      ValueError: If ``alpha`` is concrete and not positive, or ``k`` below 1.
+      TypeError: If ``k`` is traced or no number.
 
     Examples:
       >>> from optax_guard import early_stopping, stop
@@ -203,7 +203,7 @@ def successive_rises(s: ArrayLike, k: int = 5) -> StopRule:
       as true as it was.
 
     Raises:
-      ValueError: If ``s`` or ``k`` is a Python number below 1.
+      ValueError: If ``s`` or ``k`` is concrete and below 1.
 
     Examples:
       >>> from optax_guard import early_stopping, stop

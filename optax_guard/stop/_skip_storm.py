@@ -45,7 +45,7 @@ def skip_storm(n: ArrayLike) -> StopRule:
       A rule whose state is a `SkipStormState`.
 
     Raises:
-      ValueError: If ``n`` is a Python number below 1, or, at `update`, if
+      ValueError: If ``n`` is concrete and below 1, or, at `update`, if
         ``opt_state`` holds no guard.
 
     Examples:

@@ -47,7 +47,7 @@ def ema(decay: ArrayLike) -> Smoother:
       A smoother whose state is a `MovingAverageState`.
 
     Raises:
-      ValueError: If ``decay`` is a Python number out of range.
+      ValueError: If ``decay`` is concrete and out of range.
 
     Examples:
       >>> from optax_guard import early_stopping, stop
@@ -99,7 +99,7 @@ def median(k: int) -> Smoother:
     """Smooths with the median of the last k values; one outlier does not move it.
 
     Args:
-      k: Number of values; a Python integer of at least 1. Until there are k
+      k: Number of values; a concrete whole number of at least 1. Until there are k
         values, the median is that of all values so far.
 
     Returns:
@@ -107,7 +107,7 @@ def median(k: int) -> Smoother:
 
     Raises:
       ValueError: If ``k`` is below 1.
-      TypeError: If ``k`` is not a Python integer.
+      TypeError: If ``k`` is traced or no number.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -30,7 +30,7 @@ def target(value: ArrayLike, *, strict: bool = False) -> StopRule:
       A rule without state.
 
     Raises:
-      ValueError: If it is a Python number and NaN.
+      ValueError: If it is concrete and NaN.
 
     Examples:
       >>> from optax_guard import early_stopping, stop
@@ -65,7 +65,7 @@ def divergence(threshold: ArrayLike) -> StopRule:
       A rule without state.
 
     Raises:
-      ValueError: If it is a Python number and NaN.
+      ValueError: If it is concrete and NaN.
 
     Examples:
       >>> from optax_guard import early_stopping, stop

@@ -85,7 +85,7 @@ def relative_to_mean(
       A threshold with a ``RelativeToMeanState``: 16 bytes for each norm.
 
     Raises:
-      ValueError: If a Python number is out of range.
+      ValueError: If a concrete number is out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og

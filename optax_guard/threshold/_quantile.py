@@ -85,7 +85,7 @@ def quantile(
       each norm, 23 kB at 0.01.
 
     Raises:
-      ValueError: If a Python number is out of range.
+      ValueError: If a concrete number is out of range.
       TypeError: If ``relative_error`` is traced.
 
     Examples:

@@ -92,7 +92,7 @@ def zscore(
       A threshold with a ``ZScoreState``: 20 bytes.
 
     Raises:
-      ValueError: If a Python number is out of range or a string unknown.
+      ValueError: If a concrete number is out of range or a string unknown.
 
     Examples:
       >>> import jax.numpy as jnp, optax_guard as og
