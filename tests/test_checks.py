@@ -158,7 +158,7 @@ def test_a_check_compares_under_a_trace_what_is_concrete(name):
     traces(compare)
 
 
-@pytest.mark.parametrize("name", CHECKS.keys() - {"static count"})
+@pytest.mark.parametrize("name", [x for x in CHECKS if x != "static count"])
 def test_a_traced_number_passes_a_check(name):
     check, _ = CHECKS[name]
     for number in (-1, 0, 2**31 - 1, -1.0, math.nan):

@@ -776,3 +776,41 @@ def test_half_precision_is_not_kept_in_float32():
     analysis: Any = compiled.memory_analysis()
     one_leaf = 4 * 10_000
     assert analysis.temp_size_in_bytes < one_leaf + 10_000
+
+
+def hessian_of_cubes(x: np.ndarray, max_norm: float) -> np.ndarray:
+    """Second derivatives of the sum of the cubes of the clipped entries."""
+    norm = np.linalg.norm(x)
+    if norm <= max_norm:
+        return np.diag(6 * x)
+    cubes, slope = np.sum(x**3), 3 * x**2
+    along = -3 * x / norm**5
+    curvature = 15 * np.outer(x, x) / norm**7 - 3 * np.eye(x.size) / norm**5
+    mixed = np.outer(slope, along) + np.outer(along, slope)
+    return max_norm**3 * (np.diag(6 * x) / norm**3 + mixed + cubes * curvature)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        og.clip_by_global_norm,
+        og.clip_by_leaf_norm,
+        lambda max_norm: og.guard(optax.identity(), clip=max_norm),
+    ],
+    ids=["global norm", "leaf norm", "guard"],
+)
+def test_second_derivatives_are_right_at_any_norm(factory):
+    """Squares of a divisor that is scaled down vanish in the plain derivative."""
+    direction = np.array([0.6, 0.5, -0.7])
+
+    @jax.jit
+    def hessian(x: jax.Array, scale: jax.Array, max_norm: jax.Array) -> jax.Array:
+        tx = factory(max_norm)
+        state = tx.init(x)
+        return jax.hessian(lambda x: jnp.sum((tx.update(x, state)[0] / scale) ** 3))(x)
+
+    for scale in (1e-9, 1e-3, 1.2, 1.9, 2.5, 7.0, 1e3, 1e9):
+        for share in (0.25, 100.0):
+            found = hessian(f32(direction * scale), f32(scale), f32(share * scale))
+            expected = hessian_of_cubes(direction, share)
+            np.testing.assert_allclose(found * scale**2, expected, rtol=0, atol=1e-5)

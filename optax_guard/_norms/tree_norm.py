@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_guard._norms.axis_norms import ratio
 from optax_guard._norms.leaf_runs import (
     Part,
     Runs,
@@ -124,14 +125,12 @@ def _euclidean_jvp(
     (leaves,), (dots,) = primals, tangents
     value, bad = _euclidean(leaves, parts, roles)
     usable = jnp.isfinite(value) & (value > 0)
-    # XLA may divide by multiplying with the inverse, which vanishes for a huge norm.
-    scale = jnp.where(value > 1, 2.0**-64, 1.0).astype(value.dtype)
-    length = jnp.where(usable, value * scale, 1.0)
+    length = jnp.where(usable, value, 1.0)
 
     def along(x: jax.Array, dot: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(x):
             return along(x.real, dot.real) + along(x.imag, dot.imag)
-        unit = jnp.where(usable, x.astype(value.dtype) * scale / length, 0.0)
+        unit = jnp.where(usable, ratio(x.astype(value.dtype), length), 0.0)
         return jnp.sum(unit * dot.astype(value.dtype))
 
     slopes = [along(x, dot) for x, dot in zip(leaves, dots, strict=True)]
