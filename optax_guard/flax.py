@@ -1,4 +1,4 @@
-"""Flax: a `TrainState` that honours the guard, and `fit` with its checkpoints."""
+"""Flax: a `TrainState` for guarded optimizers, and `fit` with its checkpoints."""
 
 import dataclasses
 import difflib
@@ -46,11 +46,12 @@ __all__ = [
 class TrainState(train_state.TrainState):
     """A Flax `TrainState` in which a skipped step changes nothing but `step`.
 
-    It is Flax's own class, with its methods and the same results, except that
-    `apply_gradients` is the one-pass step of `optax_guard.apply_gradients`; that
-    keyword arguments which are no fields go to the optimizer, so that a guard sees the
-    loss (``value=loss``); and that fields given to it stay as they were if the guard
-    skips the step. Any Optax optimizer works, with a guard or without.
+    It is a subclass of Flax's class, with its methods and the same results. Three
+    things differ in `apply_gradients`. It takes the one-pass step of
+    `optax_guard.apply_gradients`. Keyword arguments that are not fields go to the
+    optimizer, so that a guard gets the loss (``value=loss``). Fields that it is given
+    keep their old values if the guard skips the step. Any Optax optimizer works, with a
+    guard or without.
 
     Attributes:
       step: int32[], calls of `apply_gradients`, skipped steps included: a key folded
@@ -84,23 +85,23 @@ class TrainState(train_state.TrainState):
             a subclass; and extra arguments of the optimizer, such as ``value=loss``.
 
         Returns:
-          The state after the step. If the guard skipped it: the state before, with
-          the guard's records and ``step + 1``. Fields that are not part of the tree
-          are replaced in either case.
+          The state after the step. If the guard skipped the step, it is the state
+          before it, with the guard's records and ``step + 1``. Fields that are not part
+          of the tree are replaced in both cases.
 
         Raises:
-          TypeError: If an argument is no field but is spelt almost like one, or names
-            what the step itself computes.
-          ValueError: If a new value has not the structure of the old one.
+          TypeError: If an argument is not a field but is spelt almost like one, or is
+            a field that the step itself computes.
+          ValueError: If a new value does not have the structure of the old one.
         """
         fields = {field.name: field for field in dataclasses.fields(self)}
         replaced = {k: v for k, v in kwargs.items() if k in fields}
         extra_args = {k: v for k, v in kwargs.items() if k not in fields}
         for name in extra_args:
-            # An optimizer ignores what it does not know: the field would stay as it is.
+            # An optimizer ignores an unknown argument, so the field would not change.
             if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
                 raise TypeError(
-                    f"`apply_gradients` got `{name}`, which is no field of "
+                    f"`apply_gradients` got `{name}`, which is not a field of "
                     f"`{type(self).__name__}`: did you mean `{close[0]}`?"
                 )
 
@@ -113,13 +114,13 @@ class TrainState(train_state.TrainState):
         )
         is_guarded = bool(find_states(opt_state, GuardState))
 
-        def judged(name: str, new: Any, old: Any) -> Any:
+        def unless_skipped(name: str, new: Any, old: Any) -> Any:
             if not is_guarded:
                 return new
             if jax.tree.structure(new) != jax.tree.structure(old):
                 raise ValueError(
                     f"`{name}` must keep its structure, so that a skipped step can "
-                    f"give the old value back: got {jax.tree.structure(new)} for "
+                    f"keep the old value: got {jax.tree.structure(new)} for "
                     f"{jax.tree.structure(old)}. Give `create` the initial value: "
                     f"`create(..., {name}=...)`."
                 )
@@ -127,11 +128,11 @@ class TrainState(train_state.TrainState):
 
         if _has_overwritten(grads):
             name = OVERWRITE_WITH_GRADIENT
-            kept = judged(name, grads[name], self.params[name])
+            kept = unless_skipped(name, grads[name], self.params[name])
             params = {"params": params, name: kept}
         for name, new in replaced.items():
             if fields[name].metadata.get("pytree_node", True):
-                replaced[name] = judged(name, new, getattr(self, name))
+                replaced[name] = unless_skipped(name, new, getattr(self, name))
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **replaced
         )
@@ -143,8 +144,8 @@ class TrainState(train_state.TrainState):
     ) -> Self:
         """Makes the state before the first step.
 
-        No two leaves share a buffer, so that the state can be donated even if one tree
-        was given twice, as for ``params=params, ema_params=params``.
+        No two leaves share a buffer, so the state can be donated even if one tree is
+        given twice, as for ``params=params, ema_params=params``.
 
         Args:
           apply_fn: Usually ``model.apply``.
@@ -153,11 +154,11 @@ class TrainState(train_state.TrainState):
           **kwargs: Other fields: `batch_stats`, and those of a subclass.
 
         Returns:
-          A state whose ``step`` is an array, not a Python number as Flax's: its type is
-          that of all later ones, and it can be donated.
+          A state whose ``step`` is an array, not a Python number as in Flax: it has the
+          type of all later steps, and it can be donated.
 
         Raises:
-          TypeError: If ``tx`` is no transformation, or a leaf of ``params`` no array.
+          TypeError: If ``tx`` is not a transformation, or ``params`` not arrays.
         """
         check_transformation("tx", tx)
         check_leaves("params", params)
@@ -172,32 +173,32 @@ class TrainState(train_state.TrainState):
         warn_if_nested(state)
         seen: set[int] = set()
 
-        def own(leaf: Any) -> Any:
+        def unshared(leaf: Any) -> Any:
             if isinstance(leaf, jax.Array) and id(leaf) in seen:
                 leaf = jnp.copy(leaf)
             seen.add(id(leaf))
             return leaf
 
-        return jax.tree.map(own, state)
+        return jax.tree.map(unshared, state)
 
 
 def update_dynamic_scale(dynamic_scale: DynamicScale, opt_state: Any) -> DynamicScale:
-    """The loss scale after a step, by the guard's verdict on that step.
+    """Updates the loss scale after a step, by the guard's verdict on that step.
 
-    For float16: unscale, judge once, clip after. `DynamicScale.value_and_grad` unscales
-    and judges; leave its ``dynamic_scale`` and ``is_finite`` unused and XLA drops that
-    reading of all gradients, so that the guard's remains the only one. The scale backs
-    off where gradients or loss were not finite; a finite step that a rule skipped
-    counts as finite. Put it into the state by ``replace``: given to `apply_gradients`
-    as a field it would be undone on a skipped step.
+    Training in float16 unscales the gradients, judges them once and clips them then.
+    `DynamicScale.value_and_grad` unscales and judges. If its ``dynamic_scale`` and
+    ``is_finite`` are not used, XLA removes its pass over the gradients, and the guard's
+    is the only one. The scale backs off if gradients or loss were not finite; a finite
+    step that a rule skipped counts as finite. Write the result into the state with
+    ``replace``: as a field of `apply_gradients` it would be undone on a skipped step.
 
     Args:
-      dynamic_scale: The scale that the gradients were computed with.
+      dynamic_scale: The scale with which the gradients were computed.
       opt_state: Optimizer state after the step, with a guard in it. With
-        `optax_guard.accumulate`, the verdict is that on the micro-batch.
+        `optax_guard.accumulate`, the verdict is the one on the micro-batch.
 
     Returns:
-      What `DynamicScale` itself makes of that verdict.
+      The new scale, by the rule of `DynamicScale`.
 
     Raises:
       ValueError: If there is no guard in ``opt_state``.
@@ -219,13 +220,13 @@ def update_dynamic_scale(dynamic_scale: DynamicScale, opt_state: Any) -> Dynamic
             "the scale that `DynamicScale.value_and_grad` returns."
         )
     is_bad = jnp.any(jnp.stack([is_nonfinite(reason) for reason in reasons]))
-    # Flax's own rule, asked about one number in place of all gradients.
+    # This applies Flax's own rule to one number in place of all gradients.
     stand_in = dynamic_scale.value_and_grad(lambda x: x * jnp.where(is_bad, jnp.nan, 0))
     return stand_in(jnp.zeros(())).dynamic_scale
 
 
 def _has_overwritten(tree: Any) -> bool:
-    # Flax's fp8 layers: a collection whose "gradients" are its new values.
+    # In this collection of Flax's fp8 layers the "gradients" are the new values.
     return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
 
 

@@ -104,10 +104,12 @@ def test_diverged_run_goes_back_and_on(tmp_path):
         r"At step 6, back to the checkpoint of step 4, rewind 1 of 2, with the "
         r"learning rate times 0.5 and batches of step \+ 100, because of DIVERGED: "
     )
-    with pytest.warns(UserWarning, match=warning):
+    with pytest.warns(UserWarning, match=warning) as caught:
         result = run(
             tmp_path, Rewind(times=2, on_rewind=on_rewind), values=DIVERGES_ONCE
         )
+    # The warning points at the line that calls `fit`.
+    assert [each.filename for each in caught] == [__file__]
     check_diverged_once(result)
     assert asked == [6]
     np.testing.assert_array_equal(

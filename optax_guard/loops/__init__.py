@@ -1,4 +1,4 @@
-"""Training loops: `fit` on the host; on the device one run, or a population."""
+"""Training loops: `fit` runs on the host, the others on the device."""
 
 from optax_guard._public import publish
 from optax_guard.loops._checkpoint import Checkpointer, load_best

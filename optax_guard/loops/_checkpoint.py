@@ -28,26 +28,24 @@ from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
 class Checkpointer:
-    """Where `fit` keeps its checkpoints, and resumes from.
+    """The directory in which `fit` saves its checkpoints, and from which it resumes.
 
-    At each evaluation, after the stopper was told of it, a checkpoint is saved. Kept
-    are that of the best evaluation and the latest, from which `fit` goes on when it
-    finds one, whatever state it is given. What was done since, until a crash or a
-    Ctrl-C, is done again. Several processes save together into one directory, which
-    all must see.
+    `fit` saves a checkpoint at each evaluation, after it has updated the stopper. The
+    directory keeps the best and the latest. If there is a latest, `fit` resumes from
+    it, whatever state it is given. The steps between it and a crash or a Ctrl-C are
+    done again. Several processes save together into one directory, which all must see.
 
-    A checkpoint is one of Orbax's, written in the background and renamed when it is
-    complete, so a process that is killed leaves no half of one. One that is damaged is
-    an error, which names it, and not silently passed over. The item ``variables`` holds
-    ``params`` and ``batch_stats``, ``training`` the rest of the state and that of the
-    stopper.
+    Orbax writes a checkpoint in the background and renames it when it is complete. So
+    a process that is killed leaves no half checkpoint. A damaged checkpoint is an error
+    that names it. The item ``variables`` holds ``params`` and ``batch_stats``, the item
+    ``training`` the rest of the state and the state of the stopper.
 
     Args:
-      directory: Where to; one for each run. It is made if there is none.
-      keep: How many of the latest to keep, beside the best.
+      directory: A directory for this run alone. It is made if it does not exist.
+      keep: Number of latest checkpoints to keep, beside the best.
       continue_stopped: Whether a run that the stopper had stopped goes on when it is
-        resumed, after ``reset(keep_best=True)``: patience and the like start afresh,
-        the best and what a budget counts stay.
+        resumed, after ``reset(keep_best=True)``: patience and similar counts start
+        again, the best and the counts of a budget stay.
 
     Raises:
       ImportError: If Orbax is not installed.
@@ -97,7 +95,7 @@ class Checkpointer:
 
 
 def check_checkpointer(checkpointer: Any, state: Any) -> None:
-    """Refuses what is no checkpointer, and a state that cannot be put together."""
+    """Refuses another object, and a state that cannot be restored field by field."""
     if checkpointer is not None and not isinstance(checkpointer, Checkpointer):
         raise TypeError(
             "`checkpointer` must be a `Checkpointer`, as in "
@@ -125,16 +123,16 @@ class Store:
         )
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until all checkpoints are written."""
         self._manager.close()
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to resume from."""
+        """Whether there is no checkpoint to resume from."""
         return self._manager.latest_step() is None
 
     def save(self, run: Snapshot) -> None:
         """Saves in the background. The arrays may be donated when this returns."""
-        variables, rest = _parted(run.state)
+        variables, rest = _variables_and_rest(run.state)
         training = {"state": rest, "stop": run.stop}
         metadata = {
             "best_step": run.best_step,
@@ -169,9 +167,9 @@ class Store:
     def load_pinned(
         self, state: Any, stop: EarlyStoppingState
     ) -> tuple[int, Any, EarlyStoppingState]:
-        """Step, state and stopper at the best checkpoint; at the first without a best.
+        """Step, state and stopper of the best checkpoint, or of the first without one.
 
-        The arrays of `state` are deleted before, to make room.
+        The arrays of `state` are deleted first, to make room.
         """
         self._manager.wait_until_finished()
         step = self._policy.pinned(self._manager.all_steps())
@@ -183,9 +181,9 @@ class Store:
     def load_best_variables(self, state: Any) -> dict[str, Any]:
         """Variables of the best checkpoint, in arrays like those of `state`.
 
-        Without a best they are copies of the state's own.
+        Without a best checkpoint they are copies of the state's own.
         """
-        variables, _ = _parted(state)
+        variables, _ = _variables_and_rest(state)
         if self._policy.best_step < 0:
             return jax.tree.map(jnp.copy, variables)
         self._manager.wait_until_finished()
@@ -193,7 +191,7 @@ class Store:
         return found[VARIABLES]
 
     def _load(self, step: int, state: Any, stop: Any) -> tuple[Any, Any]:
-        variables, rest = _parted(state)
+        variables, rest = _variables_and_rest(state)
         targets = {VARIABLES: variables, TRAINING: {"state": rest, "stop": stop}}
         found = restore(self._manager, step, targets)
         state = found[TRAINING]["state"].replace(**found[VARIABLES])
@@ -218,11 +216,11 @@ def open_store(
 def load_best(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Loads the variables of the best evaluation that `fit` has saved.
 
-    Neither the model nor the optimizer is needed, nor the devices that it was trained
-    on. To load arrays with shardings, restore the item ``variables`` with Orbax.
+    This needs neither the model nor the optimizer nor the devices of the training. To
+    load arrays with shardings, restore the item ``variables`` with Orbax.
 
     Args:
-      directory: That of the `Checkpointer`.
+      directory: The directory of the `Checkpointer`.
 
     Returns:
       A dict of nested dicts and lists of NumPy arrays, as ``model.apply`` takes it:
@@ -230,7 +228,7 @@ def load_best(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       ImportError: If Orbax is not installed.
-      FileNotFoundError: If nothing was saved there, or no evaluation was best.
+      FileNotFoundError: If there is no checkpoint, or no evaluation was best.
       RuntimeError: If the checkpoint is damaged.
 
     Examples:
@@ -258,8 +256,8 @@ def load_best(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return restore_as_numpy(manager, step, VARIABLES)
 
 
-def _parted(state: Any) -> tuple[dict[str, Any], Any]:
-    """What belongs to an evaluation's value, and the rest of the state."""
+def _variables_and_rest(state: Any) -> tuple[dict[str, Any], Any]:
+    """The variables that were evaluated, and the rest of the state."""
     variables = {"params": state.params}
     if getattr(state, "batch_stats", None) is not None:
         variables["batch_stats"] = state.batch_stats

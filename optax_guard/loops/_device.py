@@ -44,41 +44,41 @@ def train_on_device(
     """Trains in one program on the device, evaluation and early stopping included.
 
     The arguments, the rows of the history and the order of judgment are those of
-    `optax_guard.flax.fit`. The host dispatches once and reads once, so this is for
-    steps that take less time than Python needs to dispatch them. Differences: all
-    functions are traced, the run ends exactly at the evaluation that stops it, and
-    nothing is logged before the end.
+    `optax_guard.loops.fit`. The host dispatches once and reads once, so this is for
+    steps that take less time than Python needs to dispatch them. There are three
+    differences: all functions are traced, the run ends exactly at the evaluation that
+    stops it, and nothing is logged before the end.
 
     The program is compiled once for the same functions, ``stopper``, ``num_steps``,
-    ``eval_every`` and shapes: another seed, or a state to go on from, does not compile
+    ``eval_every`` and shapes: another seed or another first state does not compile it
     again. Arrays that a function closes over become constants in it, which is slow to
     compile if they are large. Pass these through `jax.tree_util.Partial`, whose arrays
     are arguments.
 
     Args:
       state: A `TrainState` of Flax or of this library, or any tree of arrays with
-        ``step``, ``params`` and ``opt_state``. It is copied, not donated; from then on
-        all steps work in place.
+        ``step``, ``params`` and ``opt_state``. It is copied, not donated; the steps
+        work in place on the copy.
       train_step: ``train_step(state, batch) -> (state, metrics)`` with ``metrics`` a
-        dict of scalars, ``"loss"`` among them, or the loss alone.
-      batches: A function ``step -> batch`` of a traced int32[], say by an index into
-        arrays on the device.
+        dict of scalars with ``"loss"`` among them, or the loss alone.
+      batches: A function ``step -> batch`` of a traced int32[]. It may index arrays on
+        the device.
       num_steps: Value of ``state.step`` to train to, as in ``range(state.step,
         num_steps)``.
       eval_every: Steps between evaluations. There is one at every multiple and one at
         the end.
       evaluate: ``evaluate(state) -> scalar or dict of scalars``.
-      stopper: An `early_stopping`. It is told the value, the parameters, the steps, the
+      stopper: An `early_stopping`. It gets the value, the parameters, the steps, the
         mean training loss since the evaluation before and the optimizer's state. A
         better value copies the parameters; any other moves nothing.
 
     Returns:
-      A `FitResult`. An exact stop makes ``state`` that of the last evaluation.
+      A `FitResult` whose ``state`` is that of the last evaluation.
 
     Raises:
       ValueError: If an argument is out of range, a function returns a wrong shape, or
         the rule of ``stopper`` needs seconds, which only a host can tell.
-      TypeError: If an argument or what a function returns is of the wrong kind.
+      TypeError: If an argument or the result of a function is of the wrong kind.
       GuardExhaustedError: If the guard skipped too many steps in a row and the stopper
         did not stop; the message names the last skipped steps.
 

@@ -1,4 +1,4 @@
-"""Whether a run is over, and why."""
+"""The reasons for which a run is over."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
 from optax_guard.stop._rule import StopReason
 
-# Stops that mean that training went wrong, not that it is done.
+# With these reasons, training went wrong. With the others it is done.
 _GONE_BAD = {StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM}
-# What `raise_if_exhausted` reads.
+# The metrics that `raise_if_exhausted` reads.
 _EXHAUSTION = ("guard_exhausted", "skip_reason", "skip_streak")
 
 
-def _trouble(flags: Mapping[str, Any], state: Any) -> str | None:
-    """What went wrong, in words, or None."""
+def why_gone_bad(flags: Mapping[str, Any], state: Any) -> str | None:
+    """The reason for which the run has gone bad, in words, or ``None``."""
     if flags.get("should_stop", False):
         reason = int(flags["stop_reason"])
         if reason not in _GONE_BAD:
@@ -39,19 +39,19 @@ def is_over(flags: Mapping[str, Any], state: Any) -> bool:
     """Whether the stopper stops the run. If it does not, an exhausted guard raises."""
     if flags.get("should_stop", False):
         return True
-    if (message := _trouble(flags, state)) is not None:
+    if (message := why_gone_bad(flags, state)) is not None:
         raise GuardExhaustedError(message)
     return False
 
 
 def flags_of_guard(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the metrics that tell of exhaustion."""
+    """The metrics that tell whether a guard is exhausted."""
     return {k: v for k, v in totals.items() if k.startswith(_EXHAUSTION)}
 
 
 def _last_skips(state: Any) -> list[str]:
     guards = find_states(state, GuardState)
-    # Among several guards, each may have seen a part of the parameters only.
+    # With several guards, each may see only a part of the parameters.
     params = state.params if len(guards) == 1 else None
     return [
         "Skipped last:",

@@ -47,99 +47,96 @@ def fit(
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
-    The device never waits for the host: what an evaluation found, the stop flag
-    included, is read after the next ``eval_every`` steps have been dispatched. So an
-    early stop comes up to one interval late, always at the same step, and the best
-    parameters are those of the stopper, which has not moved since. An exhausted guard
-    is found out at the same time.
+    There is an evaluation at every multiple of ``eval_every`` and one at the end. The
+    parameters are evaluated, the stopper is updated with them, and the loop goes on.
 
-    At an evaluation, in this order: these parameters are evaluated, the stopper is
-    updated with them, and the loop goes on. There is one at every multiple of
-    ``eval_every`` and one at the end.
+    The device never waits for the host. The results of an evaluation, the stop flag
+    included, are read after the next ``eval_every`` steps have been dispatched. So an
+    early stop comes up to one interval late, but always at the same step, and the
+    stopper keeps the parameters of the best evaluation. An exhausted guard is noticed
+    at the same time.
 
-    With a checkpointer, the device waits at each evaluation until it is read and what
-    is saved has left the device. The best parameters are then on disk and not a second
-    time on the device, and a stop comes at its evaluation. If the directory holds a
-    checkpoint, the run goes on from there, and becomes bit for bit what it would have
-    been: rows, stop and best. If it had stopped, or come to ``num_steps``, `fit`
-    returns the same result at once.
+    With a checkpointer, the device waits at each evaluation until it is read and saved.
+    The best parameters are then on disk and not a second time on the device, and a stop
+    comes at its own evaluation. If the directory holds a checkpoint, the run resumes
+    from it: rows, stop and best are bit for bit those of a run without a break. If that
+    run had stopped, or had reached ``num_steps``, `fit` returns its result at once.
 
-    The first Ctrl-C ends the run after the step at hand, and `fit` returns what there
-    is; the second raises ``KeyboardInterrupt``. SIGTERM, by which schedulers announce
-    that they take the machine away, ends the run at the next evaluation: with a
-    checkpointer once that is saved, without one an interval later, as an early stop
-    comes. Handlers of one's own for these signals are left in force. Whatever is
-    raised, loggers have got every row first.
+    The first Ctrl-C ends the run after the current step, and `fit` returns the result
+    so far. The second raises ``KeyboardInterrupt``. Schedulers send SIGTERM before they
+    take the machine away. It ends the run at the next evaluation: with a checkpointer
+    once that is saved, without one an interval later, like an early stop. If the user
+    has set a handler for one of these signals, it stays in force. If an exception is
+    raised, the loggers have received every row before it.
 
     On several processes, all call `fit` with the same arguments, and it returns the
-    same on all. ``batches`` must return global arrays, of which each process need hold
-    only its own part, and ``evaluate`` the value of all data, not that of its part.
-    Loggers and display are called on process 0 only. At each evaluation the processes
-    agree on the clock and on SIGTERM, in one collective of two numbers a device, so
-    that all end at the same one, whichever was told to; a rule that needs the time then
-    waits for the device. Ctrl-C raises, and what becomes of the others if a process
-    dies is up to `jax.distributed.initialize`, by its ``heartbeat_timeout_seconds``.
+    same on all. ``batches`` must return global arrays; each process needs only its own
+    part of them. ``evaluate`` must return the value for all data. Loggers and display
+    are called on process 0 only. At each evaluation the processes agree on the clock
+    and on SIGTERM, in one collective of two numbers a device. So all end at the same
+    evaluation, whichever process got the signal. A rule that needs the time then waits
+    for the device. Ctrl-C raises. If a process dies, `jax.distributed.initialize`
+    decides about the others, by its ``heartbeat_timeout_seconds``.
 
     Args:
       state: A `TrainState` of Flax or of this library, or any tree of arrays with
         ``step``, ``params`` and ``opt_state``. It is copied, not donated.
-      train_step: ``train_step(state, batch) -> (state, metrics)`` with ``metrics`` a
-        dict of scalars, ``"loss"`` among them, or the loss alone. It is jitted here,
-        with the state donated, and traced once as long as batches have one shape.
+      train_step: ``train_step(state, batch) -> (state, metrics)``. ``metrics`` is a
+        dict of scalars with ``"loss"`` among them, or the loss alone. The function is
+        jitted here, with the state donated, and traced once if batches have one shape.
       batches: A function ``step -> batch``, or an iterable of batches. Only the
-        function lets a resumed run go on with the right data.
+        function lets a resumed run continue with the right data.
       num_steps: Value of ``state.step`` to train to, as in ``range(state.step,
         num_steps)``. An iterable that ends earlier ends the run, with a warning.
       eval_every: Steps between evaluations.
-      evaluate: ``evaluate(state) -> scalar or dict of scalars``. Called as it is: jit
-        it, or what it calls, and return arrays without converting them to Python's
-        numbers, which would wait for the device.
-      stopper: An `early_stopping`. It is told the value, the parameters, the steps,
-        the mean training loss since the evaluation before, the optimizer's state and
-        the seconds on the host's clock. If its rule holds a `stop.plateau`, its factor
-        is written into the optimizer's state.
+      evaluate: ``evaluate(state) -> scalar or dict of scalars``. It is not jitted here:
+        jit it, or the functions that it calls. Return arrays. A conversion to Python's
+        numbers would wait for the device.
+      stopper: An `early_stopping`. It gets the value, the parameters, the steps, the
+        mean training loss since the evaluation before, the optimizer's state and the
+        seconds on the host's clock. If its rule holds a `stop.plateau`, the factor is
+        written into the optimizer's state.
       loggers: Functions ``(step, row)``, or writers: CLU's, tensorboardX's
-        (`optax-guard[log]`) or PyTorch's, which get names in groups such as
-        ``grad/norm`` and stay open. Rows of before a resumption are not sent again.
-      progress: Whether to show a progress bar and a table, and what
-        `optax_guard.analysis.diagnose` finds when it first holds; or a display of one's
-        own.
-      checkpointer: A `Checkpointer`, to save, and to resume what it finds. The state
-        needs ``replace``, as Flax's has, and ``batches`` must be a function to resume.
-        Configuration is not saved: optimizer, rule and functions are those given now.
-      rewind: A `Rewind`, to go back to the best checkpoint if the run goes bad.
-      learning_rate: The schedule that the optimizer was given, to be recorded. Not
-        needed with ``optax.inject_hyperparams``, whose state tells the rate.
+        (`optax-guard[log]`) or PyTorch's. Writers get names in groups such as
+        ``grad/norm`` and stay open. A resumed run does not repeat earlier rows.
+      progress: Whether to show a progress bar, a table, and each finding of
+        `optax_guard.analysis.diagnose` when it first holds; or the user's own display.
+      checkpointer: A `Checkpointer`, to save, and to resume from its checkpoint. The
+        state needs ``replace``, as Flax's has. To resume, ``batches`` must be a
+        function. Optimizer, rule and functions are not saved: pass them again.
+      rewind: A `Rewind`, to return to the best checkpoint if the run goes bad.
+      learning_rate: The schedule of the optimizer, only to record it. It is not needed
+        with ``optax.inject_hyperparams``, whose state holds the rate.
 
     Returns:
-      A `FitResult`. A row of the history has, as Python numbers:
+      A `FitResult`. A row of the history has these items, as Python numbers:
 
       * ``step``: steps done;
-      * ``train_loss`` and other ``train_*``: means of the metrics of ``train_step``
-        over the finite values since the row before, NaN if there were none. Metrics
-        with a name that `optax_guard.metrics` uses are left out here;
-      * ``grad_norm``, ``clipped_norm``, ``clip_threshold``: of the worst step since the
-        row before, the one with the largest finite norm; NaN if there was none; and
-        ``grad_norm_mean``, the mean norm over the same steps;
-      * ``update_cosine``, ``entries_clipped``, ``units_clipped``, of the clips that
-        tell them: means over the same steps;
+      * ``train_loss`` and other ``train_*``: means of the metrics of ``train_step``,
+        over the finite values since the row before; NaN if there were none. Metrics
+        with a name that `optax_guard.metrics` uses are left out;
+      * ``grad_norm``, ``clipped_norm``, ``clip_threshold``: of the step with the
+        largest finite norm since the row before; NaN if no norm was finite; and
+        ``grad_norm_mean``, the mean norm over the steps with a finite norm;
+      * ``update_cosine``, ``entries_clipped``, ``units_clipped``: means over the same
+        steps, if the clip measures them;
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
-        row before, in [0, 1]; ``num_skipped``: total of the run, of which a rewind
-        takes back those since its checkpoint; with `accumulate` also ``num_dropped``,
-        the micro-batches left out, and the rates are shares of accumulated steps;
-      * ``learning_rate`` of the last update, if the state or `learning_rate` tells it;
-      * ``rewinds``, with `rewind`: how often the run had gone back before;
+        row before, in [0, 1]; ``num_skipped``: total of the run, without the skips that
+        a rewind has undone. With `accumulate` also ``num_dropped``, the micro-batches
+        that were dropped, and the rates are shares of accumulated steps;
+      * ``learning_rate`` of the last update, if the state or `learning_rate` has it;
+      * ``rewinds``, with `rewind`: rewinds so far;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
-      Those of norms are there if something of this library measures them, those of
-      skips if there is a guard; with several, the first counts.
+      Norms are there if the optimizer has a clip, `record_norm` or guard of this
+      library, skips if it has a guard. If it has several, the first counts.
 
     Raises:
       ValueError: If an argument is out of range, or a function returns a wrong shape.
-      TypeError: If an argument or what a function returns is of the wrong kind.
+      TypeError: If an argument or the result of a function is of the wrong kind.
       GuardExhaustedError: If the guard skipped too many steps in a row, the stopper
-        did not stop, and no rewind is left; the message names the last skipped steps.
-      RuntimeError: If a checkpoint is damaged; the message says which.
+        did not stop, and no rewind is left. The message names the last skipped steps.
+      RuntimeError: If a checkpoint is damaged. The message names it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_guard as og

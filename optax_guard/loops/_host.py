@@ -1,4 +1,4 @@
-"""What `fit` meets on the host: data, loggers, displays, clocks, signals."""
+"""The host's side of `fit`: batches, loggers, displays, clocks, signals."""
 
 import functools
 import signal
@@ -13,14 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optax_guard._records.writers import Logger, log_function
 
-# What a source of batches returns when there are no more.
+# The mark that a source of batches returns when there are no more.
 END = object()
 
 
 class Record:
-    """Rows on their way to the loggers, one evaluation behind.
+    """The rows of a run. The loggers get a row when the next steps are dispatched.
 
-    Of several processes all keep the history, and the first one writes.
+    With several processes, all keep the history, and the first calls the loggers.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Record:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # The row before a crash is the one that people want to see.
+        # After a crash, users want to see the row before it.
         self.read()
 
     def put(self, step: int, row: dict[str, Any], flags: dict[str, Any]) -> None:
-        """Keeps a row of arrays that may not be computed yet."""
+        """Holds a row of arrays that may not be computed yet."""
         self._pending = step, row, flags
 
     def read(self) -> dict[str, Any]:
-        """Waits for the row that was put last, hands it on and returns its flags."""
+        """Waits for the row that was put last, passes it on and returns its flags."""
         if self._pending is None:
             return {}
         step, row, flags = self._pending
@@ -52,7 +52,7 @@ class Record:
         numbers: dict[str, float] = {"step": step}
         numbers |= {name: np.asarray(x).item() for name, x in row.items()}
         self.history.append(numbers)
-        # First, so that what a logger prints about a row stands below it.
+        # The display comes first: a logger may print a remark about the row below it.
         self._display.row(numbers)
         for logger in self._loggers:
             # A copy: a logger may change what it gets.
@@ -61,12 +61,12 @@ class Record:
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into requests, for the loop to end where it can.
+    """Turns Ctrl-C and SIGTERM into requests, so that the loop ends at a safe place.
 
-    An exception may come between the dispatch of a step and the assignment of its
-    result, when the old state is donated and the new one is lost. The second Ctrl-C is
-    the usual exception, for people who will not wait. Further SIGTERM change nothing:
-    schedulers send it twice, and SIGKILL after it.
+    An exception could come between the dispatch of a step and the assignment of its
+    result. Then the old state is donated and the new one is lost. The second Ctrl-C
+    raises the usual exception, for users who do not want to wait. A second SIGTERM
+    changes nothing: schedulers send it twice, and SIGKILL after it.
 
     Attributes:
       requested: Whether to end after the step at hand, because of Ctrl-C.
@@ -79,10 +79,10 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        # Of several processes, one alone must not leave the loop.
+        # With several processes, one must not leave the loop alone.
         if jax.process_count() == 1:
             self._take(signal.SIGINT, signal.default_int_handler, self._request)
-        # That of `jax.distributed`, which is not Python's, looks like the default.
+        # The handler of `jax.distributed` is not Python's, and looks like the default.
         self._take(signal.SIGTERM, signal.SIG_DFL, self._preempt)
         return self
 
@@ -91,8 +91,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _take(self, number: int, default: Any, handler: Callable[..., None]) -> None:
-        # Only where a signal means what Python makes of it: another handler knows
-        # better. And only the main thread may.
+        # A handler that the user has set stays. Only the main thread may set one.
         if (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(number) is default
@@ -113,7 +112,7 @@ def open_source(batches: Any) -> Callable[[int], Any]:
     """The batch of each step, or `END`."""
     if callable(batches):
         return batches
-    # An array without axes says that it is one, and is none.
+    # An array without axes has the type of an iterable, but is none.
     if not isinstance(batches, Iterable) or getattr(batches, "shape", None) == ():
         raise TypeError(
             "`batches` must be a function `step -> batch` or an iterable of batches, "
@@ -124,14 +123,13 @@ def open_source(batches: Any) -> Callable[[int], Any]:
 
 
 def agree(result: jax.Array, seconds: float, preempted: bool) -> tuple[Any, Any]:
-    """What the clock and SIGTERM say, the same for all processes of a run.
+    """Time and SIGTERM, the same for all processes of a run.
 
-    With several it is one tiny collective, for which nobody waits before it is read.
+    With several processes this is one small collective. The host does not wait for it.
 
     Args:
-      result: Any result of the run, which tells which devices, and so processes, it
-        runs on.
-      seconds: By the clock of this process.
+      result: Any array of the run: its devices tell the processes of the run.
+      seconds: Time by the clock of this process.
       preempted: Whether this process has got SIGTERM.
 
     Returns:

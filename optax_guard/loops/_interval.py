@@ -15,7 +15,7 @@ from optax_guard.loops._compiled import CompiledFor
 
 # Skipped steps; and micro-batches that an accumulation has left out.
 _TOTALS = ("num_skipped", "num_dropped")
-# What only some clips tell of a step.
+# Measurements of a step that only some clips make.
 _OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
 
 
@@ -47,7 +47,7 @@ class Interval(NamedTuple):
     Attributes:
       metric_sums: Sums of the finite values of each metric of the step, by its name in
         the row, float32[] or wider.
-      metric_counts: How many there were, int32[] each.
+      metric_counts: Number of these values, int32[] each.
       norms: A `NormSums`, or ``None`` if nothing in the state measures norms.
       num_skipped: int32[], steps skipped, or ``None`` without a guard.
     """
@@ -61,8 +61,8 @@ class Interval(NamedTuple):
 def first_interval(
     train_step: Callable[[Any, Any], Any], state: Any, batch: Any
 ) -> Interval:
-    """An empty interval for this step, whose results are checked."""
-    # Through jit, so that this is the one time the step is traced.
+    """An empty interval for the results of this step, which are checked."""
+    # With `jit`, the step is traced here and not a second time later.
     result = jax.eval_shape(jax.jit(train_step), state, batch)
     if not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
@@ -94,7 +94,7 @@ def first_interval(
 
 
 def totals(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `metrics`, the counts that a row of the history holds as they are."""
+    """The counts among `metrics` that go into a row of the history unchanged."""
     return {name: found[name] for name in _TOTALS if name in found}
 
 
@@ -182,7 +182,7 @@ def _empty(dtypes: dict[str, Any], is_measured: bool, is_guarded: bool) -> Inter
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    """NaN if there was nothing to take a mean of."""
+    """The mean; NaN if the count is 0."""
     share = total / jnp.maximum(count, 1).astype(jnp.float32)
     return jnp.where(count > 0, share, jnp.nan)
 
@@ -234,7 +234,7 @@ def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Inter
 def _is_measured(old_state: Any, new_state: Any) -> jax.Array:
     """Whether the step was an update, with a finite norm."""
     old, new = (find_states(state, NormStats)[0] for state in (old_state, new_state))
-    # Under gradient accumulation a step may be no update.
+    # With gradient accumulation a step may only add to the next update.
     return (new.num_updates > old.num_updates) & jnp.isfinite(new.grad_norm)
 
 

@@ -1,4 +1,4 @@
-"""Trees of arrays in and out of Orbax, as they were or with an error that helps."""
+"""Saving and restoring trees of arrays with Orbax."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ from optax_guard._checks import check_kind
 from optax_guard._guarding.adoption import with_old_names
 from optax_guard._trees import leaf_types
 
-# The items of a checkpoint: two trees of arrays, the first of which loads alone, and
-# a dict of JSON.
+# The items of a checkpoint are two trees of arrays and a dict of JSON. `load_best`
+# reads the first alone.
 VARIABLES, TRAINING, METADATA = "variables", "training", "metadata"
 
 
@@ -31,7 +31,7 @@ def import_orbax(user: str) -> Any:
 
 
 def absolute(directory: str | os.PathLike[str]) -> str:
-    """The path as Orbax wants it; a URL as it is."""
+    """The absolute path that Orbax needs; a URL stays as it is."""
     check_kind("directory", directory, (str, os.PathLike), "a path")
     path = os.fspath(directory)
     return path if "://" in path else os.path.abspath(path)
@@ -52,10 +52,10 @@ def open_manager(directory: str, **options: Any) -> Any:
 
 
 class LatestAndBest:
-    """Which checkpoints Orbax keeps. It asks at a save, and deletes once it is done.
+    """Tells Orbax which checkpoints to keep. Orbax asks at each save.
 
-    Orbax's own choice of the best sorts by the metric, which a NaN puts into disorder,
-    and drops the latest when that is not among the best.
+    Orbax's own policy sorts by the metric. A NaN breaks that order, and the latest is
+    deleted if it is not among the best.
     """
 
     def __init__(self, keep: int, keeps_first: bool):
@@ -64,7 +64,7 @@ class LatestAndBest:
         self._keeps_first = keeps_first
 
     def pinned(self, steps: Sequence[int]) -> int:
-        """The best, or the first as long as there is none and it may be needed."""
+        """The best step, or the first if there is no best and a rewind may need one."""
         if self.best_step >= 0 or not self._keeps_first:
             return self.best_step
         return min(steps)
@@ -134,8 +134,8 @@ def _renamed_as(target: Any, found: Any) -> Any:
 def savable(tree: Any) -> Any:
     """Leaves as Orbax takes them.
 
-    Typed keys of `jax.random` become the integers that they are made of. Of several
-    processes, arrays that each has for itself become NumPy's, which the first saves.
+    Typed keys of `jax.random` become their integers. With several processes, an array
+    that each process has for itself becomes a NumPy array, which the first one saves.
     """
 
     def as_saved(leaf: Any) -> Any:
@@ -150,8 +150,8 @@ def savable(tree: Any) -> Any:
 def like(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a leaf, and its sharding if it must stay where it is.
 
-    An array that is not committed to its device has none: it can still follow the
-    batches to theirs, and must do so after a restart too.
+    An array that is not committed to its device gets no sharding: it follows the
+    batches to their devices, and must do so after a restart too.
     """
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
@@ -197,13 +197,13 @@ def _check_same_tree(saved: Any, target: Any, where: str) -> None:
                 f"`state` and `stopper` must be those of the run that is resumed: "
                 f"{name} is {now.get(name, 'not there')}, in the checkpoint it is "
                 f"{was.get(name, 'not there')} ({where}). Resume with the model, the "
-                "optimizer and the rule of that run, or give a directory of its own."
+                "optimizer and the rule of that run, or give another directory."
             )
 
 
 @contextlib.contextmanager
 def _readable(manager: Any, step: int) -> Iterator[None]:
-    """Says what to do about a damaged checkpoint: to go on from another is not ours."""
+    """Turns an error into advice. The user decides whether to resume from another."""
     try:
         yield
     except Exception as error:

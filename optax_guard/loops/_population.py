@@ -1,48 +1,35 @@
 """Populations: many runs in one program, each stopping at its own time."""
 
-import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._checks import check_number, static_count
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._trees import as_argument
+from optax_guard.loops._batch import advance_all, best_of, built, pick, put, start
 from optax_guard.loops._evaluation import tracked
-from optax_guard.loops._inputs import (
-    Functions,
-    check_arguments,
-    check_functions,
-    check_steps,
-    copied,
-)
-from optax_guard.loops._lane import (
-    Lane,
-    advance,
-    evaluation_of,
-    first_lane,
-    next_evaluation,
-)
+from optax_guard.loops._inputs import check_steps
+from optax_guard.loops._lane import Lane
 from optax_guard.loops._result import FitResult, as_result, split_best
 from optax_guard.stop._state import EarlyStoppingState
 
-# How often a display hears of the run.
+# Number of reports to a display.
 _NUM_REPORTS = 50
 
 
 class PopulationResult(NamedTuple):
-    """What `train_population` returns; members in the order in which they were given.
+    """The result of `train_population`, with the members in the order given.
 
     Attributes:
       state: The states after each member's last evaluation; leaves have a leading axis
         of n. What is not an array in them (`tx`, `apply_fn`) is the first member's.
       best_params: Parameters of each member's best evaluation, or of its `state` if
         none was finite; leading axis n; ``None`` without a stopper.
-      stop: The `EarlyStoppingState` of each, leading axis n; ``None`` without a
+      stop: The `EarlyStoppingState` of each member, leading axis n; ``None`` without a
         stopper.
       history: One array a column of `fit`'s history, shape (n, rows). Beyond a member's
         last row, floats are NaN and integers 0.
@@ -59,13 +46,13 @@ class PopulationResult(NamedTuple):
     best_batch_stats: Any = None
 
     def member(self, i: int) -> FitResult:
-        """What `train_on_device` would have returned for the i-th member alone.
+        """The result that `train_on_device` would return for the i-th member alone.
 
         Args:
           i: Index of the member, from 0, or from -1 backwards.
 
         Raises:
-          TypeError: If it is no whole number.
+          TypeError: If ``i`` is no whole number.
           IndexError: If there is no such member.
         """
         check_number("i", i)
@@ -99,11 +86,11 @@ def train_population(
 
     Each member is the run that ``train_on_device(**build(member), ...)`` makes alone,
     to rounding, and none influences another: one that diverges ends, and the others go
-    on. All train side by side, a step of all being one batched step, until no more than
-    half of them go on; then these are packed into a batch of that size, and so on, but
-    not in the last eighth of the steps. So the loop is compiled for at most log2(n) + 1
-    sizes, each at its first use, and not again by a second call with the same ``build``
-    and shapes.
+    on. All train side by side, and a step of all is one batched step. As soon as no
+    more than half of them go on, these are packed into a batch of that size, and so on,
+    but not in the last eighth of the steps. So the loop is compiled for at most
+    log2(n) + 1 sizes, each at its first use. A second call with the same ``build`` and
+    shapes does not compile it again.
 
     As in any batched program a choice computes both sides: an evaluation copies the
     best parameters of all whether they improved or not, and states are held twice.
@@ -117,8 +104,8 @@ def train_population(
       members: A tree of arrays whose leading axis, n, counts the members.
       num_steps: As for `train_on_device`.
       eval_every: As for `train_on_device`.
-      progress: Whether to show a progress bar and a table; or a display of one's own.
-        The host then looks at the run now and then, 50 times in all.
+      progress: Whether to show a progress bar and a table; or the user's own display.
+        The host then looks at the run 50 times in all.
 
     Returns:
       A `PopulationResult`. A member whose guard is exhausted ends without an error:
@@ -127,7 +114,7 @@ def train_population(
     Raises:
       ValueError: If an argument is out of range, ``members`` have no common leading
         axis, states do not start at one step, or a function returns a wrong shape.
-      TypeError: If an argument or what a function returns is of the wrong kind.
+      TypeError: If an argument or the result of a function is of the wrong kind.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -159,55 +146,78 @@ def train_population(
     build = as_argument(build)
     lanes, steps = start(build, members, num_steps=num_steps, eval_every=eval_every)
     step = _common_step(jax.device_get(steps), num_steps)
-    # A smaller batch has to be compiled, which does not pay for the end of the run.
-    late = num_steps - (num_steps - step) // 8
-    every = (
-        -(-(num_steps - step) // _NUM_REPORTS) if progress is not False else num_steps
-    )
-
-    places, everyone, batch = np.arange(size), lanes, members
     with open_display(progress, num_steps - step) as display:
-        while True:
-            smaller = len(places) // 2 if step < late else 0
-            end = late if step < late else num_steps
-            now, lanes = advance_all(
-                build,
-                batch,
-                lanes,
-                np.int32(step),
-                np.int32(min(end, step + every)),
-                np.int32(smaller),
-                num_steps=num_steps,
-                eval_every=eval_every,
-            )
-            now, is_over = jax.device_get((now, lanes.is_over))
-            running = int(np.sum(~is_over))
-            display.advance(int(now) - step)
-            display.row(_report(int(now), running, lanes))
-            step = int(now)
-            is_done = step >= num_steps or running == 0
-            if not is_done and running > smaller:
-                continue
-            everyone = lanes if len(places) == size else put(everyone, lanes, places)
-            if is_done:
-                break
-            # Who has stopped fills up the batch: nothing changes them any more.
-            places = places[np.argsort(is_over, kind="stable")[:smaller]]
-            lanes, batch = pick((everyone, members), places)
+        lanes = _train(
+            build,
+            members,
+            lanes,
+            step,
+            display,
+            size=size,
+            num_steps=num_steps,
+            eval_every=eval_every,
+            is_shown=progress is not False,
+        )
 
     first = jax.tree.map(lambda leaf: leaf[0], members)
     template = jax.eval_shape(lambda: built(build, first)[1])
-    state = jax.tree.unflatten(jax.tree.structure(template), everyone.state)
-    best = None if everyone.stop is None else best_of(everyone.stop, tracked(state))
+    state = jax.tree.unflatten(jax.tree.structure(template), lanes.state)
+    best = None if lanes.stop is None else best_of(lanes.stop, tracked(state))
     best_params, best_batch_stats = split_best(state, best)
     return PopulationResult(
         state=state,
         best_params=best_params,
-        stop=everyone.stop,
-        history=everyone.rows,
-        num_rows=everyone.num_rows,
+        stop=lanes.stop,
+        history=lanes.rows,
+        num_rows=lanes.num_rows,
         best_batch_stats=best_batch_stats,
     )
+
+
+def _train(
+    build: Any,
+    members: Any,
+    lanes: Lane,
+    step: int,
+    display: Any,
+    *,
+    size: int,
+    num_steps: int,
+    eval_every: int,
+    is_shown: bool,
+) -> Lane:
+    """Trains all members to their ends, in ever smaller batches."""
+    # A smaller batch has to be compiled, which does not pay for the end of the run.
+    late = num_steps - (num_steps - step) // 8
+    every = -(-(num_steps - step) // _NUM_REPORTS) if is_shown else num_steps
+    places, everyone, batch = np.arange(size), lanes, members
+    while True:
+        smaller = len(places) // 2 if step < late else 0
+        end = late if step < late else num_steps
+        now, lanes = advance_all(
+            build,
+            batch,
+            lanes,
+            np.int32(step),
+            np.int32(min(end, step + every)),
+            np.int32(smaller),
+            num_steps=num_steps,
+            eval_every=eval_every,
+        )
+        now, is_over = jax.device_get((now, lanes.is_over))
+        running = int(np.sum(~is_over))
+        display.advance(int(now) - step)
+        display.row(_report(int(now), running, lanes))
+        step = int(now)
+        is_done = step >= num_steps or running == 0
+        if not is_done and running > smaller:
+            continue
+        everyone = lanes if len(places) == size else put(everyone, lanes, places)
+        if is_done:
+            return everyone
+        # Members that have stopped fill up the batch: they change no more.
+        places = places[np.argsort(is_over, kind="stable")[:smaller]]
+        lanes, batch = pick((everyone, members), places)
 
 
 def _size(members: Any) -> int:
@@ -232,7 +242,7 @@ def _common_step(steps: np.ndarray, num_steps: int) -> int:
 
 
 def _report(step: int, running: int, lanes: Lane) -> dict[str, float]:
-    """A row for the display: how many go on, and between what the best values lie."""
+    """A row for the display: the members that go on, and the range of best values."""
     row: dict[str, float] = {"step": step, "running": running}
     if lanes.stop is not None:
         values = np.asarray(lanes.stop.best_value)
@@ -240,112 +250,3 @@ def _report(step: int, running: int, lanes: Lane) -> dict[str, float]:
         row["lowest_best"] = float(finite.min(initial=np.inf))
         row["highest_best"] = float(finite.max(initial=-np.inf))
     return row
-
-
-_NEEDED = {"state", "train_step", "batches"}
-_KNOWN = _NEEDED | {"evaluate", "stopper"}
-# The axis along which members lie, for the one question they answer together.
-_AXIS = "members"
-
-
-def built(
-    build: Callable[[Any], Mapping[str, Any]], member: Any
-) -> tuple[Functions, Any]:
-    """A member's functions, and the state it starts from."""
-    made = build(member)
-    if not (isinstance(made, Mapping) and _NEEDED <= made.keys() <= _KNOWN):
-        got = sorted(made) if isinstance(made, Mapping) else repr(made)
-        raise TypeError(
-            f"`build` must return a dict with the keys {sorted(_NEEDED)} and, if "
-            f"wanted, {sorted(_KNOWN - _NEEDED)}, got {got}."
-        )
-    functions = Functions(
-        made["train_step"],
-        made["batches"],
-        made.get("evaluate"),
-        made.get("stopper"),
-    )
-    check_arguments(made["state"], functions.evaluate, functions.stopper)
-    check_functions(functions)
-    return functions, made["state"]
-
-
-# A state may hold functions that `build` makes anew each time it is traced. So between
-# programs there are only its leaves; each program puts them into a state of its own.
-
-
-@functools.partial(jax.jit, static_argnames=("num_steps", "eval_every"))
-def start(
-    build: Any, members: Any, *, num_steps: int, eval_every: int
-) -> tuple[Lane, jax.Array]:
-    def one(member: Any) -> tuple[Lane, jax.Array]:
-        functions, state = built(build, member)
-        state = copied(state)
-        lane = first_lane(
-            functions, evaluation_of(functions), state, num_steps, eval_every
-        )
-        return lane._replace(state=jax.tree.leaves(lane.state)), state.step
-
-    return jax.vmap(one)(members)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("num_steps", "eval_every"), donate_argnames="lanes"
-)
-def advance_all(
-    build: Any,
-    members: Any,
-    lanes: Lane,
-    step: jax.Array,
-    until: jax.Array,
-    smaller: jax.Array,
-    *,
-    num_steps: int,
-    eval_every: int,
-) -> tuple[jax.Array, Lane]:
-    """Trains until a step, or until so few go on that a smaller batch holds them."""
-
-    def one(member: Any, lane: Lane) -> tuple[jax.Array, Lane]:
-        functions, state = built(build, member)
-        judge = evaluation_of(functions)
-
-        # The same for all members: a condition of each one's own would make the loop
-        # choose between old and new states at every step.
-        def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:
-            step, lane = carry
-            running = jax.lax.psum((~lane.is_over).astype(jnp.int32), _AXIS)
-            return (step < until) & (running > smaller)
-
-        def go(carry: tuple[jax.Array, Lane]) -> tuple[jax.Array, Lane]:
-            step, old = carry
-            then = next_evaluation(step, num_steps, eval_every)
-            new = advance(functions, judge, old, step, then)
-            rows = new.rows
-            new, old = new._replace(rows={}), old._replace(rows={})
-            kept = jax.tree.map(functools.partial(jnp.where, old.is_over), old, new)
-            return then, kept._replace(rows=rows)
-
-        state = jax.tree.unflatten(jax.tree.structure(state), lane.state)
-        carry = step, lane._replace(state=state)
-        now, lane = jax.lax.while_loop(goes_on, go, carry)
-        return now, lane._replace(state=jax.tree.leaves(lane.state))
-
-    vmapped = jax.vmap(one, axis_name=_AXIS, out_axes=(None, 0))
-    return vmapped(members, lanes)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put(everyone: Any, lanes: Any, places: jax.Array) -> Any:
-    return jax.tree.map(lambda a, b: a.at[places].set(b), everyone, lanes)
-
-
-@jax.jit
-def pick(everyone: Any, places: jax.Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf[places], everyone)
-
-
-@jax.jit
-@jax.vmap
-def best_of(stop: EarlyStoppingState, params: Any) -> Any:
-    has_best = functools.partial(jnp.where, stop.best_eval >= 0)
-    return jax.tree.map(has_best, stop.best_params, params)

@@ -1,4 +1,4 @@
-"""What `fit` does about a run that has gone bad: it raises, or goes back."""
+"""Rewinds: `fit` returns to the best checkpoint of a run that has gone bad."""
 
 import dataclasses
 import warnings
@@ -7,7 +7,7 @@ from typing import Any
 
 from optax_guard._checks import check_count, check_positive
 from optax_guard.loops._checkpoint import Store
-from optax_guard.loops._ending import _trouble
+from optax_guard.loops._ending import why_gone_bad
 from optax_guard.loops._evaluation import lr_scales
 from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.stop._plateau import set_lr_scale
@@ -16,22 +16,22 @@ from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 @dataclasses.dataclass(frozen=True)
 class Rewind:
-    """Lets `fit` go back to the best checkpoint when a run has gone bad.
+    """Lets `fit` return to the best checkpoint when a run has gone bad.
 
-    That is when the stopper stops it as DIVERGED, NONFINITE or SKIP_STORM, or when the
-    guard is exhausted. The state becomes that of the best checkpoint, or of the first
-    step as long as there is none, with the guard's records and the optimizer's own
-    count; the stopper is reset and keeps its best. ``state.step`` goes on and never
-    back, so the batches are new ones. Each rewind warns, and when all are used up the
-    run ends as it would have without.
+    A run has gone bad when the stopper stops it as DIVERGED, NONFINITE or SKIP_STORM,
+    or when the guard is exhausted. The state becomes that of the best checkpoint, with
+    the guard's records and the optimizer's own count. If there is no best, it becomes
+    the first state. The stopper is reset and keeps its best. ``state.step`` never goes
+    back, so the batches are new ones. Each rewind warns. When no rewind is left, the
+    run ends as it would without rewinds.
 
     Args:
-      times: Rewinds at most, over all resumptions of the run.
-      lr_factor: What each rewind multiplies the learning rate with. Unless it is 1, the
+      times: Largest number of rewinds, over all resumptions of the run.
+      lr_factor: Factor of each rewind on the learning rate. Unless it is 1, the
         optimizer needs a `stop.scale_by_plateau` in its chain.
-      on_rewind: ``on_rewind(step) -> offset``, called with the steps done; from then on
-        batches are asked for ``step + offset``, which may skip a bad window. An offset
-        replaces the one before; without this it stays 0.
+      on_rewind: ``on_rewind(step) -> offset``, called with the steps done. From then on
+        the batches are those of ``step + offset``, which may skip a bad window of the
+        data. A new offset replaces the one before. Without this function it is 0.
 
     Raises:
       ValueError: If ``times`` is below 1, or ``lr_factor`` not above 0 and at most 1.
@@ -59,7 +59,7 @@ class Rewind:
 
 
 def check_rewind(rewind: Any, state: Any, batches: Any, stopper: Any, store: Any):
-    """Refuses, before the first step, what would fail at a rewind."""
+    """Refuses, before the first step, arguments that would fail at a rewind."""
     if not isinstance(rewind, Rewind):
         raise TypeError(f"`rewind` must be a `Rewind`, got {rewind!r}.")
     for name, other in (("checkpointer", store), ("stopper", stopper)):
@@ -70,7 +70,7 @@ def check_rewind(rewind: Any, state: Any, batches: Any, stopper: Any, store: Any
     if rewind.on_rewind is not None and not callable(batches):
         raise ValueError(
             "`on_rewind` needs `batches` to be a function `step -> batch`: an iterable "
-            "cannot be moved."
+            "takes no offset."
         )
     if rewind.lr_factor != 1.0 and not lr_scales(state):
         raise ValueError(
@@ -87,13 +87,13 @@ def go_back(
     run: Snapshot,
     flags: Mapping[str, Any],
 ) -> tuple[Any, EarlyStoppingState, Rewound] | None:
-    """State and stopper of the best checkpoint, made ready to go on at this step.
+    """State and stopper of the best checkpoint, ready to train on from this step.
 
-    ``None`` if the run has not gone bad, or no rewind is left.
+    The result is ``None`` if the run has not gone bad, or if no rewind is left.
     """
     if stopper is None or run.stop is None or run.rewound.num_rewinds >= rewind.times:
         return None
-    if (message := _trouble(flags, run.state)) is None:
+    if (message := why_gone_bad(flags, run.state)) is None:
         return None
     scales = lr_scales(run.state)
     offset = run.rewound.data_offset
@@ -101,7 +101,7 @@ def go_back(
         offset = _as_offset(rewind.on_rewind(run.step))
     rewound = Rewound(
         num_rewinds=run.rewound.num_rewinds + 1,
-        # With all that a plateau has come to, for its rule starts afresh.
+        # This includes the factor of a plateau, because its rule starts again at 1.
         lr_scale=float(scales[0]) * rewind.lr_factor if scales else 1.0,
         data_offset=offset,
     )
@@ -110,7 +110,7 @@ def go_back(
     if scales:
         opt_state = set_lr_scale(state.opt_state, rewound.lr_scale)
         state = state.replace(opt_state=opt_state)
-    # The best is that of the checkpoint: the evaluation that failed may have set one.
+    # The checkpoint holds the best. The bad evaluation may have set another.
     stop = stopper.reset(stop)._replace(
         num_evals=run.stop.num_evals, train_seconds=run.stop.train_seconds
     )
@@ -118,7 +118,7 @@ def go_back(
         f"At step {run.step}, back to the checkpoint of step {then}, rewind "
         f"{rewound.num_rewinds} of {rewind.times}, with the learning rate times "
         f"{rewound.lr_scale:g} and batches of step + {offset}, because of {message}",
-        stacklevel=4,
+        stacklevel=5,  # The line that calls `fit`.
     )
     return state, stop, rewound
 

@@ -1,0 +1,157 @@
+"""A batch of runs in one program: it starts, trains, shrinks and ends."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard.loops._inputs import (
+    Functions,
+    check_arguments,
+    check_functions,
+    copied,
+)
+from optax_guard.loops._lane import (
+    Lane,
+    advance,
+    evaluation_of,
+    first_lane,
+    next_evaluation,
+)
+from optax_guard.stop._state import EarlyStoppingState
+
+_NEEDED = {"state", "train_step", "batches"}
+_KNOWN = _NEEDED | {"evaluate", "stopper"}
+# The axis of the members.
+_AXIS = "members"
+
+
+def built(
+    build: Callable[[Any], Mapping[str, Any]], member: Any
+) -> tuple[Functions, Any]:
+    """A member's functions, and the state it starts from."""
+    made = build(member)
+    if not (isinstance(made, Mapping) and _NEEDED <= made.keys() <= _KNOWN):
+        got = sorted(made) if isinstance(made, Mapping) else repr(made)
+        raise TypeError(
+            f"`build` must return a dict with the keys {sorted(_NEEDED)} and, if "
+            f"wanted, {sorted(_KNOWN - _NEEDED)}, got {got}."
+        )
+    functions = Functions(
+        made["train_step"],
+        made["batches"],
+        made.get("evaluate"),
+        made.get("stopper"),
+    )
+    check_arguments(made["state"], functions.evaluate, functions.stopper)
+    check_functions(functions)
+    return functions, made["state"]
+
+
+# A state may hold functions, and `build` makes new ones each time it is traced. So only
+# its leaves go from program to program, and each puts them into a state of its own.
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "eval_every"))
+def start(
+    build: Any, members: Any, *, num_steps: int, eval_every: int
+) -> tuple[Lane, jax.Array]:
+    """All members before their first step, and the step at which each starts."""
+
+    def start_member(member: Any) -> tuple[Lane, jax.Array]:
+        functions, state = built(build, member)
+        state = copied(state)
+        evaluate = evaluation_of(functions)
+        lane = first_lane(functions, evaluate, state, num_steps, eval_every)
+        return lane._replace(state=jax.tree.leaves(lane.state)), state.step
+
+    return jax.vmap(start_member)(members)
+
+
+class Limits(NamedTuple):
+    """The limits of an advance, the same for all members.
+
+    Attributes:
+      until: Step to train to.
+      smaller: Size of the next batch: the members are advanced while more go on.
+      num_steps: Step at which the run ends.
+      eval_every: Steps between evaluations.
+    """
+
+    until: jax.Array
+    smaller: jax.Array
+    num_steps: int
+    eval_every: int
+
+
+@functools.partial(
+    jax.jit, static_argnames=("num_steps", "eval_every"), donate_argnames="lanes"
+)
+def advance_all(
+    build: Any,
+    members: Any,
+    lanes: Lane,
+    step: jax.Array,
+    until: jax.Array,
+    smaller: jax.Array,
+    *,
+    num_steps: int,
+    eval_every: int,
+) -> tuple[jax.Array, Lane]:
+    """Trains until a step, or until so few go on that a smaller batch holds them."""
+    limits = Limits(until, smaller, num_steps, eval_every)
+    advance_each = jax.vmap(
+        functools.partial(_advance_member, build, step, limits),
+        axis_name=_AXIS,
+        out_axes=(None, 0),
+    )
+    return advance_each(members, lanes)
+
+
+def _advance_member(
+    build: Any, step: jax.Array, limits: Limits, member: Any, lane: Lane
+) -> tuple[jax.Array, Lane]:
+    functions, state = built(build, member)
+    evaluate = evaluation_of(functions)
+
+    # This is the same for all members. With a condition of each one's own, the loop
+    # would choose between old and new states at every step.
+    def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:
+        step, lane = carry
+        running = jax.lax.psum((~lane.is_over).astype(jnp.int32), _AXIS)
+        return (step < limits.until) & (running > limits.smaller)
+
+    def go(carry: tuple[jax.Array, Lane]) -> tuple[jax.Array, Lane]:
+        step, old = carry
+        then = next_evaluation(step, limits.num_steps, limits.eval_every)
+        new = advance(functions, evaluate, old, step, then)
+        rows = new.rows
+        new, old = new._replace(rows={}), old._replace(rows={})
+        kept = jax.tree.map(functools.partial(jnp.where, old.is_over), old, new)
+        return then, kept._replace(rows=rows)
+
+    state = jax.tree.unflatten(jax.tree.structure(state), lane.state)
+    now, lane = jax.lax.while_loop(goes_on, go, (step, lane._replace(state=state)))
+    return now, lane._replace(state=jax.tree.leaves(lane.state))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put(everyone: Any, lanes: Any, places: jax.Array) -> Any:
+    """Writes the members of a batch to their places among all."""
+    return jax.tree.map(lambda a, b: a.at[places].set(b), everyone, lanes)
+
+
+@jax.jit
+def pick(everyone: Any, places: jax.Array) -> Any:
+    """The members at these places."""
+    return jax.tree.map(lambda leaf: leaf[places], everyone)
+
+
+@jax.jit
+@jax.vmap
+def best_of(stop: EarlyStoppingState, params: Any) -> Any:
+    """The best parameters of each member, or its own if none was best."""
+    has_best = functools.partial(jnp.where, stop.best_eval >= 0)
+    return jax.tree.map(has_best, stop.best_params, params)
