@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(
         module = item.path.stem
         case = getattr(item, "callspec", None)
         name = case.params.get("name") if case else None
-        if is_full(module, getattr(item, "originalname", None), name):
+        if is_full(module, getattr(item, "originalname", None), item.name, name):
             item.add_marker(pytest.mark.full)
         if has_xdist and module in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(module))

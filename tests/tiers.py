@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-# A file maps to those of its tests, or of its cases by `name`, that cost more than they
-# catch; None stands for all of its tests.
+# A file maps to those of its tests that cost more than they catch: the name of a test,
+# of one of its cases, or of a `name` that tests of the file take. None stands for all.
 FULL: dict[str, set[str] | None] = {
     # Studies, and the arithmetic of benchmarks.
     "test_bad_batches": None,
@@ -21,6 +21,33 @@ FULL: dict[str, set[str] | None] = {
     "test_packaging": None,
     "test_readme": None,
     "test_soak": None,
+    "test_resume": {
+        "test_best_loads_in_a_fresh_process_without_the_optimizer",
+        "test_process_that_is_killed_is_resumed",
+        "test_run_that_is_cut_and_resumed_is_the_run_in_one",
+    },
+    # Programs that take seconds to compile, or to run without optimisation.
+    "test_clipping": {"test_kernels_of_a_value_clip_do_not_grow_with_its_sums"},
+    "test_loops": {
+        "test_member_alone_is_the_member_among_others_and_none_touches_another"
+    },
+    "test_scopes": {
+        f"test_fault_in_one_group_spares_the_others_and_is_forgotten[quantile-{scope}]"
+        for scope in ("leaf", "group")
+    },
+    "test_sharding": {"test_compiler_gives_what_one_device_does"},
+    "test_sketch": {
+        f"test_quantiles_are_exact_to_the_stated_relative_error[{name}-{error}]"
+        for name in ("lognormal", "heavy", "whole range")
+        for error in (0.002, 0.02)
+    },
+    "test_sweep": {
+        "test_run_that_diverged_at_its_first_evaluation_is_not_stable",
+        "test_runs_stop_at_their_own_time",
+        "test_width_counts_before_the_lowest_value",
+    },
+    # Many cases of one law, of which other files hold a part.
+    "test_stop_conformance": {"test_stops_where_the_other_system_does"},
     # Rules that differ in one setting from one that `make test` runs.
     "test_threshold": {"quantile forgets", "quantile with current"},
 }
