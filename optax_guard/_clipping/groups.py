@@ -5,21 +5,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_state
+from optax_guard._clipping.group_norms import (
+    check_same_groups,
+    group_norms,
+    rescale_groups,
+    total_norm,
+    update_total,
+)
 from optax_guard._clipping.parts import (
     ClipParts,
-    Factors,
     Measurement,
     clip,
     decide,
     factors_for,
-    rescaled,
 )
-from optax_guard._norms.axis_norms import norm_of_norms, ratio
 from optax_guard._norms.groups import (
     Groups,
     axes_without,
@@ -27,16 +30,14 @@ from optax_guard._norms.groups import (
     each_part,
     names_of_parts,
 )
-from optax_guard._norms.mesh_axes import AxisName, layouts, local_part, mesh_axes
+from optax_guard._norms.mesh_axes import AxisName, layouts, mesh_axes
 from optax_guard._norms.statistics import (
     GroupStats,
     NormStats,
     init_group_stats,
     init_stats,
     update_group_stats,
-    update_stats,
 )
-from optax_guard._norms.tree_norm import TreeNorm
 from optax_guard._public import answers_wrong_calls
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._coerce import as_threshold
@@ -262,7 +263,7 @@ def _clip_groups(
         check_same_groups(factory, names, state.group_stats)
         over = mesh_axes(updates, axis_name)
         parts = groups.norms(groups.floating(updates), over)
-        norms = _group_norms(parts, groups.group_of_part, state.group_stats)
+        norms = group_norms(parts, groups.group_of_part, state.group_stats)
         total = total_norm(parts, groups.leaf_of_part)
         decision = decide(factory, threshold, norms, total.value, state.threshold)
         trigger, target, is_clipped, clipped_norms, learned = decision
@@ -285,76 +286,3 @@ def _clip_groups(
         return rescale_groups(updates, split(updates)[0], measured.factors)
 
     return clip(ClipParts(init, measure, rescale))
-
-
-def check_same_groups(factory: str, names: Any, stats: GroupStats) -> None:
-    """Raises unless the updates form the groups that the state was made for."""
-    if jax.tree.structure(names) != jax.tree.structure(stats.group_names):
-        raise ValueError(
-            f"`updates` of `{factory}` must have the structure of the parameters given "
-            f"to `init`, got the groups {names} for {stats.group_names}."
-        )
-
-
-def total_norm(norms: jax.Array, leaf_of_part: np.ndarray) -> TreeNorm:
-    """The global norm from those of all parts."""
-    if not norms.size:
-        return TreeNorm(jnp.zeros((), norms.dtype), jnp.full((), -1, jnp.int32))
-    is_bad = ~jnp.isfinite(norms)
-    first = jnp.asarray(leaf_of_part, jnp.int32)[jnp.argmax(is_bad)]
-    return TreeNorm(norm_of_norms(norms), jnp.where(jnp.any(is_bad), first, -1))
-
-
-def update_total(
-    stats: NormStats,
-    total: TreeNorm,
-    norms: jax.Array,
-    clipped_norms: jax.Array,
-    triggers: jax.Array,
-    is_clipped: jax.Array,
-) -> NormStats:
-    """Adds one update to the statistics of the global norm."""
-    is_any = jnp.any(is_clipped)
-    after = jnp.where(is_any, norm_of_norms(clipped_norms), total.value)
-    margin = jnp.min(margin_of(norms, triggers), initial=jnp.inf)
-    threshold = jnp.where(jnp.isfinite(margin), total.value * margin, jnp.inf)
-    return update_stats(stats, total.value, after, threshold, is_any)
-
-
-def _group_norms(
-    parts: jax.Array, group_of_part: np.ndarray, stats: GroupStats
-) -> jax.Array:
-    groups = np.arange(len(stats.group_norm))
-    if np.array_equal(group_of_part, groups):
-        return parts
-    # Not a sum by index, whose order is not fixed on every device.
-    is_member = group_of_part == groups[:, None]
-    return norm_of_norms(jnp.where(is_member, parts, 0.0), axis=1)
-
-
-def margin_of(norms: jax.Array, triggers: jax.Array) -> jax.Array:
-    """How many times longer each could be without being clipped."""
-    usable = jnp.isfinite(norms) & (norms > 0)
-    return jnp.where(usable, ratio(triggers, jnp.where(usable, norms, 1.0)), jnp.inf)
-
-
-def rescale_groups(
-    updates: optax.Updates, groups: Groups, factors: Factors
-) -> optax.Updates:
-    """Multiplies every part of the updates by the factors of its group."""
-    leaves, structure = jax.tree.flatten(updates)
-    each = zip(groups.indices, groups.members, groups.dims, strict=True)
-    for i, members, dims in each:
-        of_leaf = Factors(
-            *(local_part(pick(vector, members), dims) for vector in factors)
-        )
-        leaves[i] = rescaled(jnp.asarray(leaves[i]), of_leaf)
-    return structure.unflatten(leaves)
-
-
-def pick(vector: jax.Array, members: np.ndarray) -> jax.Array:
-    """The entries of a leaf's groups, in a shape that broadcasts to the leaf's."""
-    if members.size == 0:
-        return jnp.zeros(members.shape, vector.dtype)
-    first, last = int(members.flat[0]), int(members.flat[-1])
-    return vector[first : last + 1].reshape(members.shape)

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_positive, check_state
-from optax_guard._clipping.groups import (
+from optax_guard._clipping.group_norms import (
     check_same_groups,
     margin_of,
     pick,

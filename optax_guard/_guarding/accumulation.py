@@ -11,13 +11,18 @@ from jax.typing import ArrayLike
 from optax_guard._checks import check_count, check_part, check_state
 from optax_guard._clipping.parts import Measurement
 from optax_guard._guarding.guard import guard
+from optax_guard._guarding.mean_gradient import (
+    as_gradients,
+    empty_mean,
+    mean_with,
+    running_mean,
+)
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
 from optax_guard._norms.statistics import as_float32
-from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
-from optax_guard._trees import increment, is_inexact
+from optax_guard._trees import increment
 from optax_guard.skip import SkipReason, is_nonfinite
 
 
@@ -172,7 +177,7 @@ def _first_state(params: optax.Params, guard_state: Any) -> AccumulateState:
         num_dropped=jnp.zeros((), jnp.int32),
         drop_reason=jnp.zeros((), jnp.int32),
         value_mean=jnp.zeros((), jnp.float32),
-        grad_mean=jax.tree.map(_accumulator, params),
+        grad_mean=jax.tree.map(empty_mean, params),
         guard_state=guard_state,
     )
 
@@ -189,7 +194,7 @@ def _gather(
         "accumulate",
         "parameters",
         state.grad_mean,
-        lambda: jax.tree.map(_accumulator, updates),
+        lambda: jax.tree.map(empty_mean, updates),
     )
     judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)[1]
     is_dropped = is_nonfinite(judged.skip_reason)
@@ -197,7 +202,7 @@ def _gather(
     value_mean = state.value_mean
     if (value := extra_args.get("value")) is not None:
         value = as_float32(jnp.asarray(value))
-        value_mean = _running_mean(value_mean, value, kept, is_dropped)
+        value_mean = running_mean(value_mean, value, kept, is_dropped)
         extra_args = extra_args | {"value": value_mean}
     k = config.every_k(state.num_groups) if callable(config.every_k) else config.every_k
     seen = state.group_seen + 1
@@ -212,7 +217,7 @@ def _gather(
             is_dropped, judged.skip_reason, jnp.int32(SkipReason.NONE)
         ),
         value_mean=value_mean,
-        grad_mean=_mean_with(updates, state.grad_mean, kept, is_dropped),
+        grad_mean=mean_with(updates, state.grad_mean, kept, is_dropped),
         guard_state=_records_of(is_last & (kept == 0), judged, state.guard_state),
     )
     return _Gathered(is_last & (kept > 0), new, extra_args)
@@ -248,7 +253,7 @@ def _update(
     new_updates, guard_state = take_or_keep(
         is_step,
         take,
-        _as_gradients(state.grad_mean, updates, params),
+        as_gradients(state.grad_mean, updates, params),
         (state.guard_state,),
         use_cond=True,
     )
@@ -270,50 +275,8 @@ def _apply_gradients(
     new_params, guard_state = take_or_keep(
         is_step,
         take,
-        _as_gradients(state.grad_mean, grads, params),
+        as_gradients(state.grad_mean, grads, params),
         (params, state.guard_state),
         use_cond=True,
     )
     return new_params, state._replace(guard_state=guard_state)
-
-
-def _accumulator(leaf: Any) -> Any:
-    """Zeros, shaped and sharded like a parameter; a hole where there is no mean."""
-    if not is_inexact(leaf):
-        return optax.MaskedNode()
-    dtype = leaf.dtype if jnp.iscomplexobj(leaf) else accumulator_dtype([leaf])
-    return jnp.zeros_like(leaf, dtype=dtype)
-
-
-def _mean_with(
-    updates: optax.Updates, mean: Any, num: jax.Array, is_dropped: jax.Array
-) -> Any:
-    """The mean gradient of ``num`` micro-batches, with these updates."""
-
-    def leaf(g: Any, old: Any) -> Any:
-        if not is_inexact(g):
-            return old
-        return _running_mean(old, g.astype(old.dtype), num, is_dropped)
-
-    return jax.tree.map(leaf, updates, mean)
-
-
-def _running_mean(
-    mean: jax.Array, new: jax.Array, num: jax.Array, is_dropped: jax.Array
-) -> jax.Array:
-    """The mean of ``num`` values with ``new``; the first replaces what was there."""
-    weight = jnp.maximum(num, 1).astype(mean.dtype)
-    moved = jnp.where(num <= 1, new, mean + (new - mean) / weight)
-    return jnp.where(is_dropped, mean, moved)
-
-
-def _as_gradients(mean: Any, grads: Any, params: Any) -> Any:
-    """The mean as gradients; what has none is that of the last micro-batch."""
-
-    def leaf(g: Any, mean: Any, param: Any) -> Any:
-        if not is_inexact(g):
-            return g
-        return mean.astype(jnp.promote_types(g.dtype, param.dtype))
-
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.tree.map(leaf, grads, mean, grads if params is None else params)

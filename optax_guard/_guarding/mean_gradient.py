@@ -1,0 +1,52 @@
+"""The mean gradient of some micro-batches, one after the other."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_guard._norms.two_scales import accumulator_dtype
+from optax_guard._trees import is_inexact
+
+
+def empty_mean(leaf: Any) -> Any:
+    """Zeros, shaped and sharded like a parameter; no array if it has no gradient."""
+    if not is_inexact(leaf):
+        return optax.MaskedNode()
+    dtype = leaf.dtype if jnp.iscomplexobj(leaf) else accumulator_dtype([leaf])
+    return jnp.zeros_like(leaf, dtype=dtype)
+
+
+def mean_with(
+    updates: optax.Updates, mean: Any, num: jax.Array, is_dropped: jax.Array
+) -> Any:
+    """The mean gradient of ``num`` micro-batches, with these updates."""
+
+    def leaf(g: Any, old: Any) -> Any:
+        if not is_inexact(g):
+            return old
+        return running_mean(old, g.astype(old.dtype), num, is_dropped)
+
+    return jax.tree.map(leaf, updates, mean)
+
+
+def running_mean(
+    mean: jax.Array, new: jax.Array, num: jax.Array, is_dropped: jax.Array
+) -> jax.Array:
+    """The mean of ``num`` values with ``new``; the first replaces the old mean."""
+    weight = jnp.maximum(num, 1).astype(mean.dtype)
+    moved = jnp.where(num <= 1, new, mean + (new - mean) / weight)
+    return jnp.where(is_dropped, mean, moved)
+
+
+def as_gradients(mean: Any, grads: Any, params: Any) -> Any:
+    """The mean as gradients; other leaves are those of the last micro-batch."""
+
+    def leaf(g: Any, mean: Any, param: Any) -> Any:
+        if not is_inexact(g):
+            return g
+        return mean.astype(jnp.promote_types(g.dtype, param.dtype))
+
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.tree.map(leaf, grads, mean, grads if params is None else params)
