@@ -1,8 +1,9 @@
-"""A clip as three parts, the decision by a threshold, and the factors.
+"""The parts of a clip, the decision by a threshold, and the factors of scaling.
 
 ``measure`` reads the updates once and decides. Its results are scalars. ``rescale`` is
-elementwise and fuses into the operation that consumes the updates. A clip alone runs
-one after the other. A guard rescales only inside the branch that takes the step.
+elementwise and fuses into the operation that consumes the updates. Without a guard, a
+clip runs ``measure``, then ``rescale``. A guard rescales only inside the branch that
+takes the step.
 """
 
 from collections.abc import Callable
@@ -76,7 +77,8 @@ class Factors(NamedTuple):
     Attributes:
       is_clipped: bool[...], whether to multiply at all.
       first: float[...], a power of two.
-      second: float[...]. The product of both, the coefficient, may underflow itself.
+      second: float[...]. The coefficient is the product of both, which may be too
+        small for float32.
     """
 
     is_clipped: jax.Array
@@ -136,10 +138,10 @@ def decide(
 
 
 def _read_again(updates: optax.Updates) -> optax.Updates:
-    """The same updates, which XLA on CPU takes for others than those measured.
+    """The same updates; XLA on CPU does not see that they are those measured.
 
     XLA would widen half precision once, for the norm and for the rescaling, and keep a
-    copy of all updates in float32 between them. In a guard its branch stands between.
+    copy of all updates in float32 between them. In a guard, the branch prevents this.
     """
     leaves, treedef = jax.tree.flatten(updates)
     half = [i for i, x in enumerate(leaves) if is_inexact(x) and _is_half(x)]

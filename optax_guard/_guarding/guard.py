@@ -49,9 +49,9 @@ def guard(
 
     A non-finite step is never applied. After ``max_consecutive_skips`` skipped steps in
     a row the guard sets ``guard_exhausted``, and ``raise_if_exhausted`` and stop rules
-    read it. A rule cannot skip finite steps for ever: after that many skipped steps in
-    a row, the guard takes the next finite step and starts the rules afresh. So a
-    lasting change of scale does not end a run.
+    read it. A rule cannot skip finite steps for ever: after ``max_consecutive_skips``
+    skipped steps in a row, the guard takes the next finite step and starts the rules
+    afresh. So a lasting change of scale does not end a run.
 
     Args:
       inner: The optimizer, from ``optax.adamw`` to any chain. A clip of Optax belongs
@@ -59,32 +59,32 @@ def guard(
       clip: A threshold for the global norm (number, schedule or one of
         ``optax_guard.threshold``), a clip of this library, or ``None`` to only measure.
       skip: One or several rules of ``optax_guard.skip``.
-      mask: The leaves that count: a tree prefix of the parameters with a bool for each,
-        or a function from the tree to one, as for ``optax.masked``. The other leaves
-        are not in the norm, are not clipped, and may be NaN in a step that is taken.
-        They go to ``inner`` as they are. Use it for frozen parameters, whose gradients
-        would make the norm too large, and for leaves that are overwritten and not added
-        to. ``optax.inject_hyperparams`` takes a function for a schedule: name it by
+      mask: The leaves that count: a tree of bools (a tree prefix of the parameters), or
+        a function that returns one, as for ``optax.masked``. The other leaves are not
+        in the norm, are not clipped, and may be NaN in a step that is taken. They
+        go to ``inner`` as they are. Use it for frozen parameters, whose gradients would
+        make the norm too large, and for leaves whose update replaces the value.
+        ``optax.inject_hyperparams`` mistakes a function for a schedule: pass it
         ``static_args=("inner", "mask")``.
       max_consecutive_skips: Skipped steps in a row that are too many; a whole number of
         at least 1, may be traced.
-      use_cond: Whether a bad step does not compute ``inner`` on TPU and GPU either, by
-        a ``lax.cond``; on CPU it never does. By default these platforms compute all and
-        mask it, which needs no branch. Use it if ``inner`` does more than read and
-        write (Muon, Shampoo) and bad steps are not rare, or if its state is offloaded
-        to ``pinned_host`` memory. Cost around AdamW, compiled for v5e and H100 and not
-        run: ``apply_gradients`` has one conditional and no more traffic; ``update`` has
-        11.0 passes over the parameters instead of 8.0 and a copy of them; with
-        offloaded moments, on v5e, 24.0 passes instead of 26.2 (unguarded: 23.0). Under
-        ``vmap`` it is a mask again.
+      use_cond: If true, TPU and GPU do not compute ``inner`` in a bad step, by a
+        ``lax.cond``. By default they compute it and mask the result, which needs no
+        branch; on CPU there is always a branch. Use it if ``inner`` does more than read
+        and write (Muon, Shampoo) and bad steps are not rare, or if its state is
+        offloaded to ``pinned_host`` memory. The cost around AdamW is compiled for v5e
+        and H100, and was not run. ``apply_gradients`` has one conditional and no more
+        traffic; with offloaded moments, on v5e, it has 24.0 passes over the parameters
+        instead of 26.2 (unguarded: 23.0). ``update`` has 11.0 passes instead of 8.0 and
+        a copy of the parameters. Under ``vmap`` the ``lax.cond`` becomes a mask.
 
     Returns:
       A transformation whose state is a ``GuardState``. ``value=`` and all other extra
       arguments of ``update`` go on to ``inner``. Under ``jax.shard_map`` and
       ``jax.pmap``, gradients that are split over devices need a clip with
-      ``axis_name`` (to only measure, ``record_norm(axis_name=...)``), and ``value``
-      must be the same on all devices, by ``jax.lax.pmean``. All devices then reach one
-      verdict.
+      ``axis_name`` (to only measure, ``record_norm(axis_name=...)``). Average ``value``
+      by ``jax.lax.pmean``, so that it is the same on all devices. All devices then
+      reach one verdict.
 
     Raises:
       TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.

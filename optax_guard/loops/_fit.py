@@ -57,15 +57,15 @@ def fit(
     at the same time.
 
     With a checkpointer, the device waits at each evaluation until it is read and saved.
-    The best parameters are then on disk and not a second time on the device, and a stop
-    comes at its own evaluation. If the directory holds a checkpoint, the run resumes
+    The best parameters are then only on disk, and the run stops at the evaluation that
+    says so. If the directory holds a checkpoint, the run resumes
     from it: rows, stop and best are bit for bit those of a run without a break. If that
     run had stopped, or had reached ``num_steps``, `fit` returns its result at once.
 
     The first Ctrl-C ends the run after the current step, and `fit` returns the result
     so far. The second raises ``KeyboardInterrupt``. Schedulers send SIGTERM before they
-    take the machine away. It ends the run at the next evaluation: with a checkpointer
-    once that is saved, without one an interval later, like an early stop. If the user
+    take the machine away. With a checkpointer the run then ends at the next evaluation,
+    after the save. Without one it ends an interval after that evaluation. If the user
     has set a handler for one of these signals, it stays in force. If an exception is
     raised, the loggers have received every row before it.
 
@@ -74,8 +74,9 @@ def fit(
     part of them. ``evaluate`` must return the value for all data. Loggers and display
     are called on process 0 only. At each evaluation the processes agree on the clock
     and on SIGTERM, in one collective of two numbers a device. So all end at the same
-    evaluation, whichever process got the signal. A rule that needs the time then waits
-    for the device. Ctrl-C raises. If a process dies, `jax.distributed.initialize`
+    evaluation, whichever process got the signal. With several processes, a rule that
+    needs the time makes the host wait for the device, and Ctrl-C raises
+    ``KeyboardInterrupt`` at once. If a process dies, `jax.distributed.initialize`
     decides about the others, by its ``heartbeat_timeout_seconds``.
 
     Args:
@@ -116,8 +117,8 @@ def fit(
         over the finite values since the row before; NaN if there were none. Metrics
         with a name that `optax_guard.metrics` uses are left out;
       * ``grad_norm``, ``clipped_norm``, ``clip_threshold``: of the step with the
-        largest finite norm since the row before; NaN if no norm was finite; and
-        ``grad_norm_mean``, the mean norm over the steps with a finite norm;
+        largest finite norm since the row before; NaN if no norm was finite;
+      * ``grad_norm_mean``: mean norm over the steps with a finite norm;
       * ``update_cosine``, ``entries_clipped``, ``units_clipped``: means over the same
         steps, if the clip measures them;
       * ``clip_rate``, ``nonfinite_rate``, ``skip_rate``: shares of the steps since the
@@ -128,8 +129,8 @@ def fit(
       * ``rewinds``, with `rewind`: rewinds so far;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
-      Norms are there if the optimizer has a clip, `record_norm` or guard of this
-      library, skips if it has a guard. If it has several, the first counts.
+      Rows hold norms if the optimizer has a clip, `record_norm` or guard of this
+      library. They hold skips if it has a guard. If it has several, the first counts.
 
     Raises:
       ValueError: If an argument is out of range, or a function returns a wrong shape.

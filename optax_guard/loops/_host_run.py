@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import optax
 
+from optax_guard._checks import check_leaves
 from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import is_over
 from optax_guard.loops._evaluation import (
@@ -115,6 +116,7 @@ def train_interval(run: HostRun) -> None:
             break
         interval = run.interval
         if interval is None:
+            check_leaves("batches", batch)
             interval = first_interval(plan.step.train_step, run.state, batch)
             run.state, run.stop, interval = on_mesh(
                 (run.state, run.stop, interval), batch

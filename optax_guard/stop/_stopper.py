@@ -37,16 +37,22 @@ def early_stopping(
 ) -> EarlyStopping:
     """Builds a stopper that stops a run by a rule and keeps its best parameters.
 
-    At an evaluation, in this order: a stopped run does not change (but the flags of
-    the last update become False); a non-finite value changes nothing but its count;
-    the value is smoothed; the best moves; the rule is judged; the first to fire is
-    latched with its reason. Everything is a pure function of arrays: it runs in a
-    Python loop, where an update is one dispatch that waits for nothing, and inside
-    `jit`, `scan`, `while_loop` and `vmap`.
+    At an evaluation this is the order:
+
+    1. A run that has stopped does not change, but its flags `is_best` and
+       `is_significant` become False.
+    2. A non-finite value changes nothing but its count.
+    3. The value is smoothed.
+    4. The best value and the best parameters move.
+    5. The rule judges. The first rule that is true stops the run for good, and the
+       state holds its reason.
+
+    All is a pure function of arrays. It runs inside `jit`, `scan`, `while_loop` and
+    `vmap`, and in a Python loop, where an update is one dispatch that does not wait.
 
     Args:
-      rule: A rule of `optax_guard.stop`. Its numbers live here, not in the state, so
-        that a resumed run follows the numbers it is given.
+      rule: A rule of `optax_guard.stop`. Its numbers are not part of the state: a
+        resumed run uses the numbers that are given then.
       mode: "min" if smaller values are better, "max" if larger are.
       nonfinite: How a NaN or infinite value is treated: "stop" stops, "wait" counts a
         bad evaluation, "ignore" does nothing.
@@ -54,8 +60,8 @@ def early_stopping(
       smooth: `stop.ema(decay)` or `stop.median(k)`: rules judge the smoothed value,
         except `target` and `divergence`.
       best_on: "raw" or "smoothed": the value that decides which parameters are best.
-      warmup: How many first evaluations are disregarded, also for the best. They are
-        counted, and a non-finite value among them still counts as one.
+      warmup: How many first evaluations are ignored, also for the best. They add to
+        `num_evals`, and a non-finite value among them counts as non-finite.
       key: If ``value`` is a dict, the key of the value to judge. It alone defines the
         best; `stop.monitor` judges others.
 
