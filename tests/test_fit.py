@@ -577,7 +577,7 @@ class Held:
     value = 1.0
 
 
-def test_what_the_functions_close_over_is_released_after_the_run():
+def test_data_that_functions_close_over_is_released_after_the_run():
     def run():
         held = [Held(), Held(), Trainer()]
 

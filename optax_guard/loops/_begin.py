@@ -8,10 +8,11 @@ from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
 from optax_guard.loops._checkpoint import Checkpointer, Store, open_store
-from optax_guard.loops._evaluation import tracked, with_plateau
+from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._host import Interrupt, Record
 from optax_guard.loops._host_run import Ending, HostRun, Plan
 from optax_guard.loops._inputs import check_steps, copied
+from optax_guard.loops._learning_rate import with_plateau
 from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.stop._state import EarlyStopping
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from optax_guard._guarding.readout import metrics
@@ -16,12 +15,7 @@ from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor
 from optax_guard.loops._ending import flags_of_guard
 from optax_guard.loops._interval import Interval, close, totals
-from optax_guard.stop._plateau import (
-    PlateauScaleState,
-    PlateauState,
-    apply_plateau,
-    set_lr_scale,
-)
+from optax_guard.loops._learning_rate import learning_rate_item, with_plateau
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 # The fields of the stopper's state that end a run or name its best checkpoint.
@@ -29,8 +23,6 @@ _FLAGS = ("should_stop", "stop_reason", "best_step")
 
 # The key of the value in a row, if `evaluate` did not return a dict.
 VALUE = "value"
-
-_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 class Point(NamedTuple):
@@ -201,46 +193,6 @@ def _judge_by(get_update: Callable[[], Any]) -> Callable[..., Judged]:
     return jax.jit(judge_run, static_argnums=0, donate_argnums=(1, 2))
 
 
-def scheduled_rate(
-    schedule: optax.Schedule | None, opt_state: Any, step: int
-) -> jax.Array | None:
-    """The learning rate of the last update by a schedule of the updates done."""
-    if schedule is None:
-        return None
-    guards = find_states(opt_state, GuardState)
-    # A schedule does not advance at a step that is skipped.
-    skipped = guards[0].num_skipped if guards else 0
-    return jnp.array(schedule(jnp.maximum(step - 1 - skipped, 0)), copy=True)
-
-
-def learning_rate_item(
-    opt_state: Any, scheduled_rate: jax.Array | None
-) -> dict[str, jax.Array]:
-    """The learning rate of the last update, as an item of a row.
-
-    Args:
-      opt_state: The optimizer's state.
-      scheduled_rate: The rate by the user's schedule. If it is ``None``, the rate is
-        the hyperparameter ``learning_rate`` of ``optax.inject_hyperparams``.
-
-    Returns:
-      ``{"learning_rate": float[]}``, times the factor of a `stop.scale_by_plateau`;
-      empty if neither tells the rate.
-    """
-    if scheduled_rate is not None:
-        rates = [scheduled_rate]
-    else:
-        settings = [s.hyperparams for s in find_states(opt_state, _INJECTED)]
-        rates = [x["learning_rate"] for x in settings if "learning_rate" in x]
-    if not rates:
-        return {}
-    # A copy, because the state is donated to the next step.
-    rate = jnp.array(rates[0], copy=True)
-    for scale in find_states(opt_state, PlateauScaleState):
-        rate = rate * scale.lr_scale
-    return {"learning_rate": rate}
-
-
 def batch_stats(state: Any) -> Any:
     """The state's ``batch_stats``, or ``None`` if it has no such field."""
     return getattr(state, "batch_stats", None)
@@ -286,19 +238,3 @@ def _check_names(row: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             f"`evaluate` must not return {taken}: `fit` itself writes these into the "
             "row. Call them, say, `val_loss`."
         )
-
-
-def with_plateau(state: Any, stop: EarlyStoppingState, lr_scale: float = 1.0) -> Any:
-    """Writes the factor of a `stop.plateau` into the optimizer's state, if any."""
-    if not find_states(stop.rule_state, PlateauState):
-        return state
-    opt_state = apply_plateau(state.opt_state, stop)
-    if lr_scale != 1.0:
-        scale = optax.tree.get_all_with_path(opt_state, "lr_scale")[0][1]
-        opt_state = set_lr_scale(opt_state, scale * lr_scale)
-    return state.replace(opt_state=opt_state)
-
-
-def lr_scales(state: Any) -> list[Any]:
-    """The factors on the learning rate in the optimizer's state."""
-    return [x for _, x in optax.tree.get_all_with_path(state.opt_state, "lr_scale")]

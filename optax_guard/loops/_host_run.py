@@ -18,12 +18,12 @@ from optax_guard.loops._evaluation import (
     Point,
     batch_stats,
     evaluate_point,
-    scheduled_rate,
     tracked,
 )
 from optax_guard.loops._host import END, Interrupt, Record, agree
 from optax_guard.loops._inputs import on_mesh, warn_of_end
 from optax_guard.loops._interval import Interval, Step, first_interval
+from optax_guard.loops._learning_rate import scheduled_rate
 from optax_guard.loops._result import FitResult, Rewound, Snapshot
 from optax_guard.loops._rewind import Rewind, go_back
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState

@@ -14,10 +14,10 @@ from optax_guard.loops._evaluation import (
     evaluate_point,
     judge,
     tracked,
-    with_plateau,
 )
 from optax_guard.loops._inputs import Functions
 from optax_guard.loops._interval import Interval, add_step, first_interval
+from optax_guard.loops._learning_rate import with_plateau
 from optax_guard.stop._state import EarlyStoppingState
 
 Evaluate = Callable[["Lane", jax.Array], tuple["Lane", dict[str, Any]]]

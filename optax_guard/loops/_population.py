@@ -26,7 +26,7 @@ class PopulationResult(NamedTuple):
 
     Attributes:
       state: The states after each member's last evaluation; leaves have a leading axis
-        of n. What is not an array in them (`tx`, `apply_fn`) is the first member's.
+        of n. Their parts that are not arrays (`tx`, `apply_fn`) are the first member's.
       best_params: Parameters of each member's best evaluation, or of its `state` if
         none was finite; leading axis n; ``None`` without a stopper.
       stop: The `EarlyStoppingState` of each member, leading axis n; ``None`` without a

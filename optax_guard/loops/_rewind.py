@@ -8,7 +8,7 @@ from typing import Any
 from optax_guard._checks import check_count, check_positive
 from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import why_gone_bad
-from optax_guard.loops._evaluation import lr_scales
+from optax_guard.loops._learning_rate import lr_scales
 from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.stop._plateau import set_lr_scale
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
