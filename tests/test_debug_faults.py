@@ -13,9 +13,21 @@ from tests.debug_faults import FAULTS, MARK, Fault
 
 # JAX's own checks do not name the line of these.
 UNNAMED = {
-    "cholesky_of_an_indefinite_matrix",  # They do not look at this primitive.
-    "take_beyond_the_end",  # Nor at this one.
-    "second_call_of_a_cached_function",  # The traceback ends at the cached function.
+    # They do not look at the primitive.
+    "cholesky_of_an_indefinite_matrix",
+    "take_beyond_the_end",
+    # The traceback ends at a function of `jax.numpy` that is jitted and cached.
+    "second_call_of_a_cached_function",
+    "gradient_of_a_norm_at_zero",
+    "gradient_of_the_second_norm",
+    "gradient_of_the_deviation_of_constants",
+    "gradient_of_one_example",
+    # They stop at a NaN that is discarded.
+    "nan_that_is_discarded_before_the_fault",
+    "nan_of_an_earlier_iteration_is_replaced",
+    # They fail on it.
+    "gradient_of_a_shard_map",
+    "NnxGradientOfANormAtZero",
 }
 
 
