@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import checkify
 
 from tests.debug_faults import FAULTS, MARK, Fault
+from tests.debug_healthy import HEALTHY, Healthy
 
 # JAX's own checks do not name the line of these.
 UNNAMED = {
@@ -27,6 +28,7 @@ UNNAMED = {
     "nan_of_an_earlier_iteration_is_replaced",
     # They fail on it.
     "gradient_of_a_shard_map",
+    "gradient_over_the_devices_of_a_shard_map",
     "NnxGradientOfANormAtZero",
 }
 
@@ -50,13 +52,16 @@ def run(case: Fault) -> object:
     return case.fn(*case.make_args(), **case.kwargs)
 
 
-def line_of_checkify(case: Fault) -> int | None:
-    """The line of the first NaN in program order, as JAX's own checks name it."""
+def first_nan(case: Fault | Healthy) -> Any:
+    """The first NaN in program order, discarded or not, by JAX's own checks."""
     checked = checkify.checkify(case.fn, errors=checkify.nan_checks)
-    error, _ = checked(*case.make_args(), **case.kwargs)
-    found = error.get_exception()
-    if found is None:
-        return None
+    kwargs = case.kwargs if isinstance(case, Fault) else {}
+    error, _ = checked(*case.make_args(), **kwargs)
+    return error.get_exception()
+
+
+def line_of(found: Any, case: Fault) -> int | None:
+    """The innermost line of the file of faults in the traceback of JAX's checks."""
     frames = str(getattr(found, "traceback_info", "")).split(case.filename + ":")
     return int(frames[1].split(" ")[0])
 
@@ -71,7 +76,18 @@ def test_every_fault_is_as_planted(name):
         forward = case.forward(case.planted)
         assert kind_of(forward(*case.make_args(), **case.kwargs)) is None
     if case.kind == "nan" and name not in UNNAMED:
-        assert line_of_checkify(case) == case.line
+        found = first_nan(case)
+        assert line_of(found, case) == case.line
+        assert found.prim in (case.primitive or found.prim, "jit")
+
+
+@pytest.mark.parametrize("name", [case.name for case in HEALTHY])
+def test_every_healthy_function_is_finite(name):
+    (case,) = [case for case in HEALTHY if case.name == name]
+    assert kind_of(case.fn(*case.make_args())) is None
+    if name not in UNNAMED:
+        # No case is healthy only because there is nothing to discard.
+        assert (first_nan(case) is not None) == case.makes_nan
 
 
 @functools.cache
@@ -94,6 +110,16 @@ def is_named(case: Fault, origin: Any) -> bool:
         and origin.filename.endswith("debug_faults.py")
         and (origin.line, origin.kind) == (case.line, case.kind)
     )
+
+
+def test_healthy_functions_have_no_origin():
+    debug = pytest.importorskip("optax_guard.debug")
+    found = [
+        (case.name, debug.find_nonfinite(case.fn, *case.make_args()))
+        for case in HEALTHY
+    ]
+    alarms = [f"{name}: {origin}" for name, origin in found if origin is not None]
+    assert not alarms, "\n".join(alarms)
 
 
 def test_faults_are_named_to_the_line():
