@@ -5,7 +5,6 @@ Many make a NaN or an Inf and discard it, or hold an Inf that is legal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -28,7 +27,7 @@ class Healthy:
     fn: Function
     args: tuple[object, ...] | Callable[[], tuple[object, ...]]
     makes_nan: bool
-    """Whether some equation makes a NaN, which is discarded later."""
+    """Whether the result of some equation holds a NaN, which is discarded later."""
 
     def make_args(self) -> tuple[object, ...]:
         if callable(self.args):
@@ -39,19 +38,18 @@ class Healthy:
 HEALTHY: list[Healthy] = []
 
 
-def healthy(*args: Any, wrap=lambda function: function, makes_nan: bool = False):
-    """Enters the decorated function into the table; one callable makes all `args`."""
+def healthy(
+    *args: object,
+    make: Callable[[], tuple[object, ...]] | None = None,
+    wrap: Callable[[Function], Function] = lambda function: function,
+    makes_nan: bool = False,
+):
+    """Enters the decorated function into the table; `make` makes its arguments."""
 
     def enter(function):
-        given = args[0] if args and callable(args[0]) else args
-        HEALTHY.append(
-            Healthy(
-                name=function.__name__,
-                fn=wrap(function),
-                args=given,
-                makes_nan=makes_nan,
-            )
-        )
+        name, fn = function.__name__, wrap(function)
+        case = Healthy(name=name, fn=fn, args=make or args, makes_nan=makes_nan)
+        HEALTHY.append(case)
         return function
 
     return enter
@@ -152,6 +150,8 @@ def one_shard_discards_a_nan(x):
 
 # An Inf is legal.
 
+LARGEST = f32(np.inf)[0]
+
 
 @healthy(f32(1, 3, 2), np.array([True, False, True]))
 def largest_of_the_live_entries(x, mask):
@@ -176,7 +176,7 @@ def logsumexp_with_a_live_entry(x, mask):
 
 @healthy(f32(3, 1, 2))
 def running_minimum_of_a_scan_starts_at_inf(xs):
-    return lax.scan(lambda m, x: (jnp.minimum(m, x), None), jnp.inf, xs)[0]
+    return lax.scan(lambda m, x: (jnp.minimum(m, x), None), LARGEST, xs)[0]
 
 
 @healthy(np.float32(2), wrap=jax.jit)
@@ -308,17 +308,17 @@ def net_args():
     return jax.jit(Net().init)(jax.random.key(0), jnp.ones((3, 2))), jnp.ones((3, 2))
 
 
-@healthy(net_args, wrap=jax.jit)
+@healthy(make=net_args, wrap=jax.jit)
 def gradient_of_a_linen_module(variables, x):
     return jax.value_and_grad(summed(Net().apply))(variables, x)
 
 
-@healthy(lambda: (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones((3, 2))))
+@healthy(make=lambda: (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones((3, 2))))
 def call_of_an_nnx_module(model, x):
     return nnx.relu(model(x))
 
 
-@healthy(lambda: (eqx.nn.Linear(2, 1, key=jax.random.key(0)), jnp.ones(2)))
+@healthy(make=lambda: (eqx.nn.Linear(2, 1, key=jax.random.key(0)), jnp.ones(2)))
 def gradient_of_an_equinox_module(model, x):
     return eqx.filter_value_and_grad(summed(eqx.nn.Linear.__call__))(model, x)
 
@@ -327,7 +327,7 @@ ADAM = optax.adam(0.1)
 GUARDED = og.guard(optax.sgd(0.1))
 
 
-@healthy(lambda: (f32(1, 0), ADAM.init(jnp.ones(2))), wrap=jax.jit)
+@healthy(make=lambda: (f32(1, 0), ADAM.init(jnp.ones(2))), wrap=jax.jit)
 def update_of_an_optimizer(grads, state):
     return ADAM.update(grads, state)
 
@@ -337,7 +337,7 @@ def guard_args():
     return jnp.array([np.nan, 1.0]), jax.jit(GUARDED.init)(params), params
 
 
-@healthy(guard_args, wrap=jax.jit)
+@healthy(make=guard_args, wrap=jax.jit, makes_nan=True)
 def guard_skips_a_nan_of_the_gradient(grads, state, params):
     updates, _ = GUARDED.update(grads, state, params)
     return updates
