@@ -557,7 +557,7 @@ def gradient_of_a_broken_power_at_zero(x):
     return x**0.5  # FAULT
 
 
-@fault("nan", (f32(0), f32(0)), (", x", ", x + 1"), **GRAD)
+@fault("nan", (f32(0), f32(0)), (", x", ", x + 1"), **FACTOR)
 def gradient_of_arctan2_at_the_origin(y, x):
     return jnp.arctan2(y, x)  # FAULT
 
