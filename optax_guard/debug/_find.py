@@ -42,7 +42,38 @@ class Traced(NamedTuple):
 def find_nonfinite(
     fn: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> NonfiniteOrigin | None:
-    """Finds the operation that made a result NaN or infinite, and its source line."""
+    """Finds the operation that made a result NaN or infinite, and its source line.
+
+    The function is traced, and its operations run one by one. The search goes from a
+    bad entry of the result back through the operations that passed it on. If the result
+    holds a NaN, the origin is the operation that made it from entries without NaN. Else
+    it is the one that made an Inf from finite entries. A value that a ``where``
+    discards is no origin. The search goes into ``jit``, ``grad``, ``vmap``, loops,
+    branches, ``checkpoint``, custom derivatives, ``shard_map`` and ``pmap``.
+
+    Operations run as they are written. A NaN that arises only because the compiler
+    fuses or reorders them is not found. One that the compiler hides is found.
+
+    Args:
+      fn: The function, such as ``jax.value_and_grad(loss)`` or ``tx.update``.
+      *args: Its arguments. All arrays in them are traced, those in modules of Equinox
+        and NNX included. Other values stay as they are.
+      **kwargs: Its keyword arguments, likewise.
+
+    Returns:
+      A `NonfiniteOrigin`, which prints as text; ``None`` if the result is finite.
+
+    Raises:
+      TypeError: If ``fn`` is no function.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_guard as og
+      >>> def mean(x, mask):
+      ...     return jnp.sum(x * mask) / jnp.sum(mask)
+      >>> origin = og.debug.find_nonfinite(mean, jnp.ones(3), jnp.zeros(3))
+      >>> origin.kind, origin.primitive, origin.function
+      ('nan', 'div', 'mean')
+    """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function, got {fn!r}.")
     traced = trace(fn, args, kwargs)
