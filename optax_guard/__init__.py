@@ -56,6 +56,7 @@ __all__ = [
     "clip_by_leaf_norm",
     "clip_by_unit_norm",
     "clip_by_value",
+    "debug",
     "early_stopping",
     "explain",
     "find_state",
@@ -98,12 +99,12 @@ _STATES = [
 
 
 if TYPE_CHECKING:
-    from optax_guard import analysis, flax, loops, plotting
+    from optax_guard import analysis, debug, flax, loops, plotting
 else:
 
     def __getattr__(name: str):
         """Imports a module with further requirements when it is first used."""
-        if name in ("analysis", "flax", "loops", "plotting"):
+        if name in ("analysis", "debug", "flax", "loops", "plotting"):
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
