@@ -15,6 +15,8 @@ FULL: dict[str, set[str] | None] = {
     "test_step_cost": None,
     # Whole programs: each one trains, compiles for an accelerator or starts processes.
     "test_contract": None,
+    "test_debug_faults": None,
+    "test_debug_page": None,
     "test_demo": None,
     "test_faults": None,
     "test_notebooks": None,
