@@ -141,7 +141,7 @@ def by_fit(seed: int, rate: float, shift: int) -> int:
 
 
 def by_reading_nothing(seed: int, rate: float, shift: int, num_steps: int) -> int:
-    """Trains over the steps that `fit` takes, with its evaluations; no machine."""
+    """Trains over the steps that `fit` takes, with its evaluations; no stopper."""
     state = jitted_start(seed, rate)
     values = []
     for step in range(num_steps):
@@ -203,7 +203,7 @@ def members_by_population(members: Any) -> list[int]:
 
 
 def batched_steps(n: int, num_steps: int = 1000) -> Callable[[], Any]:
-    """Steps of n members side by side, without loop, evaluation or machine."""
+    """Steps of n members side by side, without loop, evaluation or stopper."""
     members = jax.tree.map(jnp.asarray, make_members(n))
     data, order, _ = ON_DEVICE
 

@@ -1,6 +1,7 @@
 """Set before JAX is imported: the CPU as eight devices, and no search for others."""
 
 import ast
+import contextlib
 import doctest
 import inspect
 import os
@@ -42,7 +43,8 @@ def _cache_folder(root: Path, most_bytes: int = 2 << 30) -> Path:
         folders = {path.parent for path in sizes}
         for path in sizes:
             for folder in folders - {path.parent}:
-                if not (folder / path.name).exists():
+                # Another run may have started at the same time.
+                with contextlib.suppress(FileExistsError):
                     os.link(path, folder / path.name)
     return root / (worker or "main")
 

@@ -182,7 +182,7 @@ from optax_guard.__main__ import main
 print(og.__file__)
 tx = og.guard(optax.sgd(1.0), clip=1.0)
 params, state = jnp.ones(1), tx.init(jnp.ones(1))
-params, state = og.apply_gradients(tx, params, state, jnp.array([jnp.nan]))
+params, state = og.apply_gradients(tx, params, state, grads=jnp.array([jnp.nan]))
 history = og.analysis.History(sys.argv[2] + "/history.jsonl")
 history.append(1, og.metrics(state), val_loss=0.5)
 print(params, og.skipped_steps(state)[0].reason.name)
