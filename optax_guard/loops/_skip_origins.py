@@ -93,7 +93,7 @@ def check_on_skip(on_skip: Any, state: Any, batches: Any) -> None:
     """Refuses a setting that is unknown, or that the run cannot follow."""
     if on_skip is None:
         return
-    if on_skip != "explain":
+    if not isinstance(on_skip, str) or on_skip != "explain":
         raise ValueError(f'`on_skip` must be "explain" or `None`, got {on_skip!r}.')
     if not find_states(state, GuardState):
         raise ValueError(
