@@ -1,5 +1,6 @@
 """Origins of NaN and Inf: entries, steps around a guard, modules, the text."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -240,6 +241,21 @@ def test_modules_of_equinox_are_arguments():
     origin = find(lambda model, x: model(x).sum(), model, -jnp.ones(2))
     assert origin.filename == __file__
     assert origin.primitive in ("sqrt", "log")
+
+
+def test_library_called_through_the_standard_library_names_the_user():
+    @contextlib.contextmanager
+    def context():
+        yield
+
+    rate = context()(optax.adam(jnp.inf).update)
+    state = optax.adam(jnp.inf).init(jnp.zeros(2))
+
+    def update(grads, state):
+        return rate(grads, state)  # here
+
+    origin = find(update, jnp.zeros(2), state)
+    assert origin.line == line_of(update, "# here")
 
 
 def test_scope_is_the_path_of_linen_modules():

@@ -26,11 +26,12 @@ _ELEMENTWISE = frozenset(
     sinh sqrt square stop_gradient sub tan tanh zeta
     """.split()  # noqa: SIM905 - a list of strings would take seventy lines
 )
-# They make a NaN from some finite operands, so replacing entries would prove nothing.
+# They make a NaN from some finite operands, so replacing entries would prove nothing;
+# or, as `pmap` of older JAX, they cannot run under `jit`.
 _SOLVERS = frozenset(
     """
     cholesky custom_linear_solve eig eigh geqrf householder_product linear_solve lu qr
-    schur svd triangular_solve tridiagonal tridiagonal_solve
+    schur svd triangular_solve tridiagonal tridiagonal_solve xla_pmap
     """.split()  # noqa: SIM905 - as above
 )
 

@@ -163,7 +163,12 @@ def run(
     for n, step in enumerate(steps):
         if step.outputs:  # Others only print.
             operands = [values[i] for i in step.inputs]
-            outputs = _run(devices, Operation(step.eqn), *operands)
+            operation = Operation(step.eqn)
+            # Older JAX has `pmap` as an operation, which must stay outside of `jit`.
+            is_pmap = step.eqn.primitive.name == "xla_pmap"
+            outputs = (
+                operation(*operands) if is_pmap else _run(devices, operation, *operands)
+            )
             values |= dict(zip(step.outputs, outputs, strict=True))
             flags |= {i: flags_of(values[i]) for i in step.outputs}
         for i in {*step.inputs, *step.outputs}:

@@ -4,14 +4,16 @@ import functools
 import linecache
 import sys
 import sysconfig
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn
 
-from optax_guard.debug._program import Step
+from optax_guard.debug._program import Step, body_of_call, open_jaxpr
 
-_JAX = ("jax", "jaxlib", "optax_guard.debug")
+_DEBUG = ("optax_guard.debug",)
+_JAX = ("jax", "jaxlib", "python")  # Its standard library included.
 _LIBRARIES = ("optax", "flax", "equinox", "chex", "jaxtyping", "optax_guard")
 _PYTHON = sysconfig.get_path("stdlib")
 # Scopes that JAX opens itself.
@@ -40,7 +42,7 @@ def find_place(step: Step) -> Place:
     when an optimizer of Optax is traced alone, it is the innermost line outside of JAX.
     """
     equations = (step.eqn, *step.callers[::-1])
-    frames = [frame for eqn in equations for frame in frames_of(eqn)]
+    frames = [f for pair in zip_longest(equations, equations[1:]) for f in _own(*pair)]
     chosen = next((f for f in frames if not _is_in(f, _JAX + _LIBRARIES)), None)
     chosen = chosen or next((f for f in frames if not _is_in(f, _JAX)), None)
     # An equation inside of a loop or a call continues the name stack of that one.
@@ -58,27 +60,44 @@ def find_place(step: Step) -> Place:
     return Place(filename, line, function, source, scope, is_backward)
 
 
+def _own(eqn: JaxprEqn, caller: JaxprEqn | None) -> list[Any]:
+    """The frames of an equation inside of the function that its caller jits.
+
+    A jitted function is traced once. Before JAX 0.10 the frames go on into the first
+    call of it, and this may be another call.
+    """
+    frames = frames_of(eqn)
+    body = None if caller is None else open_jaxpr(body_of_call(caller))
+    info = getattr(body, "debug_info", None)
+    # As in "norm at linalg.py:12".
+    name, _, file = (getattr(info, "func_src_info", None) or "").partition(" at ")
+    file = file.rpartition(":")[0]
+    for n, frame in enumerate(frames):
+        if frame.file_name == file and frame.function_name.split(".")[-1] == name:
+            return frames[: n + 1]
+    return frames
+
+
 def frames_of(eqn: JaxprEqn) -> list[Any]:
     """The frames from an operation outward, until those of this module."""
     traceback = eqn.source_info.traceback
     frames = []
     for frame in [] if traceback is None else traceback.frames:
-        if _is_in(frame, ("optax_guard.debug",)):
+        if _is_in(frame, _DEBUG):
             break
         frames.append(frame)
     return frames
 
 
 def _is_in(frame: Any, modules: tuple[str, ...]) -> bool:
-    """Whether the code of a frame belongs to these packages or to Python itself."""
+    """Whether the code of a frame belongs to one of these packages."""
     return _file_is_in(frame.file_name, modules)
 
 
 @functools.cache
 def _file_is_in(name: str, modules: tuple[str, ...]) -> bool:
-    if name.startswith("<frozen"):
-        return True
-    if name.startswith(_PYTHON) and "-packages" not in name:
+    is_python = name.startswith(_PYTHON) and "-packages" not in name
+    if "python" in modules and (is_python or name.startswith("<frozen")):
         return True
     found = (sys.modules.get(module) for module in modules)
     files = (module.__file__ for module in found if module is not None)
