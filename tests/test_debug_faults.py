@@ -120,11 +120,13 @@ def test_healthy_functions_have_no_origin():
         (case.name, debug.find_nonfinite(case.fn, *case.make_args()))
         for case in HEALTHY
     ]
+    assert len(HEALTHY) >= 40
     alarms = [f"{name}: {origin}" for name, origin in found if origin is not None]
     assert not alarms, "\n".join(alarms)
 
 
 def test_faults_are_named_to_the_line():
+    assert len(FAULTS) >= 60
     missed = [pair for pair in origins() if not is_named(*pair)]
     assert len(missed) <= 0.05 * len(FAULTS), report(missed)
 

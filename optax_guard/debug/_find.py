@@ -94,7 +94,7 @@ def trace(
     """
     rest, state, rebuild = _split_modules((args, kwargs))
     leaves, treedef = jax.tree.flatten((rest, state))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray))]
+    places = [i for i, x in enumerate(leaves) if _is_array(x)]
 
     def on_arrays(*arrays: Any) -> list[Any]:
         filled = list(leaves)
@@ -106,8 +106,8 @@ def trace(
 
     inputs = [leaves[i] for i in places]
     traced: Callable[..., Any] = on_arrays
-    if of_gradient:
-        floating = tuple(i for i, x in enumerate(inputs) if is_inexact(x))
+    floating = tuple(i for i, x in enumerate(inputs) if is_inexact(x))
+    if of_gradient and floating:
         traced = jax.grad(lambda *arrays: on_arrays(*arrays)[0], floating)
     names = [f"args/{name}" for name in path_names(rest[0])]
     names += [f"kwargs/{name}" for name in path_names(rest[1])]
@@ -115,6 +115,13 @@ def trace(
     jaxpr = jax.make_jaxpr(traced)(*inputs)
     first = next(iter(jaxpr.out_avals), None)
     return Traced(flatten(jaxpr), inputs, [names[i] for i in places], first)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether JAX can trace a value as an array, as it can none of text or objects."""
+    if isinstance(x, np.ndarray):
+        return x.dtype.kind not in "OSUMm"
+    return isinstance(x, jax.Array)
 
 
 def _split_modules(tree: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:

@@ -14,6 +14,7 @@ from optax_guard.loops._host_run import Ending, HostRun, Plan
 from optax_guard.loops._inputs import check_steps, copied
 from optax_guard.loops._learning_rate import with_plateau
 from optax_guard.loops._result import Rewound, Snapshot
+from optax_guard.loops._skip_origins import SkipOrigins
 from optax_guard.stop._state import EarlyStopping
 
 
@@ -55,6 +56,9 @@ def open_run(
         rewound=start.rewound,
         evaluated_at=start.step,
         ending=_ending_at_start(start, num_steps),
+        origins=SkipOrigins(plan.train_step, plan.batch_at, start.step)
+        if plan.explains_skips
+        else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -26,6 +26,7 @@ from optax_guard.loops._inputs import check_arguments, check_host_functions
 from optax_guard.loops._interval import compiled_step
 from optax_guard.loops._result import FitResult
 from optax_guard.loops._rewind import Rewind, check_rewind
+from optax_guard.loops._skip_origins import check_on_skip
 from optax_guard.stop._state import EarlyStopping
 
 
@@ -44,6 +45,7 @@ def fit(
     checkpointer: Checkpointer | None = None,
     rewind: Rewind | None = None,
     learning_rate: optax.Schedule | None = None,
+    on_skip: Literal["explain"] | None = None,
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -108,6 +110,12 @@ def fit(
       rewind: A `Rewind`, to return to the best checkpoint if the run goes bad.
       learning_rate: The schedule of the optimizer, only to record it. It is not needed
         with ``optax.inject_hyperparams``, whose state holds the rate.
+      on_skip: ``"explain"`` to find the operation that made a step non-finite. When an
+        evaluation counts new skips, the batch of the first one is drawn again, and
+        `optax_guard.debug.explain_step` looks at it with the parameters at hand. The
+        origin is printed and kept in ``origins``, at most five in a run. Without skips
+        this costs nothing. ``batches`` must be a function, each step must be an update,
+        and the run must have one process.
 
     Returns:
       A `FitResult`. A row of the history has these items, as Python numbers:
@@ -156,6 +164,7 @@ def fit(
     check_arguments(state, evaluate, stopper, loggers)
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
+    check_on_skip(on_skip, state, batches)
     batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
@@ -174,6 +183,7 @@ def fit(
         rewind=rewind,
         learning_rate=learning_rate,
         evaluation=evaluation,
+        explains_skips=on_skip is not None,
     )
     with contextlib.ExitStack() as stack:
         run = open_run(

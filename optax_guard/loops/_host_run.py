@@ -26,6 +26,7 @@ from optax_guard.loops._interval import Interval, Step, first_interval
 from optax_guard.loops._learning_rate import scheduled_rate
 from optax_guard.loops._result import FitResult, Rewound, Snapshot
 from optax_guard.loops._rewind import Rewind, go_back
+from optax_guard.loops._skip_origins import SkipOrigins
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
@@ -51,6 +52,7 @@ class Plan:
       step: The compiled step.
       batch_at: The batch of a step, or `END`.
       evaluation: The configuration of its evaluations.
+      explains_skips: Whether to look for the origin of skipped steps.
 
     The others have the names that they have in `fit`.
     """
@@ -64,6 +66,7 @@ class Plan:
     rewind: Rewind | None
     learning_rate: optax.Schedule | None
     evaluation: Evaluation
+    explains_skips: bool = False
 
 
 @dataclasses.dataclass
@@ -85,6 +88,7 @@ class HostRun:
       ending: Why the run ends, or ``None`` as long as it goes on.
       clock: Seconds on the host's clock at the last evaluation.
       interval: Sums since the last evaluation; ``None`` before the first batch.
+      origins: The search for the origins of skipped steps, or ``None``.
     """
 
     plan: Plan
@@ -101,6 +105,7 @@ class HostRun:
     ending: Ending | None
     clock: float = dataclasses.field(default_factory=lambda: time.monotonic())
     interval: Interval | None = None
+    origins: SkipOrigins | None = None
 
 
 def train_interval(run: HostRun) -> None:
@@ -132,7 +137,7 @@ def ending_after_steps(run: HostRun) -> Ending | None:
     The device is at work on the steps meanwhile. If the evaluation was saved, it has
     been read before.
     """
-    flags = run.record.read()
+    flags = _read(run)
     if is_over(flags, run.state):
         return Ending.STOPPED
     if flags.get("preempted", False):
@@ -141,6 +146,19 @@ def ending_after_steps(run: HostRun) -> Ending | None:
         return Ending.INTERRUPTED
     # No step was left, because the batches ended at the last evaluation.
     return Ending.COMPLETE if run.step == run.evaluated_at else None
+
+
+def _read(run: HostRun) -> dict[str, Any]:
+    """Waits for the last row, and looks for the origin of a skip that it counts.
+
+    This comes before the run goes back or ends because of the skips.
+    """
+    flags = run.record.read()
+    if run.origins is not None and run.record.history:
+        run.origins.examine(
+            run.record.history[-1], run.state, run.step, run.rewound.data_offset
+        )
+    return flags
 
 
 def evaluate_run(run: HostRun) -> None:
@@ -182,9 +200,9 @@ def ending_after_evaluation(run: HostRun) -> Ending | None:
     is_last = run.step == run.num_steps
     if run.store is None:
         if is_last:
-            is_over(run.record.read(), run.state)  # An exhausted guard raises.
+            is_over(_read(run), run.state)  # An exhausted guard raises.
         return Ending.COMPLETE if is_last else None
-    flags = run.record.read()
+    flags = _read(run)
     snapshot = Snapshot(
         step=run.step,
         state=run.state,
@@ -226,4 +244,5 @@ def result_of(run: HostRun) -> FitResult:
         best_batch_stats=best.get("batch_stats"),
         interrupted=run.interrupt.requested,
         preempted=run.ending is Ending.PREEMPTED,
+        origins=() if run.origins is None else tuple(run.origins.found),
     )

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from optax_guard.debug import NonfiniteOrigin
 from optax_guard.loops._evaluation import batch_stats
 from optax_guard.stop._state import EarlyStoppingState
 
@@ -60,6 +61,9 @@ class FitResult(NamedTuple):
       interrupted: Whether the run was ended by Ctrl-C.
       preempted: Whether the run was ended by SIGTERM, to this process or to another of
         the run. With a checkpointer the same call then goes on where it was ended.
+      origins: With ``on_skip="explain"``, skipped steps that were examined, each with
+        its `NonfiniteOrigin`, or with ``None`` if it did not recur. Those of before a
+        resumption are not included.
     """
 
     state: Any
@@ -69,6 +73,7 @@ class FitResult(NamedTuple):
     best_batch_stats: Any = None
     interrupted: bool = False
     preempted: bool = False
+    origins: tuple[tuple[int, NonfiniteOrigin | None], ...] = ()
 
 
 def as_result(
