@@ -48,7 +48,6 @@ __all__ = [
     "StopReason",
     "accumulate",
     "adagc",
-    "analysis",
     "apply_gradients",
     "autoclip",
     "clip_by_global_norm",
@@ -56,19 +55,15 @@ __all__ = [
     "clip_by_leaf_norm",
     "clip_by_unit_norm",
     "clip_by_value",
-    "debug",
     "early_stopping",
     "explain",
     "find_state",
     "find_states",
-    "flax",
     "guard",
     "keep_if_skipped",
     "leaf_norms",
-    "loops",
     "metrics",
     "norm_quantile",
-    "plotting",
     "raise_if_exhausted",
     "record_norm",
     "skip",
@@ -98,19 +93,29 @@ _STATES = [
 ]
 
 
+# They need further packages, or take time to import.
+_ON_FIRST_USE = ["analysis", "debug", "flax", "loops", "plotting"]
+
 if TYPE_CHECKING:
-    from optax_guard import analysis, debug, flax, loops, plotting
+    from optax_guard import analysis as analysis
+    from optax_guard import debug as debug
+    from optax_guard import flax as flax
+    from optax_guard import loops as loops
+    from optax_guard import plotting as plotting
 else:
 
     def __getattr__(name: str):
-        """Imports a module with further requirements when it is first used."""
-        if name in ("analysis", "debug", "flax", "loops", "plotting"):
-            return importlib.import_module(f"{__name__}.{name}")
+        """Imports a module when it is first used."""
+        if name in _ON_FIRST_USE:
+            try:
+                return importlib.import_module(f"{__name__}.{name}")
+            except ImportError as error:  # `hasattr` and `help` go on without it.
+                raise AttributeError(str(error)) from error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_STATES]
+    return [*__all__, *_STATES, *_ON_FIRST_USE]
 
 
 publish(__name__, _STATES)

@@ -72,14 +72,17 @@ def _answer(
             )
             advice = known[guess].replace("{}", shown)
             return f"`{function.__name__}` {problem}. {advice}"
-    text = str(error).removesuffix(".")
+    text = str(error).removesuffix(".").replace(".<locals>", "")
+    several = {p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL}
     named = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [name for name in named if name not in several]
     for guess in [k for k in kwargs if k not in named]:
         close = difflib.get_close_matches(guess, named, n=1)
         if close and "Did you mean" not in text:
             text += f". Did you mean `{close[0]}`?"
     end = "" if text.endswith("?") else "."
-    return f"{text}{end} The arguments are {', '.join(f'`{n}`' for n in named)}."
+    listed = ", ".join([*(f"`*{n}`" for n in several), *(f"`{n}`" for n in named)])
+    return f"{text}{end} The arguments are {listed}."
 
 
 def _problems(
@@ -90,7 +93,8 @@ def _problems(
     """Yields a key of the table, the value given and the problem in words."""
     kinds = [p.kind for p in parameters.values()]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for guess in [k for k in kwargs if k not in parameters]:
+        several = {p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL}
+        for guess in [k for k in kwargs if k not in parameters.keys() - several]:
             yield guess, kwargs[guess], f"has no argument `{guess}`"
     positional = [
         p.name

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 
 from optax_guard._checks import check_kind, is_concrete, python_number
@@ -214,8 +213,12 @@ def as_float(value: Any, dtype: Any) -> jax.Array:
 
 
 def increment(counter: jax.Array, by: jax.Array | bool = True) -> jax.Array:
-    """Counts up by one where ``by`` holds, and stays at the largest integer."""
-    return jnp.where(by, optax.safe_increment(counter), counter)
+    """Counts up by one where ``by`` holds, and stays at the largest int32.
+
+    ``where(by, optax.safe_increment(counter), counter)`` has one selection more.
+    """
+    is_full = counter == jnp.iinfo(jnp.int32).max
+    return counter + jnp.where(is_full, 0, jnp.asarray(by, jnp.int32))
 
 
 def as_argument(function: Any) -> Any:

@@ -357,3 +357,17 @@ def test_fit_logs_into_a_history_and_a_diagnosis(tmp_path, capsys):
     np.testing.assert_array_equal(history.column("train_loss"), [64, 36, 16, 4, 0])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("INFO CLIPPING_WORKS (step 4)")
+
+
+def test_a_writer_that_can_be_called_is_called():
+    rows = []
+
+    class Both:
+        def __call__(self, step: int, row: dict[str, float]) -> None:
+            rows.append((step, row))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            raise AssertionError
+
+    log_function(Both())(3, {"grad_norm": 1.0})
+    assert rows == [(3, {"grad_norm": 1.0})]

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -157,3 +158,26 @@ def test_a_state_in_order_is_looked_at_once(monkeypatch):
     monkeypatch.setattr(nesting, "names_outside_of_guard", None)
     og.metrics(state)
     og.metrics(GUARDED.init({"c": jnp.ones(1)}))
+
+
+class Carry(NamedTuple):
+    """A train state that is a named tuple."""
+
+    step: int
+    params: Any
+    opt_state: Any
+
+
+@pytest.mark.parametrize("form", ["train state", "dict", "several", "list"])
+def test_states_beside_each_other_are_not_outside(form):
+    params = {"w": jnp.ones(3)}
+    guarded = og.guard(optax.adam(0.1)).init(params)
+    other = optax.adam(0.1).init(params)
+    state = {
+        "train state": Carry(0, params, guarded),
+        "dict": {"params": params, "opt": guarded},
+        "several": {"generator": guarded, "discriminator": other},
+        "list": [guarded, other],
+    }[form]
+    og.metrics(state)
+    assert not nesting._has_warned

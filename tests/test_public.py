@@ -55,7 +55,8 @@ def test_the_source_of_a_function_is_found():
 def test_dir_lists_public_names_and_nothing_else():
     for name, module in MODULES.items():
         listed, states = dir(module), getattr(module, "_STATES", [])
-        assert listed == sorted([*module.__all__, *states]), name
+        later = getattr(module, "_ON_FIRST_USE", [])
+        assert listed == sorted([*module.__all__, *states, *later]), name
         assert len(set(listed)) == len(listed), name
         assert all(x.isidentifier() and not x.startswith("_") for x in listed), name
 
@@ -67,10 +68,28 @@ def test_help_lists_the_functions():
             assert f"    {name}(" in text, name
 
 
+def test_a_module_without_its_extra_is_absent_and_says_what_to_install():
+    program = (
+        "import sys\n"
+        "sys.modules['flax'] = None\n"
+        "import pydoc, optax_guard as og\n"
+        "assert not hasattr(og, 'flax') and hasattr(og, 'loops')\n"
+        "assert 'clip_by_global_norm' in pydoc.render_doc(og)\n"
+        "from optax_guard import *\n"
+        "try:\n"
+        "    from optax_guard import flax\n"
+        "except ImportError as error:\n"
+        "    assert 'optax-guard[flax]' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_modules_with_extras_are_imported_on_first_use():
     program = (
         "import sys, optax_guard as og\n"
-        "names = ['analysis', 'flax', 'loops', 'plotting']\n"
+        "names = ['analysis', 'debug', 'flax', 'loops', 'plotting']\n"
         "assert not any(f'optax_guard.{name}' in sys.modules for name in names)\n"
         "found = [getattr(og, name).__name__ for name in names]\n"
         "assert found == [f'optax_guard.{name}' for name in names]\n"

@@ -57,6 +57,7 @@ CALLS = {
     "reset": (lambda: STOPPER.reset(), "`state = stopper.reset(state)`"),
     "ema": (lambda: stop.ema(alpha=0.1), "`1 - alpha`: write `stop.ema(1 - 0.1)`"),
     "any_of": (lambda: stop.any_of([stop.patience(1)]), "`stop.any_of(*rules)`"),
+    "any_of by name": (lambda: stop.any_of(rules=[]), "`stop.any_of(*rules)`"),
     "all_of": (lambda: stop.all_of(x for x in ()), "`stop.all_of(*rules)`"),
     "clip": (lambda: og.clip_by_global_norm(max_delta=1.0), "`max_norm=1.0`"),
     "clip of gradients": (

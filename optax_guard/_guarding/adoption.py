@@ -153,7 +153,10 @@ def with_new_names(saved: Any) -> Any:
     """
     if not isinstance(saved, dict):
         return saved
-    return {_NEW_NAMES.get(k, k): with_new_names(v) for k, v in saved.items()}
+    # Parameters may be called like a field. Only a guard has this field beside its log.
+    is_state = "skip_streak" in saved or saved.keys() <= _NEW_NAMES.keys()
+    names = _NEW_NAMES if is_state else {}
+    return {names.get(k, k): with_new_names(v) for k, v in saved.items()}
 
 
 def with_old_names(tree: Any) -> Any:

@@ -22,19 +22,31 @@ _checked: set[Hashable] = set()
 _has_warned = False
 
 
-def warn_if_nested(state: Any) -> None:
+def warn_if_nested(state: Any, *, is_of_one: bool = False) -> None:
     """Warns once per process if state outside of a guard changes on a skipped step.
 
     It looks at types, so that under `jit` it costs nothing after tracing.
+
+    Args:
+      state: An optimizer state, or a state that holds one.
+      is_of_one: Whether the state is known to be that of one optimizer. A dict or a
+        list may otherwise hold anything: several optimizers, or parameters.
     """
     global _has_warned
+    # A named tuple may be a train state: no state of Optax has this field.
+    if isinstance(state, tuple):
+        state = getattr(state, "opt_state", state)
     opt_state = opt_state_of(state)
     if _has_warned or _is_guarded(opt_state):
         return
-    structure = jax.tree.structure(opt_state)
+    leaves, treedef = jax.tree.flatten(opt_state)
+    structure = treedef, tuple(getattr(x, "dtype", type(x)) for x in leaves)
     if structure in _checked:
         return
-    names = names_outside_of_guard(opt_state)
+    is_mixed = not is_of_one and isinstance(opt_state, dict | list)
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda x: x is not opt_state)
+    found = map(names_outside_of_guard, parts if is_mixed else [opt_state])
+    names = sorted({name for names in found for name in names})
     if not names:
         _checked.add(structure)
         return

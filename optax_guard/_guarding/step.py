@@ -151,7 +151,7 @@ def apply_gradients(
         check_leaves("opt_state", opt_state)
         return parts.apply_gradients(params, opt_state, grads=grads, **extra_args)
     check_same_tree(params, grads)
-    warn_if_nested(opt_state)
+    warn_if_nested(opt_state, is_of_one=True)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state

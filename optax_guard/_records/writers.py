@@ -63,7 +63,7 @@ def log_function(logger: Logger) -> LogFunction:
     """A function ``(step, row)`` that hands rows to a logger."""
     if isinstance(logger, MetricWriter):
         return lambda step, row: logger.write_scalars(step, _grouped_row(row))
-    if isinstance(logger, SummaryWriter):
+    if isinstance(logger, SummaryWriter) and not callable(logger):
         return lambda step, row: _add_scalars(logger, step, row)
     return logger
 
