@@ -157,7 +157,10 @@ def run(
     """
     values = dict(zip(program.inputs, inputs, strict=True))
     values |= {i: devices.shared(x) for i, x in program.constants.items()}
-    flags: dict[int, Any] = {i: flags_of(x) for i, x in values.items()}
+    # One program at a time: on CPU several with collectives can wait for each other.
+    flags: dict[int, Any] = {
+        i: jax.block_until_ready(flags_of(x)) for i, x in values.items()
+    }
     steps = program.steps[:last]
     last_use = {i: n for n, step in enumerate(steps) for i in step.inputs}
     for n, step in enumerate(steps):
@@ -169,8 +172,11 @@ def run(
             outputs = (
                 operation(*operands) if is_pmap else _run(devices, operation, *operands)
             )
+            jax.block_until_ready(outputs)
             values |= dict(zip(step.outputs, outputs, strict=True))
-            flags |= {i: flags_of(values[i]) for i in step.outputs}
+            flags |= {
+                i: jax.block_until_ready(flags_of(values[i])) for i in step.outputs
+            }
         for i in {*step.inputs, *step.outputs}:
             if last_use.get(i, n) <= n and i not in keep:
                 values.pop(i, None)
