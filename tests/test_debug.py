@@ -114,7 +114,9 @@ def test_loops_name_the_iteration_that_made_the_nan():
     assert find(backwards, start).iteration == (3 - expected,)
 
     def loop(x):
-        body = lambda c: (c[0] + 1, decay(c[1], 0.0)[0])  # noqa: E731 - one line
+        def body(c):
+            return c[0] + 1, decay(c[1], 0.0)[0]
+
         return jax.lax.while_loop(lambda c: c[0] < 4, body, (0, x))[1]
 
     assert find(loop, start).iteration == (expected,)

@@ -15,7 +15,8 @@ import optax
 
 import optax_guard as og
 from optax_guard import stop
-from optax_guard._public import _WRONG_GUESSES, answers_wrong_calls
+from optax_guard._public import answers_wrong_calls
+from optax_guard._wrong_guesses import WRONG_GUESSES
 from optax_guard.flax import TrainState
 from tests.public import public_names
 
@@ -138,7 +139,7 @@ def test_the_table_names_functions_and_no_argument_that_exists():
         "TrainState.apply_gradients": TrainState.apply_gradients,
         "TrainState.create": TrainState.create,
     }
-    for name, guesses in _WRONG_GUESSES.items():
+    for name, guesses in WRONG_GUESSES.items():
         function = methods.get(name) or named[name]
         parameters = inspect.signature(function).parameters
         for guess in " ".join(guesses).split():

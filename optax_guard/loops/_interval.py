@@ -13,7 +13,7 @@ from optax_guard._norms.statistics import NormStats
 from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor
 
-# Skipped steps; and micro-batches that an accumulation has left out.
+# Skipped steps, and the micro-batches that an accumulation has dropped.
 _TOTALS = ("num_skipped", "num_dropped")
 # Measurements of a step that only some clips make.
 _OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
