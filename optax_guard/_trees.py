@@ -1,12 +1,12 @@
 """Leaves of a tree and their names, settings by leaf, and states inside a state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
+from jax.tree_util import Partial, default_registry
 
 from optax_guard._checks import check_kind, is_concrete, python_number
 
@@ -119,31 +119,50 @@ def find_states(tree: Any, cls: type[State] | tuple[type[State], ...]) -> list[S
     """
     for each in cls if isinstance(cls, tuple) else (cls,):
         check_kind("cls", each, type, "a class or a tuple of classes")
-    return _find(tree, cls, within_found=True)
+    return _find(tree, lambda x: isinstance(x, cls), within_found=True)
 
 
 def outermost_states(
     tree: Any, cls: type[State] | tuple[type[State], ...]
 ) -> list[State]:
     """Finds the states of one class that are not inside another state of it."""
-    return _find(tree, cls, within_found=False)
+    return _find(tree, lambda x: isinstance(x, cls), within_found=False)
 
 
-def _find(tree: Any, cls: Any, *, within_found: bool) -> list[Any]:
+def states_with(tree: Any, name: str) -> list[Any]:
+    """Finds all states that have an attribute of that name, as ``find_states`` does."""
+    return _find(
+        tree, lambda x: isinstance(x, tuple) and hasattr(x, name), within_found=True
+    )
+
+
+def _find(
+    tree: Any, is_wanted: Callable[[Any], bool], *, within_found: bool
+) -> list[Any]:
     found: list[Any] = []
+    has_variables = False
 
     def visit(node: Any) -> None:
-        if isinstance(node, cls):
-            found.append(jax.tree.map(_unwrap, node, is_leaf=_is_variable))
+        nonlocal has_variables
+        if is_wanted(node):
+            found.append(node)
             if not within_found:
                 return
-        children = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
-        for child in children:
-            if child is not node:
+        has_variables |= not isinstance(node, tuple) and _is_variable(node)
+        for child in children_of(node):
+            if not isinstance(child, jax.Array):
                 visit(child)
 
     visit(opt_state_of(tree))
-    return found
+    if within_found and not has_variables:
+        return found
+    return [jax.tree.map(_unwrap, node, is_leaf=_is_variable) for node in found]
+
+
+def children_of(node: Any) -> Iterable[Any]:
+    """The nodes one level below; none of a leaf."""
+    below = default_registry.flatten_one_level(node)
+    return () if below is None else below[0]
 
 
 def opt_state_of(tree: Any) -> Any:

@@ -18,6 +18,7 @@ import optax_guard as og
 from optax_guard.__main__ import main
 from optax_guard._cli import demo as _demo
 from optax_guard._cli import demo_report as _demo_report
+from optax_guard._rows import replace_entries
 
 TINY = _demo.Recipe(
     num_steps=30,
@@ -162,7 +163,8 @@ def test_end_compares_the_runs(ran):
 
 def test_words_stay_true_if_nothing_stops_the_guarded_run(ran, capsys):
     guarded = ran.results["guarded"]
-    running = guarded.stop._replace(should_stop=False, stop_reason=0, stopped_at=-1)
+    running = replace_entries(guarded.stop, stop_reason=0, stopped_at=-1)
+    running = running._replace(should_stop=False)
     results = {**ran.results, "guarded": guarded._replace(stop=running)}
     _demo_report.conclude(TINY, results, 1.0, "Text.")
     printed = " ".join(capsys.readouterr().out.split())

@@ -21,7 +21,7 @@ import pytest
 from flax import serialization
 
 import optax_guard as og
-from optax_guard._guarding.adoption import with_new_names
+from optax_guard._guarding.adoption import in_new_layout
 from optax_guard.flax import Checkpointer, TrainState, fit, load_best
 
 GOLDEN = Path(__file__).parent / "data" / "golden_0.1.0"
@@ -197,7 +197,7 @@ def expected() -> Any:
 
 def test_states_of_every_kind_load_and_go_on_as_they_did(expected):
     saved = (GOLDEN / "states.msgpack").read_bytes()
-    renamed = with_new_names(serialization.msgpack_restore(saved))
+    renamed = in_new_layout(serialization.msgpack_restore(saved))
     states = serialization.from_state_dict(initial(), renamed)
     _, seen = advanced(states, range(BEFORE, BEFORE + AFTER))
     for step, (found, then) in enumerate(zip(seen, expected["steps"], strict=True)):

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import optax_guard as og
+from optax_guard._rows import replace_entries
 from optax_guard.analysis import History, diagnose
 from optax_guard.plotting import plot_history
 
@@ -110,7 +111,8 @@ def test_best_and_stop_are_marked(stop):
 
 
 def test_run_that_goes_on_has_no_stop(stop):
-    running = stop._replace(should_stop=False, stop_reason=0, stopped_at=-1)
+    running = replace_entries(stop, stop_reason=0, stopped_at=-1)
+    running = running._replace(should_stop=False)
     below = plot_history(rows(), stop=running).axes[1]
     assert "best: 1 at step 40" in legend(below)
     assert "stop" not in " ".join(legend(below))

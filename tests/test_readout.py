@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optax_guard as og
+from optax_guard._rows import replace_entries
 
 PARAMS = {
     "head": {"bias": jnp.ones(1), "kernel": jnp.ones((2, 1))},
@@ -375,10 +376,12 @@ def test_leaf_among_very_many_is_named_as_a_run_that_holds_it():
     params = {f"{i:03}": jnp.zeros(()) for i in range(300)}
     state: Any = GUARD.init(params)
     # As a step would leave it; compiling one of 600 reductions takes long.
-    log = state.skip_log._replace(
-        skipped_leaf=jnp.full(16, 150), skipped_num_leaves=jnp.full(16, 300)
+    log = replace_entries(
+        state.skip_log,
+        skipped_leaf=jnp.full(16, 150),
+        skipped_num_leaves=jnp.full(16, 300),
     )
-    state = state._replace(skip_log=log, num_skipped=jnp.array(1))
+    state = replace_entries(state._replace(skip_log=log), num_skipped=1)
     leaf = og.skipped_steps(state, params)[0].leaf
     assert isinstance(leaf, str)
     first, last = leaf.split(" to ")

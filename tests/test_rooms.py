@@ -12,7 +12,7 @@ PACKAGE = Path(str(optax_guard.__file__)).parent
 ROOMS = (
     {"_checks", "_wrong_guesses"},
     {"_public"},
-    {"_trees", "_transformation"},
+    {"_trees", "_transformation", "_rows"},
     {"_norms"},
     {"stop"},
     {"threshold"},

@@ -52,7 +52,7 @@ def update_total(
 def group_norms(
     parts: jax.Array, group_of_part: np.ndarray, stats: GroupStats
 ) -> jax.Array:
-    groups = np.arange(len(stats.group_norm))
+    groups = np.arange(len(stats.group_counts))
     if np.array_equal(group_of_part, groups):
         return parts
     # Not a sum by index, whose order is not fixed on every device.

@@ -248,7 +248,7 @@ def _clip_groups(
     def init(params: optax.Params) -> Any:
         _, names = split(params)
         group_stats = init_group_stats(names, record_quantiles)
-        state = threshold.start(group_stats.group_norm.shape)
+        state = threshold.start(group_stats.group_counts.shape[:-1])
         return make_state(init_stats(), group_stats, state)
 
     def measure(

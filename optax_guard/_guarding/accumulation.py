@@ -21,6 +21,7 @@ from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
 from optax_guard._norms.statistics import as_float32
 from optax_guard._public import answers_wrong_calls
+from optax_guard._rows import Entry, empty_rows, rows_of
 from optax_guard._transformation import cached, parts_of, transformation
 from optax_guard._trees import increment
 from optax_guard.skip import SkipReason, is_nonfinite
@@ -29,7 +30,15 @@ from optax_guard.skip import SkipReason, is_nonfinite
 class AccumulateState(NamedTuple):
     """State of ``accumulate``. The micro-batches that make one step are a group.
 
+    The six counts are attributes, and share one array.
+
     Attributes:
+      micro_counts: int32[8], the row of the counts.
+      value_mean: float32[], mean loss of the good micro-batches of the group at hand,
+        or, if it has none yet, of the group before; 0 after ``init``.
+      grad_mean: Their mean gradient, float32 (float64 for doubles, complex64 for
+        complex) and shaped like the parameters; zeros after ``init``.
+      guard_state: State of the guard that takes the steps, a ``GuardState``.
       group_seen: int32[], micro-batches of the group at hand so far; 0 after ``init``
         and after a call that closed a group.
       group_kept: int32[], how many of them were good; 0 after ``init``.
@@ -37,22 +46,19 @@ class AccumulateState(NamedTuple):
       num_micro_batches: int32[], micro-batches in all; 0 after ``init``.
       num_dropped: int32[], how many of them were dropped; 0 after ``init``.
       drop_reason: int32[], a ``SkipReason`` for the last micro-batch: 0 if it was kept.
-      value_mean: float32[], mean loss of the good ones of the group at hand, or, if it
-        has none yet, of the group before; 0 after ``init``.
-      grad_mean: Their mean gradient, float32 (float64 for doubles, complex64 for
-        complex) and shaped like the parameters; zeros after ``init``.
-      guard_state: State of the guard that takes the steps, a ``GuardState``.
     """
 
-    group_seen: jax.Array
-    group_kept: jax.Array
-    num_groups: jax.Array
-    num_micro_batches: jax.Array
-    num_dropped: jax.Array
-    drop_reason: jax.Array
+    micro_counts: jax.Array
     value_mean: jax.Array
     grad_mean: Any
     guard_state: GuardState
+
+    group_seen = Entry("micro_counts", 0)
+    group_kept = Entry("micro_counts", 1)
+    num_groups = Entry("micro_counts", 2)
+    num_micro_batches = Entry("micro_counts", 3)
+    num_dropped = Entry("micro_counts", 4)
+    drop_reason = Entry("micro_counts", 5)
 
 
 @answers_wrong_calls
@@ -170,12 +176,7 @@ class _Gathered(NamedTuple):
 
 def _first_state(params: optax.Params, guard_state: Any) -> AccumulateState:
     return AccumulateState(
-        group_seen=jnp.zeros((), jnp.int32),
-        group_kept=jnp.zeros((), jnp.int32),
-        num_groups=jnp.zeros((), jnp.int32),
-        num_micro_batches=jnp.zeros((), jnp.int32),
-        num_dropped=jnp.zeros((), jnp.int32),
-        drop_reason=jnp.zeros((), jnp.int32),
+        **empty_rows(AccumulateState),
         value_mean=jnp.zeros((), jnp.float32),
         grad_mean=jax.tree.map(empty_mean, params),
         guard_state=guard_state,
@@ -207,15 +208,16 @@ def _gather(
     k = config.every_k(state.num_groups) if callable(config.every_k) else config.every_k
     seen = state.group_seen + 1
     is_last = seen >= k
+    counts = {
+        "group_seen": jnp.where(is_last, 0, seen),
+        "group_kept": jnp.where(is_last, 0, kept),
+        "num_groups": increment(state.num_groups, is_last),
+        "num_micro_batches": increment(state.num_micro_batches),
+        "num_dropped": increment(state.num_dropped, is_dropped),
+        "drop_reason": jnp.where(is_dropped, judged.skip_reason, SkipReason.NONE),
+    }
     new = AccumulateState(
-        group_seen=jnp.where(is_last, 0, seen),
-        group_kept=jnp.where(is_last, 0, kept),
-        num_groups=increment(state.num_groups, is_last),
-        num_micro_batches=increment(state.num_micro_batches),
-        num_dropped=increment(state.num_dropped, is_dropped),
-        drop_reason=jnp.where(
-            is_dropped, judged.skip_reason, jnp.int32(SkipReason.NONE)
-        ),
+        **rows_of(AccumulateState, counts),
         value_mean=value_mean,
         grad_mean=mean_with(updates, state.grad_mean, kept, is_dropped),
         guard_state=_records_of(is_last & (kept == 0), judged, state.guard_state),

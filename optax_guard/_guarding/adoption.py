@@ -9,10 +9,13 @@ import optax
 
 from optax_guard._checks import check_leaves, check_transformation
 from optax_guard._guarding.accumulation import AccumulateState
-from optax_guard._guarding.state import GuardState
+from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
+from optax_guard._norms.statistics import GroupStats, NormStats
+from optax_guard._rows import rows_of
 from optax_guard._transformation import parts_of
 from optax_guard._trees import first_difference, opt_state_of, outermost_states
+from optax_guard.stop._state import EarlyStoppingState
 
 
 def wrap_state(
@@ -132,43 +135,77 @@ def _advice(old: Any) -> str:
     )
 
 
-# Fields of states that had another name when they were saved, and that name.
-OLD_NAMES = {
-    "skip_log": "rejections",  # Until 0.1.0; all that follow, too.
-    "skipped_update": "rejected_update",
-    "skipped_norm": "rejected_norm",
-    "skipped_value": "rejected_value",
-    "skipped_reason": "rejected_reason",
-    "skipped_leaf": "rejected_leaf",
-    "skipped_num_leaves": "rejected_num_leaves",
+# The classes of states whose numbers were arrays of their own until 0.1.0, with the
+# names of their fields then; where a field has another name today, it follows.
+_OLD_FIELDS: dict[type[Any], str] = {
+    GuardState: "num_skipped skip_streak skip_reason guard_exhausted num_vanished "
+    "rejections:skip_log clip_state rule_states wrapped_state",
+    SkipLog: "rejected_update:skipped_update rejected_norm:skipped_norm "
+    "rejected_value:skipped_value rejected_reason:skipped_reason "
+    "rejected_leaf:skipped_leaf rejected_num_leaves:skipped_num_leaves",
+    AccumulateState: "group_seen group_kept num_groups num_micro_batches num_dropped "
+    "drop_reason value_mean grad_mean guard_state",
+    EarlyStoppingState: "num_evals best_value best_eval best_step is_best "
+    "is_significant nonfinite_streak train_seconds should_stop stop_reason stopped_at "
+    "best_params rule_state smooth_state",
+    NormStats: "num_updates num_clipped num_nonfinite grad_norm clipped_norm "
+    "clip_threshold norm_mean norm_var norm_max norm_sketch",
+    GroupStats: "group_names group_num_clipped group_num_nonfinite group_norm "
+    "group_clipped_norm group_threshold group_norm_mean group_norm_var group_norm_max "
+    "group_sketch",
 }
-_NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
+# For each class: today's names of its fields and numbers, by their old names.
+_TODAY = {
+    cls: dict((*f.split(":"), f)[:2] for f in fields.split())
+    for cls, fields in _OLD_FIELDS.items()
+}
 
 
-def with_new_names(saved: Any) -> Any:
-    """A state dict of an earlier version under today's names of fields.
+def in_old_layout(tree: Any) -> Any:
+    """The state as version 0.1.0 kept it: each number in an array of its own."""
+
+    def old(x: Any) -> Any:
+        if not _has_rows(x):
+            return x
+        names = _TODAY[type(x)]
+        values = [in_old_layout(getattr(x, name)) for name in names.values()]
+        return namedtuple(type(x).__name__, list(names))(*values)
+
+    return jax.tree.map(old, tree, is_leaf=_has_rows)
+
+
+def in_new_layout(saved: Any) -> Any:
+    """The state of ``in_old_layout``, or a state dict of 0.1.0, as it is kept today.
 
     Flax's ``msgpack_restore`` gives such a dict; then ``from_state_dict(target, ...)``
     restores it.
     """
-    if not isinstance(saved, dict):
-        return saved
-    # Parameters may be called like a field. Only a guard has this field beside its log.
-    is_state = "skip_streak" in saved or saved.keys() <= _NEW_NAMES.keys()
-    names = _NEW_NAMES if is_state else {}
-    return {names.get(k, k): with_new_names(v) for k, v in saved.items()}
+
+    def new(x: Any) -> Any:
+        named = x if isinstance(x, dict) else x._asdict()
+        named = {name: in_new_layout(value) for name, value in named.items()}
+        cls = _class_of_old(x)
+        if cls is None:
+            return named
+        values = {_TODAY[cls][name]: value for name, value in named.items()}
+        fields = {name: values[name] for name in values.keys() & set(cls._fields)}
+        fields |= rows_of(cls, values)
+        return fields if isinstance(x, dict) else cls(**fields)
+
+    def is_old(x: Any) -> bool:
+        return isinstance(x, dict) or _class_of_old(x) is not None
+
+    return jax.tree.map(lambda x: new(x) if is_old(x) else x, saved, is_leaf=is_old)
 
 
-def with_old_names(tree: Any) -> Any:
-    """The same leaves in the same order, under the names that were saved before."""
+def _has_rows(x: Any) -> bool:
+    return type(x) in _TODAY
 
-    def is_renamed(x: Any) -> bool:
-        return not OLD_NAMES.keys().isdisjoint(getattr(x, "_fields", ()))
 
-    def rename(x: Any) -> Any:
-        if not is_renamed(x):
-            return x
-        names = [OLD_NAMES.get(name, str(name)) for name in x._fields]
-        return namedtuple(type(x).__name__, names)(*map(with_old_names, x))
-
-    return jax.tree.map(rename, tree, is_leaf=is_renamed)
+def _class_of_old(x: Any) -> type[Any] | None:
+    """Today's class of a state in the old layout; ``None`` if it is none."""
+    names = set(x if isinstance(x, dict) else getattr(x, "_fields", ()))
+    for cls, today in _TODAY.items():
+        if names == today.keys():
+            return cls
+    return None

@@ -13,6 +13,7 @@ from optax_guard._guarding.masking import hide
 from optax_guard._guarding.state import GuardConfig, GuardState, logged, start_rules
 from optax_guard._norms.mesh_axes import varying_axes
 from optax_guard._norms.statistics import NormStats, as_float32
+from optax_guard._rows import rows_of
 from optax_guard._trees import dtype_of, increment, is_inexact
 from optax_guard.skip import Signals, SkipReason, SkipRule
 
@@ -126,12 +127,15 @@ def judge_step(
     threshold = optax.tree.where(
         is_skipped, state.clip_state.threshold, clip_state.threshold
     )
+    counts = {
+        "num_skipped": increment(state.num_skipped, is_skipped),
+        "skip_streak": streak,
+        "skip_reason": reason,
+        "guard_exhausted": streak >= config.max_consecutive_skips,
+        "num_vanished": num_vanished,
+    }
     return measured, GuardState(
-        num_skipped=increment(state.num_skipped, is_skipped),
-        skip_streak=streak,
-        skip_reason=reason,
-        guard_exhausted=streak >= config.max_consecutive_skips,
-        num_vanished=num_vanished,
+        **rows_of(GuardState, counts),
         skip_log=logged(
             state.skip_log,
             measured,

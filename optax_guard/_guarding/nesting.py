@@ -15,7 +15,7 @@ import optax
 from optax_guard._trees import opt_state_of
 
 # Fields that only states with a guard have. Their classes are in files above this one.
-_GUARD_FIELDS = {"guard_exhausted", "guard_state"}
+_GUARD_FIELDS = {"skip_counts", "guard_state"}
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Structures of states that were found in order. After a warning nothing is looked at.
 _checked: set[Hashable] = set()

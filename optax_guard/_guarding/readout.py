@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._checks import is_concrete
 from optax_guard._clipping.global_norm import ClipByNormState, RecordNormState
 from optax_guard._clipping.groups import ClipByGroupNormState, ClipByLeafNormState
 from optax_guard._clipping.units import ClipByUnitNormState
@@ -14,6 +15,7 @@ from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._guarding.state import LOG_LENGTH, GuardState
+from optax_guard._norms.statistics import NormStats
 from optax_guard._norms.tree_norm import leaves_of_part
 from optax_guard._trees import find_states, only_state, path_names
 from optax_guard.skip import SkipReason
@@ -27,6 +29,8 @@ _WATCHING = (
     ClipByUnitNormState,
     RecordNormState,
 )
+# Scalars that the states of some clips have beside it.
+_OF_CLIP = ("entries_clipped", "update_cosine", "units_clipped")
 
 
 class GuardExhaustedError(RuntimeError):
@@ -56,17 +60,18 @@ class SkippedStep(NamedTuple):
 def metrics(state: Any) -> dict[str, jax.Array]:
     """Finds the scalars to log, wherever they are in the optimizer state.
 
-    It works on the host and inside a jitted step. The arrays are copies: they outlive a
-    state that is donated.
+    Inside a jitted step the scalars are arrays, which wait for nothing. On the host
+    they are NumPy's: the call waits for the device, and reads it once. To log without
+    waiting, return ``metrics(opt_state)`` from the jitted step.
 
     Args:
       state: An optimizer state, a Flax ``TrainState`` or an ``nnx.Optimizer``.
 
     Returns:
-      A dict of scalars. From a clip or ``record_norm``: ``grad_norm``,
-      ``clipped_norm``, ``clip_threshold``, ``norm_mean``, ``norm_std``, ``norm_max``
-      (units of the gradient), ``num_updates``, and shares of all updates in [0, 1]:
-      ``clip_rate``, ``nonfinite_rate``; from ``clip_by_value`` also
+      A dict of scalars, of vectors for a population. From a clip or ``record_norm``:
+      ``grad_norm``, ``clipped_norm``, ``clip_threshold``, ``norm_mean``, ``norm_std``,
+      ``norm_max`` (units of the gradient), ``num_updates``, and shares of all updates
+      in [0, 1]: ``clip_rate``, ``nonfinite_rate``; from ``clip_by_value`` also
       ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
       ``units_clipped``. From a guard: ``num_skipped``,
       ``skip_rate``, ``skip_streak``, ``skip_reason`` (a ``SkipReason``),
@@ -86,15 +91,32 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       >>> m["grad_norm"].item(), m["clipped_norm"].item(), m["clip_rate"].item()
       (5.0, 1.0, 1.0)
     """
-    watching = find_states(state, _WATCHING)
-    guards = find_states(state, GuardState)
+    found = find_states(state, (*_WATCHING, GuardState, AccumulateState))
+    watching = [x for x in found if isinstance(x, _WATCHING)]
     if not watching:
         raise ValueError(
             "`state` holds no state of this library. Wrap the optimizer in `guard`, or "
             "chain `clip_by_global_norm` or `record_norm` before it."
         )
     warn_if_nested(state)
-    return _as_scalars(watching, guards, find_states(state, AccumulateState))
+    scalars = (
+        list(map(_scalars_of_clip, watching)),
+        [_scalars_of_guard(x) for x in found if isinstance(x, GuardState)],
+        [
+            x._replace(grad_mean=(), guard_state=())
+            for x in found
+            if isinstance(x, AccumulateState)
+        ],
+    )
+    leaves, treedef = jax.tree.flatten(scalars)
+    rows = {id(leaf): leaf for leaf in leaves}
+    if all(map(_is_on_this_host, rows.values())):
+        # Copies: the buffers may be donated.
+        read = map(np.array, jax.device_get(list(rows.values())))
+        by_id = dict(zip(rows, read, strict=True))
+        leaves = [by_id[id(leaf)] for leaf in leaves]
+        return _as_scalars(np, *treedef.unflatten(leaves))
+    return _compiled_scalars(*scalars)
 
 
 def skipped_steps(state: Any, params: Any = None) -> list[SkippedStep]:
@@ -189,6 +211,15 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
             )
 
 
+def _is_on_this_host(leaf: Any) -> bool:
+    """Whether the numbers can be read here and now."""
+    if not is_concrete(leaf):
+        return False
+    return not isinstance(leaf, jax.Array) or (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )
+
+
 def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
     if index < 0:
         return None
@@ -200,55 +231,64 @@ def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
     return paths[run[0]] if len(run) == 1 else f"{paths[run[0]]} to {paths[run[-1]]}"
 
 
-@jax.jit
-def _as_scalars(watching: Any, guards: Any, accumulating: Any) -> dict[str, jax.Array]:
-    named: dict[str, jax.Array] = {}
+def _scalars_of_clip(state: Any) -> dict[str, Any]:
+    """The state of a clip without its sketch and its threshold."""
+    own = {name: getattr(state, name) for name in _OF_CLIP if hasattr(state, name)}
+    return {"stats": state.stats._replace(norm_sketch=()), **own}
 
-    def add(i: int, **values: jax.Array) -> None:
+
+def _scalars_of_guard(state: GuardState) -> tuple[GuardState, NormStats]:
+    """The state of a guard without arrays, and the statistics of its clip."""
+    rest = dict.fromkeys(("skip_log", "clip_state", "rule_states", "wrapped_state"), ())
+    return state._replace(**rest), state.clip_state.stats._replace(norm_sketch=())
+
+
+def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
+    """The scalars by name, computed by ``jax.numpy`` or NumPy."""
+    named: dict[str, Any] = {}
+
+    def add(i: int, **values: Any) -> None:
         suffix = f"_{i}" if i else ""
-        # A copy: an output that is only an input passed on would be donated with it.
-        named.update({k + suffix: jnp.copy(v) for k, v in values.items()})
+        named.update({name + suffix: value for name, value in values.items()})
+
+    def share(part: Any, whole: Any) -> Any:
+        return part.astype(np.float32) / xp.maximum(whole, 1).astype(np.float32)
 
     for i, state in enumerate(watching):
-        stats = state.stats
+        stats = state["stats"]
         add(
             i,
             grad_norm=stats.grad_norm,
             clipped_norm=stats.clipped_norm,
             clip_threshold=stats.clip_threshold,
             norm_mean=stats.norm_mean,
-            norm_std=jnp.sqrt(stats.norm_var),
+            norm_std=xp.sqrt(stats.norm_var),
             norm_max=stats.norm_max,
             num_updates=stats.num_updates,
-            clip_rate=_share(stats.num_clipped, stats.num_updates),
-            nonfinite_rate=_share(stats.num_nonfinite, stats.num_updates),
+            clip_rate=share(stats.num_clipped, stats.num_updates),
+            nonfinite_rate=share(stats.num_nonfinite, stats.num_updates),
+            **{name: state[name] for name in _OF_CLIP if name in state},
         )
-        if isinstance(state, ClipByValueState):
-            add(
-                i,
-                entries_clipped=state.entries_clipped,
-                update_cosine=state.update_cosine,
-            )
-        if isinstance(state, ClipByUnitNormState):
-            add(i, units_clipped=state.units_clipped)
-    for i, state in enumerate(guards):
+    for i, (guard, stats) in enumerate(guards):
         add(
             i,
-            num_skipped=state.num_skipped,
-            skip_rate=_share(state.num_skipped, state.clip_state.stats.num_updates),
-            skip_streak=state.skip_streak,
-            skip_reason=state.skip_reason,
-            guard_exhausted=state.guard_exhausted,
-            num_vanished=state.num_vanished,
+            num_skipped=guard.num_skipped,
+            skip_rate=share(guard.num_skipped, stats.num_updates),
+            skip_streak=guard.skip_streak,
+            skip_reason=guard.skip_reason,
+            guard_exhausted=guard.guard_exhausted,
+            num_vanished=guard.num_vanished,
         )
     for i, state in enumerate(accumulating):
         add(
             i,
             num_dropped=state.num_dropped,
-            drop_rate=_share(state.num_dropped, state.num_micro_batches),
+            drop_rate=share(state.num_dropped, state.num_micro_batches),
         )
     return named
 
 
-def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-    return part.astype(jnp.float32) / jnp.maximum(whole, 1).astype(jnp.float32)
+@jax.jit
+def _compiled_scalars(*scalars: Any) -> dict[str, jax.Array]:
+    # Copies: an output that is only an input passed on would be donated with it.
+    return jax.tree.map(jnp.copy, _as_scalars(jnp, *scalars))

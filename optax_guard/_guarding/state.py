@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
 from optax_guard._norms.statistics import as_float32
+from optax_guard._rows import Entry, empty_rows, replace_entries, rows_of
 from optax_guard.skip import SkipReason, SkipRule
 
 LOG_LENGTH = 16
@@ -18,7 +19,11 @@ LOG_LENGTH = 16
 class SkipLog(NamedTuple):
     """The last 16 skipped steps, in a ring: entry ``i`` is skipped step ``i mod 16``.
 
+    The vectors are attributes, and share two arrays with a row for each step.
+
     Attributes:
+      skipped_counts: int32[16, 8], the rows of the whole numbers.
+      skipped_values: float32[16, 8], the rows of norm and loss.
       skipped_update: int32[16], index of the step among all that the guard has seen,
         from 0; -1 after ``init``.
       skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
@@ -31,18 +36,26 @@ class SkipLog(NamedTuple):
         ``init``.
     """
 
-    skipped_update: jax.Array
-    skipped_norm: jax.Array
-    skipped_value: jax.Array
-    skipped_reason: jax.Array
-    skipped_leaf: jax.Array
-    skipped_num_leaves: jax.Array
+    skipped_counts: jax.Array
+    skipped_values: jax.Array
+
+    skipped_update = Entry("skipped_counts", 0)
+    skipped_reason = Entry("skipped_counts", 1)
+    skipped_leaf = Entry("skipped_counts", 2)
+    skipped_num_leaves = Entry("skipped_counts", 3)
+    skipped_norm = Entry("skipped_values", 0, jnp.float32)
+    skipped_value = Entry("skipped_values", 1, jnp.float32)
 
 
 class GuardState(NamedTuple):
-    """State of ``guard``.
+    """State of ``guard``. Its five scalars are attributes, and share one array.
 
     Attributes:
+      skip_counts: int32[8], the row of the scalars.
+      skip_log: The last 16 skipped steps, a ``SkipLog``.
+      clip_state: State of the clip, with the statistics of the norm.
+      rule_states: States of the skip rules, a tuple.
+      wrapped_state: State of the optimizer inside, as of the last step taken.
       num_skipped: int32[], steps skipped; 0 after ``init``.
       skip_streak: int32[], steps skipped in a row up to the last; 0 after ``init``.
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
@@ -54,21 +67,19 @@ class GuardState(NamedTuple):
         the gradients. If the optimizer scales its updates with the gradients, as SGD
         does, a parameter of that dtype then keeps its bits, unless its update without
         the clip would have been larger than itself. 0 after ``init``.
-      skip_log: The last 16 skipped steps, a ``SkipLog``.
-      clip_state: State of the clip, with the statistics of the norm.
-      rule_states: States of the skip rules, a tuple.
-      wrapped_state: State of the optimizer inside, as of the last step taken.
     """
 
-    num_skipped: jax.Array
-    skip_streak: jax.Array
-    skip_reason: jax.Array
-    guard_exhausted: jax.Array
-    num_vanished: jax.Array
+    skip_counts: jax.Array
     skip_log: SkipLog
     clip_state: Any
     rule_states: tuple[Any, ...]
     wrapped_state: Any
+
+    num_skipped = Entry("skip_counts", 0)
+    skip_streak = Entry("skip_counts", 1)
+    skip_reason = Entry("skip_counts", 2)
+    guard_exhausted = Entry("skip_counts", 3, is_flag=True)
+    num_vanished = Entry("skip_counts", 4)
 
 
 class GuardConfig(NamedTuple):
@@ -103,11 +114,7 @@ def first_state(
 ) -> GuardState:
     """The state after ``init``, around the state of the optimizer."""
     return GuardState(
-        num_skipped=jnp.zeros((), jnp.int32),
-        skip_streak=jnp.zeros((), jnp.int32),
-        skip_reason=jnp.zeros((), jnp.int32),
-        guard_exhausted=jnp.zeros((), jnp.bool_),
-        num_vanished=jnp.zeros((), jnp.int32),
+        **empty_rows(GuardState),
         skip_log=empty_log(),
         clip_state=config.clip.init(params),
         rule_states=start_rules(config.rules),
@@ -117,13 +124,10 @@ def first_state(
 
 def empty_log() -> SkipLog:
     """The log after ``init``."""
-    return SkipLog(
-        skipped_update=jnp.full(LOG_LENGTH, -1, jnp.int32),
-        skipped_norm=jnp.zeros(LOG_LENGTH, jnp.float32),
-        skipped_value=jnp.zeros(LOG_LENGTH, jnp.float32),
-        skipped_reason=jnp.zeros(LOG_LENGTH, jnp.int32),
-        skipped_leaf=jnp.full(LOG_LENGTH, -1, jnp.int32),
-        skipped_num_leaves=jnp.zeros(LOG_LENGTH, jnp.int32),
+    return replace_entries(
+        SkipLog(**empty_rows(SkipLog, (LOG_LENGTH,))),
+        skipped_update=jnp.full(LOG_LENGTH, -1),
+        skipped_leaf=jnp.full(LOG_LENGTH, -1),
     )
 
 
@@ -148,13 +152,20 @@ def logged(
       num_skipped: int32[], steps skipped before it.
       num_leaves: How many leaves the gradients have.
     """
+    value = jnp.array(jnp.nan) if value is None else value
     entry = SkipLog(
-        skipped_update=update,
-        skipped_norm=as_float32(measured.norm.value),
-        skipped_value=as_float32(jnp.array(jnp.nan) if value is None else value),
-        skipped_reason=reason,
-        skipped_leaf=measured.norm.bad_leaf,
-        skipped_num_leaves=jnp.int32(num_leaves),
+        **rows_of(
+            SkipLog,
+            {
+                "skipped_update": update,
+                "skipped_norm": as_float32(measured.norm.value),
+                "skipped_value": as_float32(value),
+                "skipped_reason": reason,
+                "skipped_leaf": measured.norm.bad_leaf,
+                "skipped_num_leaves": num_leaves,
+            },
+        )
     )
-    slot = jnp.arange(LOG_LENGTH, dtype=jnp.int32) == num_skipped % LOG_LENGTH
-    return optax.tree.where(slot & (reason != SkipReason.NONE), entry, log)
+    slots = jnp.arange(LOG_LENGTH, dtype=jnp.int32)[:, None]
+    is_here = (slots == num_skipped % LOG_LENGTH) & (reason != SkipReason.NONE)
+    return jax.tree.map(lambda new, old: jnp.where(is_here, new[None], old), entry, log)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard._norms.sketch import sketch_add, sketch_init
+from optax_guard._rows import Entry, empty_rows, rows_of
 from optax_guard._trees import increment
 
 # Weight of the past in the running mean and variance: about the last 100 updates.
@@ -21,10 +22,16 @@ NORM_SKETCH_ERROR = 0.02
 class NormStats(NamedTuple):
     """Statistics of the global norm of all updates that a clip was given.
 
-    All are scalars; float32 even under x64. Units are those of the gradient. "Last" is
-    the most recent call of ``update``, even if its step was skipped.
+    All but the sketch are scalars; float32 even under x64. Units are those of the
+    gradient. "Last" is the most recent call of ``update``, even if its step was
+    skipped. The scalars are attributes, and share two arrays.
 
     Attributes:
+      norm_counts: int32[8], the row of the three counts.
+      norm_values: float32[8], the row of the six norms.
+      norm_sketch: int32[1408], how many finite norms before clipping fell into each of
+        1408 bins, for ``norm_quantile``: 5.6 kB, relative error at most 2 % for norms
+        from 1e-12 to 1e12; a norm outside counts as 0 or as 1e12; zeros after ``init``.
       num_updates: int32[], updates seen; 0 after ``init``.
       num_clipped: int32[], updates that were changed by clipping; 0 after ``init``.
       num_nonfinite: int32[], updates with a NaN or infinite norm; 0 after ``init``.
@@ -39,37 +46,27 @@ class NormStats(NamedTuple):
       norm_var: float32[], variance around that mean, with the same weights; 0 after
         ``init``.
       norm_max: float32[], largest finite norm before clipping; 0 after ``init``.
-      norm_sketch: int32[1408], how many finite norms before clipping fell into each of
-        1408 bins, for ``norm_quantile``: 5.6 kB, relative error at most 2 % for norms
-        from 1e-12 to 1e12; a norm outside counts as 0 or as 1e12; zeros after ``init``.
     """
 
-    num_updates: jax.Array
-    num_clipped: jax.Array
-    num_nonfinite: jax.Array
-    grad_norm: jax.Array
-    clipped_norm: jax.Array
-    clip_threshold: jax.Array
-    norm_mean: jax.Array
-    norm_var: jax.Array
-    norm_max: jax.Array
+    norm_counts: jax.Array
+    norm_values: jax.Array
     norm_sketch: jax.Array
+
+    num_updates = Entry("norm_counts", 0)
+    num_clipped = Entry("norm_counts", 1)
+    num_nonfinite = Entry("norm_counts", 2)
+    grad_norm = Entry("norm_values", 0, jnp.float32)
+    clipped_norm = Entry("norm_values", 1, jnp.float32)
+    clip_threshold = Entry("norm_values", 2, jnp.float32)
+    norm_mean = Entry("norm_values", 3, jnp.float32)
+    norm_var = Entry("norm_values", 4, jnp.float32)
+    norm_max = Entry("norm_values", 5, jnp.float32)
 
 
 def init_stats() -> NormStats:
     """Makes statistics of no updates, with a buffer for each leaf, for donation."""
-    return NormStats(
-        num_updates=jnp.zeros((), jnp.int32),
-        num_clipped=jnp.zeros((), jnp.int32),
-        num_nonfinite=jnp.zeros((), jnp.int32),
-        grad_norm=jnp.zeros((), jnp.float32),
-        clipped_norm=jnp.zeros((), jnp.float32),
-        clip_threshold=jnp.zeros((), jnp.float32),
-        norm_mean=jnp.zeros((), jnp.float32),
-        norm_var=jnp.zeros((), jnp.float32),
-        norm_max=jnp.zeros((), jnp.float32),
-        norm_sketch=sketch_init((), NORM_SKETCH_ERROR),
-    )
+    sketch = sketch_init((), NORM_SKETCH_ERROR)
+    return NormStats(**empty_rows(NormStats), norm_sketch=sketch)
 
 
 def update_stats(
@@ -80,57 +77,66 @@ def update_stats(
     is_clipped: jax.Array,
 ) -> NormStats:
     """Adds one update. A non-finite norm is counted, and enters no other statistic."""
-    stats = update_moments(stats, grad_norm, clipped_norm, clip_threshold, is_clipped)
-    sketch = sketch_add(stats.norm_sketch, stats.grad_norm)
-    return stats._replace(norm_sketch=sketch)
+    num_updates = increment(stats.num_updates)
+    before = {name: getattr(stats, name) for name in _OF_GROUP}
+    new = _updated(
+        before, num_updates, grad_norm, clipped_norm, clip_threshold, is_clipped
+    )
+    return NormStats(
+        **rows_of(NormStats, {"num_updates": num_updates, **new}),
+        norm_sketch=sketch_add(stats.norm_sketch, new["grad_norm"]),
+    )
 
 
-def update_moments(
-    stats: NormStats,
+def _updated(
+    before: dict[str, jax.Array],
+    num_updates: jax.Array,
     grad_norm: jax.Array,
     clipped_norm: jax.Array,
     clip_threshold: jax.Array,
     is_clipped: jax.Array,
-) -> NormStats:
-    """Does the same without the sketch; also for vectors of norms."""
+) -> dict[str, jax.Array]:
+    """The numbers after an update, which ``num_updates`` counts; also of vectors."""
     grad_norm = as_float32(grad_norm)
     is_finite = jnp.isfinite(grad_norm)
-    num_updates = increment(stats.num_updates)
-    num_nonfinite = increment(stats.num_nonfinite, ~is_finite)
-    mean, var = running_moments(
-        stats.norm_mean,
-        stats.norm_var,
-        grad_norm,
-        num_updates - num_nonfinite,
-        _DECAY,
+    num_nonfinite = increment(before["num_nonfinite"], ~is_finite)
+    num_finite = num_updates - num_nonfinite
+    old = before["norm_mean"], before["norm_var"], before["norm_max"]
+    new = (
+        *running_moments(*old[:2], grad_norm, num_finite, _DECAY),
+        jnp.maximum(old[2], grad_norm),
     )
-    return NormStats(
-        num_updates=num_updates,
-        num_clipped=increment(stats.num_clipped, is_clipped),
-        num_nonfinite=num_nonfinite,
-        grad_norm=grad_norm,
-        clipped_norm=as_float32(clipped_norm),
-        clip_threshold=as_float32(clip_threshold),
-        norm_mean=jnp.where(is_finite, mean, stats.norm_mean),
-        norm_var=jnp.where(is_finite, var, stats.norm_var),
-        norm_max=jnp.where(
-            is_finite, jnp.maximum(stats.norm_max, grad_norm), stats.norm_max
-        ),
-        norm_sketch=stats.norm_sketch,
+    mean, var, largest = (
+        jnp.where(is_finite, a, b) for a, b in zip(new, old, strict=True)
     )
+    return {
+        "num_clipped": increment(before["num_clipped"], is_clipped),
+        "num_nonfinite": num_nonfinite,
+        "grad_norm": grad_norm,
+        "clipped_norm": as_float32(clipped_norm),
+        "clip_threshold": as_float32(clip_threshold),
+        "norm_mean": mean,
+        "norm_var": var,
+        "norm_max": largest,
+    }
 
 
 class GroupStats(NamedTuple):
     """Statistics of the norm of each of the G groups of a clip.
 
     All are vectors in the order of ``group_names``; float32 even under x64.
-    Units are those of the gradient. "Last" is the most recent call of ``update``.
+    Units are those of the gradient. "Last" is the most recent call of ``update``. The
+    vectors are attributes, and share two arrays.
 
     Attributes:
       group_names: Names the groups and holds no arrays. For leaves it is a tree like
         the parameters, with ``None`` for a group, ``(None, ..., None)`` for the layers
         of a stacked leaf and ``()`` for a leaf that is not floating. For labelled
         groups it is a dict from label to ``None``.
+      group_counts: int32[G, 8], the rows of the two counts.
+      group_values: float32[G, 8], the rows of the six norms.
+      group_sketch: int32[G, 1408], for ``norm_quantile``; zeros after ``init``;
+        ``None`` without ``record_quantiles``.
       group_num_clipped: int32[G], updates in which the group was clipped; 0 after
         ``init``.
       group_num_nonfinite: int32[G], updates in which its norm was NaN or infinite; 0
@@ -144,43 +150,41 @@ class GroupStats(NamedTuple):
         norms before clipping; 0 after ``init``.
       group_norm_var: float32[G], variance around that mean; 0 after ``init``.
       group_norm_max: float32[G], largest finite norm before clipping; 0 after ``init``.
-      group_sketch: int32[G, 1408], for ``norm_quantile``; zeros after ``init``;
-        ``None`` without ``record_quantiles``.
     """
 
     group_names: Any
-    group_num_clipped: jax.Array
-    group_num_nonfinite: jax.Array
-    group_norm: jax.Array
-    group_clipped_norm: jax.Array
-    group_threshold: jax.Array
-    group_norm_mean: jax.Array
-    group_norm_var: jax.Array
-    group_norm_max: jax.Array
+    group_counts: jax.Array
+    group_values: jax.Array
     group_sketch: jax.Array | None
+
+    group_num_clipped = Entry("group_counts", 0)
+    group_num_nonfinite = Entry("group_counts", 1)
+    group_norm = Entry("group_values", 0, jnp.float32)
+    group_clipped_norm = Entry("group_values", 1, jnp.float32)
+    group_threshold = Entry("group_values", 2, jnp.float32)
+    group_norm_mean = Entry("group_values", 3, jnp.float32)
+    group_norm_var = Entry("group_values", 4, jnp.float32)
+    group_norm_max = Entry("group_values", 5, jnp.float32)
+
+
+# What a number of the whole is called for a group.
+_OF_GROUP = {
+    "num_clipped": "group_num_clipped",
+    "num_nonfinite": "group_num_nonfinite",
+    "grad_norm": "group_norm",
+    "clipped_norm": "group_clipped_norm",
+    "clip_threshold": "group_threshold",
+    "norm_mean": "group_norm_mean",
+    "norm_var": "group_norm_var",
+    "norm_max": "group_norm_max",
+}
 
 
 def init_group_stats(names: Any, has_sketch: bool) -> GroupStats:
     """Makes statistics of no updates; ``names`` has a ``None`` for each group."""
-    num_groups = len(jax.tree.leaves(names, is_leaf=lambda x: x is None))
-
-    def zeros(dtype: Any) -> jax.Array:
-        return jnp.zeros(num_groups, dtype)
-
-    return GroupStats(
-        group_names=names,
-        group_num_clipped=zeros(jnp.int32),
-        group_num_nonfinite=zeros(jnp.int32),
-        group_norm=zeros(jnp.float32),
-        group_clipped_norm=zeros(jnp.float32),
-        group_threshold=zeros(jnp.float32),
-        group_norm_mean=zeros(jnp.float32),
-        group_norm_var=zeros(jnp.float32),
-        group_norm_max=zeros(jnp.float32),
-        group_sketch=sketch_init((num_groups,), NORM_SKETCH_ERROR)
-        if has_sketch
-        else None,
-    )
+    shape = (len(jax.tree.leaves(names, is_leaf=lambda x: x is None)),)
+    sketch = sketch_init(shape, NORM_SKETCH_ERROR) if has_sketch else None
+    return GroupStats(names, **empty_rows(GroupStats, shape), group_sketch=sketch)
 
 
 def update_group_stats(
@@ -192,18 +196,15 @@ def update_group_stats(
     is_clipped: jax.Array,
 ) -> GroupStats:
     """Adds one update, as ``update_stats`` does; ``num_updates`` does not count it."""
-    names, *before, sketch = stats
-    _, *after, _ = update_moments(
-        NormStats(num_updates, *before, norm_sketch=jnp.zeros(())),
-        norm,
-        clipped_norm,
-        threshold,
-        is_clipped,
+    before = {name: getattr(stats, of_group) for name, of_group in _OF_GROUP.items()}
+    new = _updated(
+        before, increment(num_updates), norm, clipped_norm, threshold, is_clipped
     )
-    new = GroupStats(names, *after, group_sketch=sketch)
-    if sketch is None:
-        return new
-    return new._replace(group_sketch=sketch_add(sketch, new.group_norm))
+    rows = rows_of(GroupStats, {_OF_GROUP[name]: x for name, x in new.items()})
+    sketch = stats.group_sketch
+    if sketch is not None:
+        sketch = sketch_add(sketch, new["grad_norm"])
+    return GroupStats(stats.group_names, **rows, group_sketch=sketch)
 
 
 def as_float32(x: jax.Array) -> jax.Array:

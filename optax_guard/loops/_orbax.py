@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._checks import check_kind
-from optax_guard._guarding.adoption import with_old_names
+from optax_guard._guarding.adoption import in_new_layout, in_old_layout
 from optax_guard._trees import leaf_types
 
 # The items of a checkpoint are two trees of arrays and a dict of JSON. `load_best`
@@ -111,8 +111,8 @@ def restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
         tree = jax.tree.map(_without_key, jax.tree.map(like, target))
         with _readable(manager, step):
             saved = _saved_tree(manager, step, name)
-        if leaf_types(saved).keys() == leaf_types(with_old_names(tree)).keys():
-            tree = with_old_names(tree)
+        if leaf_types(saved).keys() == leaf_types(in_old_layout(tree)).keys():
+            tree = in_old_layout(tree)
         _check_same_tree(saved, tree, f"{manager.directory}, step {step}")
         arguments[name] = ocp.args.PyTreeRestore(
             item=tree, restore_args=jax.tree.map(restore_args, tree)
@@ -120,15 +120,9 @@ def restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
     with _readable(manager, step):
         found = manager.restore(step, args=ocp.args.Composite(**arguments))
     return {
-        name: jax.tree.map(_placed, target, _renamed_as(target, found[name]))
+        name: jax.tree.map(_placed, target, in_new_layout(found[name]))
         for name, target in targets.items()
     }
-
-
-def _renamed_as(target: Any, found: Any) -> Any:
-    """The tree that was restored, under the names in ``target``."""
-    # Other names, but the same order of leaves.
-    return jax.tree.structure(target).unflatten(jax.tree.leaves(found))
 
 
 def savable(tree: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from optax_guard._checks import check_count, check_positive
+from optax_guard._rows import replace_entries
 from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import why_gone_bad
 from optax_guard.loops._learning_rate import lr_scales
@@ -111,8 +112,10 @@ def go_back(
         opt_state = set_lr_scale(state.opt_state, rewound.lr_scale)
         state = state.replace(opt_state=opt_state)
     # The checkpoint holds the best. The bad evaluation may have set another.
-    stop = stopper.reset(stop)._replace(
-        num_evals=run.stop.num_evals, train_seconds=run.stop.train_seconds
+    stop = replace_entries(
+        stopper.reset(stop),
+        num_evals=run.stop.num_evals,
+        train_seconds=run.stop.train_seconds,
     )
     warnings.warn(
         f"At step {run.step}, back to the checkpoint of step {then}, rewind "

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_guard._rows import rows_of
 from optax_guard._trees import increment
 from optax_guard.stop._config import Config
 from optax_guard.stop._inputs import Inputs
@@ -38,18 +39,21 @@ def judge(
         reason = jnp.where(is_bad, int(StopReason.NONFINITE), reason)
 
     runs = ~state.should_stop
+    numbers = {
+        "num_evals": observation.num_evals,
+        "best_eval": jnp.where(is_best, state.num_evals, state.best_eval),
+        "best_step": jnp.where(is_best, -1 if step is None else step, state.best_step),
+        "nonfinite_streak": streak,
+        "stop_reason": jnp.where(should_stop, reason, int(StopReason.RUNNING)),
+        "stopped_at": jnp.where(should_stop, state.num_evals, -1),
+        "best_value": jnp.where(is_best, config.sign * contender, state.best_value),
+        "train_seconds": seen.train_seconds,
+    }
     new = EarlyStoppingState(
-        num_evals=observation.num_evals,
-        best_value=jnp.where(is_best, config.sign * contender, state.best_value),
-        best_eval=jnp.where(is_best, state.num_evals, state.best_eval),
-        best_step=jnp.where(is_best, -1 if step is None else step, state.best_step),
+        should_stop=should_stop,
         is_best=is_best,
         is_significant=is_best if verdict.significant is None else verdict.significant,
-        nonfinite_streak=streak,
-        train_seconds=seen.train_seconds,
-        should_stop=should_stop,
-        stop_reason=jnp.where(should_stop, reason, int(StopReason.RUNNING)),
-        stopped_at=jnp.where(should_stop, state.num_evals, -1),
+        **rows_of(EarlyStoppingState, numbers),
         best_params=None,
         rule_state=rule_state,
         smooth_state=seen.smooth_state,

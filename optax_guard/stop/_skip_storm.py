@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count
 from optax_guard._public import answers_wrong_calls
+from optax_guard._trees import states_with
 from optax_guard.stop._rule import (
     Observation,
     StopReason,
@@ -65,25 +65,24 @@ def skip_storm(n: ArrayLike) -> StopRule:
     def update(
         observation: Observation, state: SkipStormState
     ) -> tuple[Verdict, SkipStormState]:
-        skipped = sum(_guard_field(observation.opt_state, "num_skipped"))
-        streaks = _guard_field(observation.opt_state, "skip_streak")
-        exhausted = _guard_field(observation.opt_state, "guard_exhausted")
-        skipped = jnp.asarray(skipped, jnp.int32)
+        guards = _guards(observation.opt_state)
+        skipped = jnp.asarray(sum(guard.num_skipped for guard in guards), jnp.int32)
         # Steps that were skipped before a `reset` do not count again.
         is_first = state.seen_skipped < 0
         fired = ~is_first & (skipped - state.seen_skipped >= as_int(n))
-        for streak, spent in zip(streaks, exhausted, strict=True):
-            fired |= (streak >= as_int(n)) | spent
+        for guard in guards:
+            fired |= (guard.skip_streak >= as_int(n)) | guard.guard_exhausted
         return verdict_for(fired, StopReason.SKIP_STORM), SkipStormState(skipped)
 
     return StopRule(init, update, frozenset({"opt_state"}))
 
 
-def _guard_field(opt_state: Any, field: str) -> list[jax.Array]:
-    found = optax.tree.get_all_with_path(opt_state, field)
+def _guards(opt_state: Any) -> list[Any]:
+    # By name: the guard belongs to a room that builds on this one.
+    found = states_with(opt_state, "skip_streak")
     if not found:
         raise ValueError(
-            f"`opt_state` holds no guard (no field `{field}`), which `skip_storm` "
-            "reads. Wrap the optimizer in `guard` and pass the state it returns."
+            "`opt_state` holds no guard (no `skip_streak`), which `skip_storm` reads. "
+            "Wrap the optimizer in `guard` and pass the state it returns."
         )
-    return [leaf for _, leaf in found]
+    return found

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_guard._rows import Entry
 from optax_guard.stop._rule import StopRule
 from optax_guard.stop._smoothing import Smoother
 
@@ -13,43 +15,49 @@ from optax_guard.stop._smoothing import Smoother
 class EarlyStoppingState(NamedTuple):
     """State of `early_stopping`; all of it belongs in a checkpoint.
 
-    Evaluations are counted from 0. Every field but the last three has shape ().
+    Evaluations are counted from 0. The numbers have shape (). The counts and the values
+    are attributes, and share two arrays.
 
     Attributes:
+      should_stop: Whether a rule has fired, bool; stays True until `reset`.
+      is_best: Whether the last update set a new best, bool; False at first.
+      is_significant: Whether the value of the last update improved by enough to
+        count for the rules (as ``is_best`` if they do not say), bool; False at first.
+      stop_counts: int32[8], the row of the six counts.
+      stop_values: float32[8], the row of the two values.
+      best_params: Parameters of the best evaluation, a copy of the tree given to
+        `init` until there is one, or None if `init` was given none.
+      rule_state: State of the rule.
+      smooth_state: State of the smoother, or ``()``.
       num_evals: Evaluations seen, int32; 0 at first. Updates after the stop are not
         counted.
       best_value: Best value so far in the user's own sign, float32; at first the
         worst there is: +inf, or -inf for ``mode="max"``.
       best_eval: Evaluation that gave it, int32; -1 at first.
       best_step: ``step`` at that evaluation, int32; -1 at first and if not given.
-      is_best: Whether the last update set a new best, bool; False at first.
-      is_significant: Whether the value of the last update improved by enough to
-        count for the rules (as ``is_best`` if they do not say), bool; False at first.
       nonfinite_streak: Non-finite values in a row, int32; 0 at first.
       train_seconds: Sum of the ``seconds`` given, float32; 0 at first.
-      should_stop: Whether a rule has fired, bool; stays True until `reset`.
       stop_reason: `StopReason` of the stop, int32; 0 (RUNNING) until then.
       stopped_at: Evaluation at which it fired, int32; -1 until then.
-      best_params: Parameters of the best evaluation, a copy of the tree given to
-        `init` until there is one, or None if `init` was given none.
-      rule_state: State of the rule.
-      smooth_state: State of the smoother, or ``()``.
     """
 
-    num_evals: jax.Array
-    best_value: jax.Array
-    best_eval: jax.Array
-    best_step: jax.Array
+    should_stop: jax.Array
     is_best: jax.Array
     is_significant: jax.Array
-    nonfinite_streak: jax.Array
-    train_seconds: jax.Array
-    should_stop: jax.Array
-    stop_reason: jax.Array
-    stopped_at: jax.Array
+    stop_counts: jax.Array
+    stop_values: jax.Array
     best_params: Any
     rule_state: Any
     smooth_state: Any
+
+    num_evals = Entry("stop_counts", 0)
+    best_eval = Entry("stop_counts", 1)
+    best_step = Entry("stop_counts", 2)
+    nonfinite_streak = Entry("stop_counts", 3)
+    stop_reason = Entry("stop_counts", 4)
+    stopped_at = Entry("stop_counts", 5)
+    best_value = Entry("stop_values", 0, jnp.float32)
+    train_seconds = Entry("stop_values", 1, jnp.float32)
 
 
 class _Update(Protocol):

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_leaves
 from optax_guard._public import answers_wrong_calls
+from optax_guard._rows import replace_entries, rows_of
 from optax_guard.stop._config import Config, checked_config
 from optax_guard.stop._inputs import Inputs, prepare_inputs
 from optax_guard.stop._judging import judge, keep_or_take
@@ -119,18 +120,21 @@ def early_stopping(
 
 
 def _initial_state(config: Config, params: Any) -> EarlyStoppingState:
+    numbers = {
+        "num_evals": 0,
+        "best_eval": -1,
+        "best_step": -1,
+        "nonfinite_streak": 0,
+        "stop_reason": StopReason.RUNNING,
+        "stopped_at": -1,
+        "best_value": config.sign * np.inf,
+        "train_seconds": 0.0,
+    }
     return EarlyStoppingState(
-        num_evals=jnp.asarray(0, jnp.int32),
-        best_value=jnp.asarray(config.sign * np.inf, jnp.float32),
-        best_eval=jnp.asarray(-1, jnp.int32),
-        best_step=jnp.asarray(-1, jnp.int32),
+        should_stop=jnp.asarray(False),
         is_best=jnp.asarray(False),
         is_significant=jnp.asarray(False),
-        nonfinite_streak=jnp.asarray(0, jnp.int32),
-        train_seconds=jnp.asarray(0.0, jnp.float32),
-        should_stop=jnp.asarray(False),
-        stop_reason=jnp.asarray(int(StopReason.RUNNING), jnp.int32),
-        stopped_at=jnp.asarray(-1, jnp.int32),
+        **rows_of(EarlyStoppingState, numbers),
         best_params=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params),
         rule_state=config.rule.init(),
         smooth_state=() if config.smooth is None else config.smooth.init(),
@@ -144,7 +148,8 @@ def _restart(
     fresh = _initial_state(config, None)._replace(best_params=state.best_params)
     if not keep_best:
         return fresh
-    return fresh._replace(
+    return replace_entries(
+        fresh,
         num_evals=state.num_evals,
         best_value=state.best_value,
         best_eval=state.best_eval,
