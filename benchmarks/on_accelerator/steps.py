@@ -3,8 +3,8 @@
 Every way to protect a step takes turns with Optax's clip, donated and on the same
 gradients: ratios are to that clip. Two times are taken of each:
 
-* wall: a Python loop of calls of a jitted step, as a user writes it. Where the device is
-  faster than Python dispatches, this is the time of the dispatch.
+* wall: a Python loop of calls of a jitted step, as a user writes it. Where the device
+  is faster than Python dispatches, this is the time of the dispatch.
 * device: the time in which the device ran kernels, from the profiler's trace. Where the
   profiler sees no device, as on a CPU, it is the time of steps in one `fori_loop`.
 
@@ -50,6 +50,11 @@ COLORS = DRAWN | {
 # In this order, since a run may be cut: what the goals are about comes first.
 SIZES = (25_000_000, 200_000_000, 1_000_000_000, 1_000_000)
 DTYPES = ("float32", "bfloat16")
+COLUMNS = [
+    *("step", "wall ms", "ratio", "quartiles", "device ms", "ratio", "kernels"),
+    *("fusions", "of a copy's bandwidth", "of the peak", "state leaves"),
+    *("temporaries MB", "compile s"),
+]
 
 
 def cases_of(leaves: int, quick: bool) -> list[Case]:
@@ -100,7 +105,7 @@ def steps_of(case: Case, quick: bool) -> tuple[int, int, int]:
 
 
 def device_time(run: Run, steps: int) -> dict[str, Any]:
-    """Seconds of a step on the device, and the kernels that ran, where one sees them."""
+    """Time of a step on the device, and the kernels that ran, where one sees them."""
     seen = trace(lambda: run(steps))
     if seen is not None:
         return {
@@ -218,9 +223,7 @@ def print_case(rows: list[dict[str, Any]]) -> None:
     _kit.print_table(
         f"AdamW, {case.params / 1e6:g}M parameters in {case.leaves} leaves, "
         f"{case.dtype}; ratios are to Optax's clip",
-        ["step", "wall ms", "ratio", "quartiles", "device ms", "ratio", "kernels"]
-        + ["fusions", "of a copy's bandwidth", "of the peak", "state leaves"]
-        + ["temporaries MB", "compile s"],
+        COLUMNS,
         [
             [
                 row["variant"],
