@@ -36,7 +36,7 @@ pytestmark = [
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
     "sgd": lambda: optax.sgd(
-        optax.exponential_decay(1e-2, 3, 0.5), momentum=0.9, nesterov=True
+        optax.exponential_decay(1.0, 3, 0.5), momentum=0.9, nesterov=True
     ),
     "lion": lambda: optax.lion(1e-3),
     "adafactor": lambda: optax.adafactor(1e-2),

@@ -204,12 +204,12 @@ def measure(case: Case, report: _kit.Report, quick: bool) -> None:
     walls = [base(steps) for _ in range(rounds)]
     add(BASE, base, walls, [1.0, 1.0])
     for name, (init, step) in every.items():
+        run = None  # One that failed makes room for the next.
         try:
             run = Run(case, init, step, grads)
             beside, walls = in_turns(base, run, rounds, steps)
             ratios = [a / b for a, b in zip(walls, beside, strict=True)]
             add(name, run, walls, ratios)
-            del run
         except jax.errors.JaxRuntimeError as error:
             # Out of memory: the others may still fit.
             reason = str(error).splitlines()[0][:200]
