@@ -146,11 +146,15 @@ class Run:
         self.grads = grads
         self.params = make_tree(case, 0.1)
         self.opt_state = init(self.params)
-        start = time.process_time()
-        jitted = jax.jit(step, donate_argnums=(0, 1))
-        self.step = jitted.lower(self.params, self.opt_state, grads).compile()
+        self.function = step
+        start, start_wall = time.process_time(), time.perf_counter()
+        # A call of this finds the program compiled below, and is dispatched in C++. The
+        # compiled object itself is called by Python, which a small step waits for.
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.program = self.step.lower(self.params, self.opt_state, grads).compile()
         self.compile_seconds = time.process_time() - start
-        memory = self.step.memory_analysis()
+        self.compile_wall_seconds = time.perf_counter() - start_wall
+        memory = self.program.memory_analysis()
         self.temp_bytes = memory.temp_size_in_bytes if memory else None
         self(2)
 
@@ -215,6 +219,21 @@ def peak_bandwidth() -> float | None:
     return PEAK_BANDWIDTHS[max(found, key=len)] if found else None
 
 
+def in_turns(
+    one: Callable[[int], float],
+    other: Callable[[int], float],
+    rounds: int,
+    steps: int,
+) -> tuple[list[float], list[float]]:
+    """Seconds of a step of each, in rounds in which each of the two has its turn."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds):
+        # What runs second finds the caches as the first leaves them.
+        for timed, into in ((one, seconds[0]), (other, seconds[1]))[:: 1 - 2 * (i % 2)]:
+            into.append(timed(steps))
+    return seconds
+
+
 def measure(
     case: Case, rounds: int, steps: int, torch: bool, only: str
 ) -> list[dict[str, Any]]:
@@ -253,12 +272,7 @@ def measure(
     rows, plain_seconds = [], []
     for name, make in contenders.items():
         run = make()
-        seconds: list[float] = []
-        beside: list[float] = []
-        for i in range(rounds):
-            # What runs second finds the caches as the first leaves them.
-            for timed, into in ((plain, beside), (run, seconds))[:: 1 - 2 * (i % 2)]:
-                into.append(timed(steps))
+        beside, seconds = in_turns(plain, run, rounds, steps)
         ratios = [a / b for a, b in zip(seconds, beside, strict=True)]
         rows.append(row(name, run, seconds, ratios))
         plain_seconds += beside

@@ -97,6 +97,8 @@ doctest.DocTestFinder._from_module = _stands_in  # pyright: ignore
 collect_ignore = ["mutants.py"]
 # The tests of each of these modules share something that takes long to make.
 TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}
+# Beside `test_on_accelerator`, what `-m accelerator` runs: it fits any one device.
+ON_ACCELERATOR = {"test_laws", "test_norms", "test_clipping"}
 
 
 # First, so that pytest selects by the marks that are set here.
@@ -112,21 +114,31 @@ def pytest_collection_modifyitems(
         name = case.params.get("name") if case else None
         if is_full(module, getattr(item, "originalname", None), item.name, name):
             item.add_marker(pytest.mark.full)
+        if module in ON_ACCELERATOR:
+            item.add_marker(pytest.mark.accelerator)
         if has_xdist and module in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(module))
         elif has_xdist and isinstance(name, str):
             item.add_marker(pytest.mark.xdist_group(f"{module} {name}"))
 
 
+def _need_eight_devices() -> None:
+    # The CPU is eight devices above; an accelerator may be one.
+    if jax.default_backend() != "cpu" and jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, JAX finds {jax.device_count()}")
+
+
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
     """Eight devices along the axis `data`; the compiler places what is between."""
+    _need_eight_devices()
     return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 @pytest.fixture
 def explicit_mesh():
     """Eight devices along the axis `data`, with shardings in the types; in force."""
+    _need_eight_devices()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with in_force(mesh):
         yield mesh

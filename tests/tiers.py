@@ -8,6 +8,7 @@ from typing import Any
 # of one of its cases, or of a `name` that tests of the file take. None stands for all.
 FULL: dict[str, set[str] | None] = {
     # Studies, and the arithmetic of benchmarks.
+    "test_accelerator_kit": None,
     "test_bad_batches": None,
     "test_generalization": None,
     "test_scale_out": None,
