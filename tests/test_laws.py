@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_guard as og
+from optax_guard._guarding.adoption import in_old_layout
+from optax_guard._rows import entries_of
 from tests.hlo import primitives
 from tests.strategies import (
     HUGE,
@@ -548,7 +550,8 @@ def test_norm_is_that_of_optax_and_what_is_clipped_equals_optax(name):
 # What describes the last step, or counts steps: of all steps, the bad ones too.
 RECORDS = {
     # A leaf that is finite is watched even where another one is not.
-    *og.GroupStats._fields,
+    *entries_of(og.GroupStats),
+    "group_sketch",
     "num_updates",
     "num_clipped",
     "num_nonfinite",
@@ -557,7 +560,7 @@ RECORDS = {
     "skip_reason",
     "guard_exhausted",
     "num_vanished",
-    *og.SkipLog._fields,
+    "rejections",
     "group_seen",
     "group_kept",
     "num_groups",
@@ -568,10 +571,10 @@ RECORDS = {
 
 
 def learned(state: Any) -> dict[str, Any]:
-    """Every leaf of a state that is no record, by its path."""
+    """Every number of a state that is no record, by its path."""
     return {
         jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree.leaves_with_path(state)
+        for path, leaf in jax.tree.leaves_with_path(in_old_layout(state))
         if not any(getattr(key, "name", None) in RECORDS for key in path)
     }
 

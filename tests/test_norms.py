@@ -23,7 +23,7 @@ P = PartitionSpec
 
 # The sums of each platform, by their names for `platform_dependent`. The CPU can run
 # both; the laws hold for both.
-SUMS = {"cpu": "cpu", "accelerator": "default"}
+SUMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "default"}
 
 
 @contextlib.contextmanager
@@ -67,17 +67,21 @@ def norm(tree: Any, ord: Any = None, name: str = "cpu") -> _norms.TreeNorm:
 @pytest.mark.parametrize("name", SUMS)
 def test_the_sums_asked_for_are_those_that_run(name, monkeypatch):
     called = []
-    for key, squares in {"cpu": "_squares_cpu", "accelerator": "_squares"}.items():
-        run = getattr(_norms, squares)
+    # What the sums of only one platform call.
+    own = {"cpu": "_squares_cpu", "gpu": "_sum_pairs", "tpu": "_sum_squares"}
+    for key, function in own.items():
+        run = getattr(_norms, function)
         monkeypatch.setattr(
-            _norms, squares, lambda *x, k=key, f=run: called.append(k) or f(*x)
+            _norms, function, lambda *x, k=key, f=run: called.append(k) or f(*x)
         )
     for other in SUMS:
         with sums_of(other):
             jax.jit(lambda x: tree_norm(x).value)(np.ones(2, np.float32))
     with sums_of(name):
         jax.jit(lambda x: tree_norm(x).value)(np.ones(2, np.float32))
-    assert called == [*SUMS, name]
+    # The plain sums of the CPU are `_sum_squares` as well.
+    names = {"cpu": ["cpu", "tpu", "tpu"], "gpu": ["gpu"], "tpu": ["tpu", "tpu"]}
+    assert called == [x for each in (*SUMS, name) for x in names[each]]
 
 
 def test_sums_of_both_platforms_are_what_the_norm_is_made_of():
@@ -346,19 +350,22 @@ def test_runs_are_no_longer_than_needed(name, num_leaves):
             assert tree_norm(leaves).bad_leaf == 128
 
 
-def num_reductions(tree: Any) -> int:
-    with sums_of("accelerator"):
+def num_reductions(tree: Any, name: str = "tpu") -> int:
+    with sums_of(name):
         text = str(jax.make_jaxpr(lambda tree: tree_norm(tree).value)(tree))
     return text.count("= reduce_sum[")
 
 
-def test_on_accelerators_equal_leaves_of_several_layers_are_one_reduction():
+@pytest.mark.parametrize(("name", "num_sums"), [("tpu", 2), ("gpu", 1)])
+def test_on_accelerators_equal_leaves_of_several_layers_are_one_reduction(
+    name, num_sums
+):
     f = np.ones((2, 3), np.float32)
     same = {f"layer{i}": {"kernel": f, "other": f} for i in range(64)}
-    # Two sums for every four leaves.
-    assert num_reductions(same) == 2 * 128
+    # Up to 128 leaves, each is reduced by itself; beyond, four at a time.
+    assert num_reductions(same, name) == num_sums * 128
     same["layer64"] = same["layer0"]
-    assert 2 * 130 / 4 <= num_reductions(same) <= 2 * 130 / 3
+    assert num_sums * 130 / 4 <= num_reductions(same, name) <= num_sums * 130 / 3
 
 
 def test_leaves_that_may_be_sharded_differently_are_not_added_entry_by_entry():

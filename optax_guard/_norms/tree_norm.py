@@ -104,6 +104,9 @@ def _euclidean(
         *own, own_bad = lax.platform_dependent(
             *part.of(leaves),
             cpu=functools.partial(_squares_cpu, dtype, part.runs),
+            cuda=functools.partial(
+                _squares, dtype, part.runs, tuple(part.of(roles)), in_pairs=True
+            ),
             default=functools.partial(
                 _squares, dtype, part.runs, tuple(part.of(roles))
             ),
@@ -145,12 +148,22 @@ def _psum(x: jax.Array, axes: Names) -> jax.Array:
 
 
 def _squares(
-    dtype: Any, runs: Runs, roles: tuple[str, ...], *leaves: jax.Array
+    dtype: Any,
+    runs: Runs,
+    roles: tuple[str, ...],
+    *leaves: jax.Array,
+    in_pairs: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
     up, down = not_folded(dtype, *SCALES[dtype])
     members = values_by_run(list(zip(roles, leaves, strict=True)), runs)
     groups = [_alike(run) for run in members]
+    if in_pairs:
+        pairs = [
+            add_pairwise([_sum_pairs(x, dtype, up, down) for x in g]) for g in groups
+        ]
+        total = add_pairwise(pairs)
+        return total.real, total.imag, first_bad([x.imag for x in pairs], runs)
 
     def sums(scale: jax.Array) -> list[jax.Array]:
         return [
@@ -261,10 +274,26 @@ def _power_norm(
 
 
 def _sum_squares(alike: Sequence[jax.Array], dtype: Any, scale: Any) -> jax.Array:
-    """Sum of squares of arrays of one shape, added entry by entry."""
+    """Sum of squares of arrays of one shape."""
+    return jnp.sum(_entry_squares(alike, dtype, scale))
+
+
+def _sum_pairs(
+    alike: Sequence[jax.Array], dtype: Any, up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """Both sums of squares in one number, the real and the imaginary part.
+
+    A GPU takes two kernels to reduce one leaf, and a third for a second sum.
+    """
+    each = [_entry_squares(alike, dtype, scale) for scale in (up, down)]
+    return jnp.sum(lax.complex(*each))
+
+
+def _entry_squares(alike: Sequence[jax.Array], dtype: Any, scale: Any) -> jax.Array:
+    """Squares of arrays of one shape, added entry by entry."""
     pairs = [(x.real, x.imag) if jnp.iscomplexobj(x) else (x,) for x in alike]
     scaled = [x.astype(dtype) * scale for pair in pairs for x in pair]
-    return jnp.sum(add_pairwise([x * x for x in scaled]))
+    return add_pairwise([x * x for x in scaled])
 
 
 def _sum_vector(values: jax.Array) -> jax.Array:

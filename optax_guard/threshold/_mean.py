@@ -14,6 +14,7 @@ from optax_guard._checks import (
     check_fraction,
     check_positive,
 )
+from optax_guard._norms.axis_norms import divide
 from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import as_float
 from optax_guard.threshold._base import (
@@ -144,7 +145,9 @@ def _limits(
     else:
         # A norm is above this exactly if the global norm is above `warmup_max_norm`.
         is_known = is_informative(norm) & is_informative(global_norm)
-        share = jnp.where(is_known, norm / jnp.where(is_known, global_norm, 1), 1)
+        share = jnp.where(
+            is_known, divide(norm, jnp.where(is_known, global_norm, 1)), 1
+        )
         early = as_float(settings.warmup_max_norm, norm.dtype) * share
     has_mean = state.clipped_mean > 0
     threshold = jnp.where(has_mean, threshold.astype(norm.dtype), early)
@@ -169,7 +172,8 @@ def _learn(
     length = state.recent_length + 1
     if settings.restart:
         # After warm-up all clipped norms are at the old threshold; only raw ones tell.
-        kept = jnp.where(is_new, clipped_norm / jnp.where(norm > 0, norm, 1.0), 1.0)
+        kept = divide(clipped_norm, jnp.where(norm > 0, norm, 1.0))
+        kept = jnp.where(is_new, kept, 1.0)
         candidate, share = norm, jnp.maximum(state.recent_share, kept)
     else:
         candidate, share = clipped_norm, jnp.ones_like(norm)
