@@ -467,7 +467,7 @@ def saved(tmp_path_factory):
         (
             {"stopper": None},
             ValueError,
-            "stop/bad_count|stop/best_eval is not there, in the checkpoint",
+            "stop/stop_counts|stop/best_params|stop/is_best is not there, in the checkpoint",
         ),
         (
             {"data": [np.zeros(2)]},
