@@ -9,7 +9,6 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_part, check_state
-from optax_guard._clipping.parts import Measurement
 from optax_guard._guarding.guard import guard
 from optax_guard._guarding.mean_gradient import (
     as_gradients,
@@ -156,7 +155,7 @@ class _Config(NamedTuple):
 
     guard: optax.GradientTransformationExtraArgs
     apply_gradients: Callable[..., tuple[optax.Params, GuardState]]
-    judge: Callable[..., tuple[Measurement, GuardState]]
+    judge: Callable[..., GuardState]
     every_k: ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
@@ -197,7 +196,7 @@ def _gather(
         state.grad_mean,
         lambda: jax.tree.map(empty_mean, updates),
     )
-    judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)[1]
+    judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)
     is_dropped = is_nonfinite(judged.skip_reason)
     kept = state.group_kept + jnp.where(is_dropped, 0, 1)
     value_mean = state.value_mean

@@ -12,7 +12,7 @@ from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
 from optax_guard._norms.statistics import GroupStats, NormStats
-from optax_guard._rows import rows_of
+from optax_guard._rows import entries_of, rows_of
 from optax_guard._transformation import parts_of
 from optax_guard._trees import first_difference, opt_state_of, outermost_states
 from optax_guard.stop._state import EarlyStoppingState
@@ -189,7 +189,8 @@ def in_new_layout(saved: Any) -> Any:
             return named
         values = {_TODAY[cls][name]: value for name, value in named.items()}
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
-        fields |= rows_of(cls, values)
+        none = next(v for k, v in values.items() if k in entries_of(cls)) * 0
+        fields |= rows_of(cls, dict.fromkeys(entries_of(cls), none) | values)
         return fields if isinstance(x, dict) else cls(**fields)
 
     def is_old(x: Any) -> bool:

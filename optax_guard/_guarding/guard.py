@@ -11,10 +11,16 @@ from jax.typing import ArrayLike
 from optax_guard._checks import check_count, check_flag
 from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
 from optax_guard._clipping.parts import ClipParts
-from optax_guard._guarding.judging import as_rules, judge_step
+from optax_guard._guarding.entries import Kept, kept_entries, told_by
+from optax_guard._guarding.judging import Judged, as_rules, judge_step, recorded
 from optax_guard._guarding.masking import counting_only
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
-from optax_guard._guarding.step import StepParts, check_same_tree, take_or_keep
+from optax_guard._guarding.step import (
+    EntryRules,
+    StepParts,
+    check_same_tree,
+    take_entries,
+)
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
 from optax_guard._trees import first_difference
@@ -144,7 +150,7 @@ def guard(
     step_parts = StepParts(
         apply_gradients,
         wrap_state=functools.partial(first_state, config),
-        judge=functools.partial(judge_step, config),
+        judge=functools.partial(_judge, config),
     )
     return transformation(init, update, step_parts)
 
@@ -187,16 +193,20 @@ def _update(
     params: optax.Params | None,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, GuardState]:
-    measured, state = judge_step(config, updates, state, params, extra_args)
+    judged = judge_step(config, updates, state, params, extra_args)
 
-    def take(updates: optax.Updates, inner_state: Any) -> tuple[Any, ...]:
-        clipped = config.clip.rescale(updates, measured)
+    def take(updates: optax.Updates, inner_state: Any) -> tuple[Any, Any]:
+        clipped = config.clip.rescale(updates, judged.measured)
         return _step_inside(config, clipped, inner_state, params, extra_args)
 
-    new_updates, inner_state = _guarded(
-        config, state, take, updates, (state.wrapped_state,)
-    )
-    return new_updates, state._replace(wrapped_state=inner_state)
+    def find(results: tuple[Any, Any], kept: tuple[Any, ...]) -> Kept:
+        new_updates, inner_state = results
+        if params is None:
+            return kept_entries(new_updates, inner_state, *kept)
+        would_be = optax.apply_updates(params, new_updates)
+        return kept_entries(would_be, inner_state, *kept)
+
+    return _guarded(config, judged, state, take, find, updates, (state.wrapped_state,))
 
 
 def _apply_gradients(
@@ -206,39 +216,59 @@ def _apply_gradients(
     grads: optax.Updates,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Params, GuardState]:
-    measured, state = judge_step(config, grads, state, params, extra_args)
+    judged = judge_step(config, grads, state, params, extra_args)
     check_same_tree(params, grads)
 
-    def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, ...]:
-        clipped = config.clip.rescale(grads, measured)
+    def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, Any]:
+        clipped = config.clip.rescale(grads, judged.measured)
         updates, inner_state = _step_inside(
             config, clipped, inner_state, params, extra_args
         )
         return optax.apply_updates(params, updates), inner_state
 
-    new_params, inner_state = _guarded(
-        config, state, take, grads, (params, state.wrapped_state)
+    def find(results: tuple[Any, Any], kept: tuple[Any, ...]) -> Kept:
+        return kept_entries(*results, kept[-1])
+
+    return _guarded(
+        config, judged, state, take, find, grads, (params, state.wrapped_state)
     )
-    return new_params, state._replace(wrapped_state=inner_state)
 
 
 def _guarded(
     config: GuardConfig,
+    judged: Judged,
     state: GuardState,
-    take: Callable[..., tuple[Any, ...]],
+    take: Callable[..., tuple[Any, Any]],
+    find: Callable[..., Kept],
     grads: optax.Updates,
     kept: tuple[Any, ...],
-) -> tuple[Any, ...]:
-    return take_or_keep(
-        state.skip_reason == SkipReason.NONE,
+) -> tuple[Any, GuardState]:
+    norm = judged.measured.norm.value
+    (first, inner_state), told = take_entries(
+        judged.reason == SkipReason.NONE,
         take,
         grads,
         kept,
+        EntryRules(find, lambda found: told_by(found, norm)),
         # Without a clip, `inner` may read the gradients in the same pass as the guard.
         # It could not if it had to wait for the verdict.
         hides_bad=config.is_clipping,
         use_cond=config.use_cond,
     )
+    records = recorded(config, judged, state, told)
+    return first, records._replace(wrapped_state=inner_state)
+
+
+def _judge(
+    config: GuardConfig,
+    updates: optax.Updates,
+    state: GuardState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> GuardState:
+    """The records of a step that is not taken by this guard."""
+    judged = judge_step(config, updates, state, params, extra_args)
+    return recorded(config, judged, state)
 
 
 def _step_inside(

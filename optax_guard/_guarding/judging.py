@@ -1,7 +1,8 @@
 """The guard's verdict on a step, from the measurements of its gradients."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 
 from optax_guard._checks import check_number, check_part, check_state
 from optax_guard._clipping.parts import Measurement
+from optax_guard._guarding.entries import Told
 from optax_guard._guarding.masking import hide
 from optax_guard._guarding.state import GuardConfig, GuardState, logged, start_rules
 from optax_guard._norms.mesh_axes import varying_axes
@@ -16,6 +18,9 @@ from optax_guard._norms.statistics import NormStats, as_float32
 from optax_guard._rows import rows_of
 from optax_guard._trees import dtype_of, increment, is_inexact
 from optax_guard.skip import Signals, SkipReason, SkipRule
+
+# Float32 cannot hold the square of more.
+_LARGEST_TO_SQUARE = math.sqrt(float(jnp.finfo(jnp.float32).max))
 
 
 def as_rules(skip: Any) -> tuple[SkipRule, ...]:
@@ -90,14 +95,36 @@ def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
     return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
 
 
+class Judged(NamedTuple):
+    """The verdict on a step, before the optimizer takes it.
+
+    Attributes:
+      measured: The measurement of the clip.
+      value: The loss, if it was given.
+      reason: int32[], a ``SkipReason``.
+      clip_state: The clip's state after the step.
+      rule_states: The rules' states after it.
+      has_vanished: bool[], whether the clip made the gradients too small to count.
+      num_leaves: How many leaves the gradients have.
+    """
+
+    measured: Measurement
+    value: jax.Array | None
+    reason: jax.Array
+    clip_state: Any
+    rule_states: tuple[Any, ...]
+    has_vanished: jax.Array
+    num_leaves: int
+
+
 def judge_step(
     config: GuardConfig,
     updates: optax.Updates,
     state: GuardState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
-) -> tuple[Measurement, GuardState]:
-    """Measures, and records the verdict; ``wrapped_state`` is still the old one."""
+) -> Judged:
+    """Measures the gradients, and decides whether the step is taken."""
     check_state("guard", state, GuardState)
     check_part(
         "guard", "skip rules", state.rule_states, lambda: start_rules(config.rules)
@@ -114,38 +141,78 @@ def judge_step(
         state.rule_states,
         state.skip_streak >= config.max_consecutive_skips,
     )
+    reason = _unless_too_large(reason, measured, clip_state.stats)
     is_skipped = reason != SkipReason.NONE
-    streak = jnp.where(is_skipped, increment(state.skip_streak), 0)
-    num_vanished = state.num_vanished
+    has_vanished = jnp.zeros((), jnp.bool_)
     if config.is_clipping:  # A clip that only measures makes nothing smaller.
         like = updates if params is None else params
         counted = like if config.mask is True else hide(config.mask, like)
-        has_vanished = is_lost_in_rounding(clip_state.stats, counted)
-        num_vanished = increment(num_vanished, ~is_skipped & has_vanished)
+        has_vanished = ~is_skipped & is_lost_in_rounding(clip_state.stats, counted)
     # The threshold steers later steps, so it must not learn from a skipped step. The
     # statistics are a record of every step.
     threshold = optax.tree.where(
         is_skipped, state.clip_state.threshold, clip_state.threshold
     )
+    return Judged(
+        measured=measured,
+        value=value,
+        reason=reason,
+        clip_state=clip_state._replace(threshold=threshold),
+        rule_states=rule_states,
+        has_vanished=has_vanished,
+        num_leaves=len(jax.tree.leaves(updates)),
+    )
+
+
+def _unless_too_large(
+    reason: jax.Array, measured: Measurement, stats: NormStats
+) -> jax.Array:
+    """The reason, or ``OVERFLOW`` where the square of the clipped norm would be one."""
+    if measured.norm.value.dtype == jnp.float64:
+        return reason
+    is_over = (reason == SkipReason.NONE) & (stats.clipped_norm > _LARGEST_TO_SQUARE)
+    return jnp.where(is_over, jnp.int32(SkipReason.OVERFLOW), reason)
+
+
+def recorded(
+    config: GuardConfig, judged: Judged, state: GuardState, told: Told | None = None
+) -> GuardState:
+    """The guard's records after the step; ``wrapped_state`` is still the old one.
+
+    Args:
+      config: The configuration.
+      judged: The verdict on the gradients.
+      state: The state before the step.
+      told: What is known of the entries that kept their old values.
+    """
+    reason, is_partial = judged.reason, jnp.zeros((), jnp.bool_)
+    if told is not None:
+        is_taken = reason == SkipReason.NONE
+        is_lost = is_taken & told.is_lost
+        is_partial = is_taken & told.is_partial & ~told.is_lost
+        reason = jnp.where(is_lost, jnp.int32(SkipReason.NONFINITE_UPDATE), reason)
+    is_skipped = reason != SkipReason.NONE
+    streak = jnp.where(is_skipped, increment(state.skip_streak), 0)
     counts = {
         "num_skipped": increment(state.num_skipped, is_skipped),
         "skip_streak": streak,
         "skip_reason": reason,
         "guard_exhausted": streak >= config.max_consecutive_skips,
-        "num_vanished": num_vanished,
+        "num_vanished": increment(state.num_vanished, judged.has_vanished),
+        "num_partial": increment(state.num_partial, is_partial),
     }
-    return measured, GuardState(
+    return GuardState(
         **rows_of(GuardState, counts),
         skip_log=logged(
             state.skip_log,
-            measured,
-            value,
+            judged.measured,
+            judged.value,
             reason,
             update=state.clip_state.stats.num_updates,
             num_skipped=state.num_skipped,
-            num_leaves=len(jax.tree.leaves(updates)),
+            num_leaves=judged.num_leaves,
         ),
-        clip_state=clip_state._replace(threshold=threshold),
-        rule_states=rule_states,
+        clip_state=judged.clip_state,
+        rule_states=judged.rule_states,
         wrapped_state=state.wrapped_state,
     )

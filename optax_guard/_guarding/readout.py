@@ -73,9 +73,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ``norm_max`` (units of the gradient), ``num_updates``, and shares of all updates
       in [0, 1]: ``clip_rate``, ``nonfinite_rate``; from ``clip_by_value`` also
       ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
-      ``units_clipped``. From a guard: ``num_skipped``,
-      ``skip_rate``, ``skip_streak``, ``skip_reason`` (a ``SkipReason``),
-      ``guard_exhausted``, ``num_vanished`` (see ``GuardState``). From ``accumulate``:
+      ``units_clipped``. From a guard: ``num_skipped``, ``skip_rate``,
+      ``skip_streak``, ``skip_reason`` (a ``SkipReason``), ``guard_exhausted``,
+      ``num_vanished``, ``num_partial`` (see ``GuardState``). From ``accumulate``:
       ``num_dropped`` micro-batches, and their share ``drop_rate``. Where there are
       several, the first in ``find_states``' order has these names, the next
       ``grad_norm_1`` and so on.
@@ -278,6 +278,7 @@ def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
             skip_reason=guard.skip_reason,
             guard_exhausted=guard.guard_exhausted,
             num_vanished=guard.num_vanished,
+            num_partial=guard.num_partial,
         )
     for i, state in enumerate(accumulating):
         add(

@@ -48,7 +48,7 @@ class SkipLog(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    """State of ``guard``. Its five scalars are attributes, and share one array.
+    """State of ``guard``. Its six scalars are attributes, and share one array.
 
     Attributes:
       skip_counts: int32[8], the row of the scalars.
@@ -67,6 +67,9 @@ class GuardState(NamedTuple):
         the gradients. If the optimizer scales its updates with the gradients, as SGD
         does, a parameter of that dtype then keeps its bits, unless its update without
         the clip would have been larger than itself. 0 after ``init``.
+      num_partial: int32[], steps taken in which some entries kept their old values,
+        because the new ones were not finite. It is read from the smallest leaves, at
+        most 1/1024 of all entries (at least a part of one leaf). 0 after ``init``.
     """
 
     skip_counts: jax.Array
@@ -80,6 +83,7 @@ class GuardState(NamedTuple):
     skip_reason = Entry("skip_counts", 2)
     guard_exhausted = Entry("skip_counts", 3, is_flag=True)
     num_vanished = Entry("skip_counts", 4)
+    num_partial = Entry("skip_counts", 5)
 
 
 class GuardConfig(NamedTuple):

@@ -1,5 +1,6 @@
 """One guarded step: a branch where a branch is free, else a mask."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import optax
 from jax import lax
 
 from optax_guard._checks import check_leaves, check_transformation
+from optax_guard._guarding.entries import Kept, Told, is_any, with_old_entries
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import parts_of
@@ -23,13 +25,13 @@ class StepParts(NamedTuple):
         new parameters and the new state.
       wrap_state: ``wrap_state(params, inner_state)`` gives the first state around the
         state of the optimizer inside.
-      judge: Of a guard: ``judge(updates, state, params, extra_args)`` gives a
-        ``Measurement`` and the state with the verdict. ``None`` for an accumulation.
+      judge: Of a guard: ``judge(updates, state, params, extra_args)`` gives the state
+        with the verdict. ``None`` for an accumulation.
     """
 
     apply_gradients: Callable[..., tuple[optax.Params, Any]]
     wrap_state: Callable[[optax.Params, Any], Any]
-    judge: Callable[..., tuple[Any, Any]] | None = None
+    judge: Callable[..., Any] | None = None
 
 
 def take_or_keep(
@@ -57,13 +59,7 @@ def take_or_keep(
     """
     # Under jit it is traced once for its shapes and for both platforms.
     take = jax.jit(take, inline=True)
-    like = jax.eval_shape(take, grads, *kept)
-
-    def keep(grads: Any, *kept: Any) -> tuple[Any, ...]:
-        del grads
-        first = len(like) - len(kept)
-        zeros = jax.tree.map(jnp.zeros_like, like[:first])
-        return (*zeros, *map(cast_like, kept, like[first:]))
+    keep = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
 
     def branch(grads: Any, *kept: Any) -> tuple[Any, ...]:
         return lax.switch(is_taken.astype(jnp.int32), [keep, take], grads, *kept)
@@ -76,6 +72,143 @@ def take_or_keep(
     if use_cond:
         return branch(grads, *kept)
     return lax.platform_dependent(grads, *kept, cpu=branch, default=mask)
+
+
+def _keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, ...]]:
+    """The step that is not taken, with results like those of the one that is."""
+    first = len(like) - num_kept
+
+    def keep(grads: Any, *kept: Any) -> tuple[Any, ...]:
+        del grads
+        zeros = jax.tree.map(jnp.zeros_like, like[:first])
+        return (*zeros, *map(cast_like, kept, like[first:]))
+
+    return keep
+
+
+# On CPU, a mask of up to so many entries costs less than a branch. Of more, the copies
+# that XLA makes for the mask cost more than a look before the step.
+_SMALL = 1 << 18
+
+
+class EntryRules(NamedTuple):
+    """How entries of a step keep their old values; see ``entries.py``.
+
+    Attributes:
+      find: ``find(results, kept)`` gives the ``Kept`` of a step.
+      tell: ``tell(found)`` gives what is recorded of it.
+    """
+
+    find: Callable[[tuple[Any, ...], tuple[Any, ...]], Kept]
+    tell: Callable[[Kept], Told]
+
+
+def take_entries(
+    is_taken: jax.Array,
+    take: Callable[..., tuple[Any, Any]],
+    grads: Any,
+    kept: tuple[Any, ...],
+    rules: EntryRules,
+    *,
+    hides_bad: bool,
+    use_cond: bool,
+) -> tuple[tuple[Any, Any], Told]:
+    """As ``take_or_keep``, but each entry is taken only if the result is finite.
+
+    Args:
+      is_taken: bool[].
+      take: The step, to parameters or updates and to the optimizer's state.
+      grads: The gradients.
+      kept: Parameters and state before the step, or the state alone.
+      rules: Which entries keep their old values.
+      hides_bad: As for ``take_or_keep``.
+      use_cond: As for ``take_or_keep``.
+
+    Returns:
+      The results, and what is told of the entries that kept their old values.
+    """
+    take = jax.jit(take, inline=True)
+    keep = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
+
+    def chosen(is_taken: Any, grads: Any, *kept: Any) -> tuple[Any, Told]:
+        results, old = take(grads, *kept), keep(grads, *kept)
+        found = rules.find(results, kept)
+        first, state = (
+            with_old_entries(*each, is_taken)
+            for each in zip(results, old, found, strict=True)
+        )
+        return (first, state), rules.tell(found)
+
+    def in_branch(grads: Any, *kept: Any) -> tuple[Any, Told]:
+        def untouched(grads: Any, *kept: Any) -> tuple[Any, Told]:
+            return keep(grads, *kept), _nothing_told(told)
+
+        told = jax.eval_shape(functools.partial(chosen, True), grads, *kept)[1]
+        branches = [untouched, functools.partial(chosen, True)]
+        return lax.switch(is_taken.astype(jnp.int32), branches, grads, *kept)
+
+    def looked_at_first(grads: Any, *kept: Any) -> tuple[Any, Told]:
+        found = rules.find(take(grads, *kept), kept)
+        is_clean, told = ~is_any(found), rules.tell(found)
+        num_first = 2 - len(kept)
+
+        def some(grads: Any, *trees: Any) -> tuple[Any, ...]:
+            def step(*trees: Any) -> tuple[Any, ...]:
+                return chosen(True, grads, *trees[num_first:])[0]
+
+            return _in_place(step, trees)
+
+        def none(grads: Any, *trees: Any) -> tuple[Any, ...]:
+            del grads
+            return trees
+
+        def all_of_them(grads: Any, *trees: Any) -> tuple[Any, ...]:
+            return take(grads, *trees[num_first:])
+
+        trees = keep(grads, *kept)
+        for is_here, act in (
+            (is_taken & ~is_clean, some),
+            (is_taken & is_clean, all_of_them),
+        ):
+            trees = lax.switch(is_here.astype(jnp.int32), [none, act], grads, *trees)
+        return trees, told
+
+    def mask(grads: Any, *kept: Any) -> tuple[Any, Told]:
+        seen = _zeros_unless(is_taken, grads) if hides_bad else grads
+        return chosen(is_taken, seen, *kept)
+
+    if use_cond:
+        return in_branch(grads, *kept)
+    if _is_small(kept):
+        return mask(grads, *kept)
+    cpu = in_branch if _is_manual() else looked_at_first
+    return lax.platform_dependent(grads, *kept, cpu=cpu, default=mask)
+
+
+def _in_place(step: Callable[..., Any], trees: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The step in a loop. XLA on CPU keeps its copies inside of the loop.
+
+    A branch with copies would make it copy in the other branch as well. XLA removes a
+    loop of one turn, so there is a second one, which changes nothing.
+    """
+
+    def turn(trees: Any, is_first: Any) -> tuple[Any, None]:
+        return optax.tree.where(is_first, step(*trees), trees), None
+
+    return lax.scan(turn, trees, jnp.array([True, False]))[0]
+
+
+def _is_small(tree: Any) -> bool:
+    return sum(x.size for x in jax.tree.leaves(tree)) <= _SMALL
+
+
+def _is_manual() -> bool:
+    """Whether devices run the step by hand; they must take one branch together."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _nothing_told(like: Told) -> Told:
+    return jax.tree.map(jnp.zeros_like, like)
 
 
 def _zeros_unless(condition: jax.Array, tree: Any) -> Any:

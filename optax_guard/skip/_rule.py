@@ -9,17 +9,33 @@ import jax
 
 
 class SkipReason(enum.IntEnum):
-    """Why a guard skipped a step. Numbers are checkpointed and never reused."""
+    """Why a guard skipped a step. Numbers are checkpointed and never reused.
+
+    Attributes:
+      NONE: The step was taken.
+      NONFINITE: The gradients hold a NaN or an infinity.
+      NONFINITE_VALUE: The loss is one.
+      NORM_ABOVE: The rule ``norm_above``.
+      SPIKE: The rule ``spike``.
+      OVERFLOW: The norm after clipping is above 1.8e19, so float32 cannot hold its
+        square, which Adam and its kin accumulate.
+      NONFINITE_UPDATE: The optimizer made non-finite parameters or moments of finite
+        gradients, and all entries that are looked at kept their old values.
+    """
 
     NONE = 0
     NONFINITE = 1
     NONFINITE_VALUE = 2
     NORM_ABOVE = 3
     SPIKE = 4
+    OVERFLOW = 5
+    NONFINITE_UPDATE = 6
 
 
 def is_nonfinite(reason: jax.Array) -> jax.Array:
-    """Whether a step was skipped for a NaN or an infinity, not by a rule.
+    """Whether a step was skipped for its gradients or its loss, not by a rule.
+
+    They held a NaN or an infinity, or were too large for float32.
 
     Args:
       reason: A ``SkipReason`` as the guard's state holds it, int32[].
@@ -33,7 +49,8 @@ def is_nonfinite(reason: jax.Array) -> jax.Array:
       >>> bool(skip.is_nonfinite(jnp.int32(skip.SkipReason.NONFINITE)))
       True
     """
-    return (reason == SkipReason.NONFINITE) | (reason == SkipReason.NONFINITE_VALUE)
+    is_of_gradients = (reason == SkipReason.NONFINITE) | (reason == SkipReason.OVERFLOW)
+    return is_of_gradients | (reason == SkipReason.NONFINITE_VALUE)
 
 
 class Signals(NamedTuple):

@@ -1,0 +1,174 @@
+"""The finite law: an entry that a step would make non-finite keeps its old value.
+
+The guard judges gradients and loss, not the optimizer. An optimizer can make a NaN of
+finite gradients: by a division by zero in float16, by a schedule, by a square that
+overflows. So the parameters and the state after the step are looked at, entry by entry.
+A parameter and its moments belong together: if one of them would not be finite, all of
+them keep their old values. Otherwise an infinite moment would be set back alone, and
+the next step would divide by it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard._norms.mesh_axes import varying_axes
+from optax_guard._trees import is_inexact
+
+# The share of the entries that is looked at to tell whether a step was lost.
+_LOOKED_AT = 1024
+# At most so many entries of a leaf, if the smallest leaf is larger than that share.
+_MOST_ENTRIES = 1024
+
+
+class Kept(NamedTuple):
+    """The entries that keep their old values, a bool array or ``None`` for each leaf.
+
+    Attributes:
+      of_params: For the leaves of the parameters, or of the updates.
+      of_state: For the leaves of the optimizer's state.
+    """
+
+    of_params: list[jax.Array | None]
+    of_state: list[jax.Array | None]
+
+
+class Told(NamedTuple):
+    """What the smallest leaves, at most 1/1024 of all entries, tell of a step.
+
+    Attributes:
+      is_lost: bool[], whether all of their entries kept their old values.
+      is_partial: bool[], whether some did.
+    """
+
+    is_lost: jax.Array
+    is_partial: jax.Array
+
+
+def kept_entries(params: Any, state: Any, old_state: Any) -> Kept:
+    """Finds the entries that a step must not change.
+
+    Args:
+      params: The parameters as they would be after the step; or the updates.
+      state: The optimizer's state after the step.
+      old_state: The state before it. Where a number that belongs to no parameter was
+        not finite, as line searches start, the optimizer knows best.
+    """
+    news, olds = jax.tree.leaves(state), jax.tree.leaves(old_state)
+    owners = _owners(params, state)
+    together = [
+        [x] if is_inexact(x) and x.size else [] for x in jax.tree.leaves(params)
+    ]
+    for owner, new in zip(owners, news, strict=True):
+        if owner is not None and together[owner] and is_inexact(new):
+            together[owner].append(new)
+    of_params = [_is_any_bad(arrays) if arrays else None for arrays in together]
+    of_state = [
+        None
+        if not (is_inexact(new) and new.size)
+        else _is_bad(new, old)
+        if owner is None or of_params[owner] is None
+        else of_params[owner]
+        for owner, new, old in zip(owners, news, olds, strict=True)
+    ]
+    return Kept(of_params, of_state)
+
+
+def with_old_entries(
+    new: Any, old: Any, kept: Sequence[jax.Array | None], is_taken: Any = True
+) -> Any:
+    """The new tree, with old entries where they are kept or the step is not taken."""
+    news, treedef = jax.tree.flatten(new)
+    chosen = [
+        _chosen(a, b, bad, is_taken)
+        for a, b, bad in zip(news, jax.tree.leaves(old), kept, strict=True)
+    ]
+    return treedef.unflatten(chosen)
+
+
+def is_any(kept: Kept) -> jax.Array:
+    """Whether any entry of any leaf is kept."""
+    found = [
+        jnp.any(bad) for bad in (*kept.of_params, *kept.of_state) if bad is not None
+    ]
+    return jnp.any(jnp.stack(found)) if found else jnp.zeros((), jnp.bool_)
+
+
+def told_by(kept: Kept, norm: jax.Array) -> Told:
+    """Looks at the smallest leaves. To look at all would be another read of all.
+
+    Devices that share the ``norm`` share what is told.
+    """
+    bad = sorted((x for x in kept.of_params if x is not None), key=lambda x: x.size)
+    if not bad:
+        return Told(jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.bool_))
+    most = sum(x.size for x in bad) // _LOOKED_AT
+    looked_at, total = [], 0
+    for x in bad:
+        total += x.size
+        if total > max(most, _MOST_ENTRIES):
+            break
+        looked_at.append(x)
+    looked_at = looked_at or [_few(bad[0])]
+    counts = [jnp.sum(x, dtype=jnp.int32) for x in looked_at]
+    num_kept = sum(counts[1:], counts[0])
+    num_all: Any = sum(x.size for x in looked_at)
+    if axes := tuple(varying_axes(num_kept) - varying_axes(norm)):
+        num_kept, num_all = jax.lax.psum((num_kept, num_all), axes)
+    return Told((num_kept == num_all) & (num_all > 0), num_kept > 0)
+
+
+def _few(x: jax.Array) -> jax.Array:
+    """Some neighbours along the last axis, without a reshape that would move them."""
+    sizes = [1] * x.ndim
+    sizes[-1] = min(x.shape[-1], _MOST_ENTRIES)
+    return jax.lax.slice(x, [0] * x.ndim, sizes)
+
+
+def _is_any_bad(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Where an entry of one of these arrays is not finite."""
+    # One comparison: XLA on CPU is slow with several. A NaN or infinity times 0 is NaN.
+    zeros = [part * 0 for x in arrays for part in _real_parts(x)]
+    return (
+        sum((x.astype(jnp.float32) for x in zeros[1:]), zeros[0].astype(jnp.float32))
+        != 0
+    )
+
+
+def _real_parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+
+def _is_bad(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Where a number of the state is not finite that was."""
+    return ~jnp.isfinite(new) & jnp.isfinite(old)
+
+
+def _chosen(new: Any, old: Any, bad: jax.Array | None, is_taken: Any) -> Any:
+    if bad is None:
+        return new if is_taken is True else jnp.where(is_taken, new, old)
+    return jnp.where(bad if is_taken is True else bad | ~is_taken, old, new)
+
+
+def _owners(params: Any, state: Any) -> list[int | None]:
+    """For each leaf of the state, which parameter it belongs to, if any.
+
+    It is the parameter of that shape with whose path the leaf's path ends: a moment of
+    ``layer/kernel`` is at ``0/mu/layer/kernel``, also under a mask or a partition.
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    by_path = {tuple(map(str, p)): (i, jnp.shape(x)) for i, (p, x) in enumerate(leaves)}
+    longest = max(map(len, by_path), default=0)
+    owners: list[int | None] = []
+    for path, leaf in jax.tree.leaves_with_path(state):
+        names = tuple(map(str, path))
+        found = None
+        for length in range(min(longest, len(names)), -1, -1):
+            i, shape = by_path.get(names[len(names) - length :], (None, None))
+            if i is not None and shape == jnp.shape(leaf):
+                found = i
+                break
+        owners.append(found)
+    return owners
