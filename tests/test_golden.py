@@ -203,7 +203,10 @@ def test_states_of_every_kind_load_and_go_on_as_they_did(expected):
     for step, (found, then) in enumerate(zip(seen, expected["steps"], strict=True)):
         for part, named in then.items():
             for name, numbers in named.items():
-                close((step, found[part][name]), (step, numbers))
+                now = found[part][name]
+                if part == "metrics":  # Later versions add some.
+                    now = {metric: now[metric] for metric in numbers}
+                close((step, now), (step, numbers))
 
 
 def test_no_kind_of_state_is_missing():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -23,7 +24,7 @@ from optax_guard._guarding.step import (
 )
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
-from optax_guard._trees import first_difference
+from optax_guard._trees import first_difference, is_inexact
 from optax_guard.skip import SkipReason, SkipRule
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
@@ -203,10 +204,17 @@ def _update(
         new_updates, inner_state = results
         if params is None:
             return kept_entries(new_updates, inner_state, *kept)
-        would_be = optax.apply_updates(params, new_updates)
+        would_be = jax.tree.map(_added, new_updates, params)
         return kept_entries(would_be, inner_state, *kept)
 
     return _guarded(config, judged, state, take, find, updates, (state.wrapped_state,))
+
+
+def _added(update: Any, param: Any) -> Any:
+    """The parameter after the update, in its dtype; a leaf without one is let be."""
+    if not is_inexact(update):
+        return update
+    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
 
 
 def _apply_gradients(

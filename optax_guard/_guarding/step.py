@@ -153,10 +153,13 @@ def take_entries(
         num_first = 2 - len(kept)
 
         def some(grads: Any, *trees: Any) -> tuple[Any, ...]:
-            def step(*trees: Any) -> tuple[Any, ...]:
-                return chosen(True, grads, *trees[num_first:])[0]
+            # XLA on CPU keeps the copies of a choice inside of a loop. A branch with
+            # copies would make it copy in the branches beside it. It removes a loop of
+            # one turn, so there is a turn before, which takes nothing.
+            def turn(trees: Any, is_taken: Any) -> tuple[Any, None]:
+                return chosen(is_taken, grads, *trees[num_first:])[0], None
 
-            return _in_place(step, trees)
+            return lax.scan(turn, trees, jnp.array([False, True]))[0]
 
         def none(grads: Any, *trees: Any) -> tuple[Any, ...]:
             del grads
@@ -183,19 +186,6 @@ def take_entries(
         return mask(grads, *kept)
     cpu = in_branch if _is_manual() else looked_at_first
     return lax.platform_dependent(grads, *kept, cpu=cpu, default=mask)
-
-
-def _in_place(step: Callable[..., Any], trees: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The step in a loop. XLA on CPU keeps its copies inside of the loop.
-
-    A branch with copies would make it copy in the other branch as well. XLA removes a
-    loop of one turn, so there is a second one, which changes nothing.
-    """
-
-    def turn(trees: Any, is_first: Any) -> tuple[Any, None]:
-        return optax.tree.where(is_first, step(*trees), trees), None
-
-    return lax.scan(turn, trees, jnp.array([True, False]))[0]
 
 
 def _is_small(tree: Any) -> bool:
