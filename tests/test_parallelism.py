@@ -154,7 +154,7 @@ def stage_loss(params: Any, x: Any, y: Any, is_split: bool, model: Any = None) -
 
 
 def pipelined(stage: Callable[..., Any], x: jax.Array) -> jax.Array:
-    """The micro-batches behind the last stage; what other devices return is none."""
+    """The micro-batches behind the last stage; only its devices return them."""
     index, num_stages = lax.axis_index("stage"), lax.axis_size("stage")
     onward = [(i, i + 1) for i in range(num_stages - 1)]
 
@@ -164,7 +164,7 @@ def pipelined(stage: Callable[..., Any], x: jax.Array) -> jax.Array:
 
     # While the last micro-batches are on their way, the first stage has none to take.
     fed = jnp.concatenate([x, jnp.zeros_like(x[: num_stages - 1])])
-    # The type of what is received varies over stages, so that of zeros must.
+    # The received array varies over stages by its type. So the zeros must, too.
     return lax.scan(tick, 0 * index * x[0], fed)[1][num_stages - 1 :]
 
 
@@ -214,7 +214,7 @@ def guarded(case: Case, axis_name: Any) -> optax.GradientTransformationExtraArgs
 
 
 class Step(NamedTuple):
-    """What a step leaves, and of what it was made."""
+    """The results of a step, and the gradients and the loss that it took."""
 
     params: Any
     state: Any
@@ -223,7 +223,7 @@ class Step(NamedTuple):
 
 
 def batches(case: Case, num_units: int) -> Any:
-    """Tokens, what they should become, and what is added to a gradient of each unit."""
+    """Tokens, targets, and a number for each unit that is added to its gradient."""
     rng = np.random.default_rng(1)
     x, y = f32(rng.normal(size=(2, STEPS, *case.rows, WIDTH)))
     fault = np.zeros((STEPS, num_units), np.float32)
@@ -243,7 +243,7 @@ def train(case: Case, tx: Any, how: str, carry: Any, batches: Any) -> Step:
         if how != "whole":
             loss = lax.psum(loss, case.summed)
         if how == "unchecked":
-            # With checks the derivative of what is replicated is that of all devices.
+            # With checks `jax.grad` adds up over devices that hold the same parameter.
             grads = {k: lax.psum(g, other_axes(case, k)) for k, g in grads.items()}
         broken = grads[case.broken]
         fault = fault.reshape(-1, *[1] * (broken.ndim - 1))
@@ -378,7 +378,7 @@ def nth(tree: Any, i: int) -> Any:
 
 def assert_as_on_one_device(name: str, steps: Step) -> None:
     case, expected = CASES[name], on_one_device(name)
-    # What only fills a device has no gradient and stays zero, or norms would differ.
+    # Experts that only fill a device have no gradient, or the norms would differ.
     cut = jax.tree.map(
         lambda x, y: np.asarray(x)[tuple(map(slice, y.shape))], steps, expected
     )
@@ -408,7 +408,7 @@ def assert_bad_step_changes_nothing(name: str, steps: Step) -> None:
 
 
 def assert_devices_agree(tree: Any) -> None:
-    """All devices hold the same bits of what several of them hold."""
+    """Where several devices hold the same part, they hold the same bits."""
     for x in jax.tree.leaves(tree):
         first: dict[str, np.ndarray] = {}
         for shard in x.addressable_shards:
@@ -514,7 +514,7 @@ def step_with(tx: Any, of_state: Callable[[Any], Any]) -> None:
 
 
 def by_first_axis(tree: Any) -> Any:
-    """Splits each array that can be, as those do who do not look what it is."""
+    """Splits each array that can be split, as a rule by shape alone does."""
     return jax.tree.map(
         lambda x: P("expert") if x.ndim and x.shape[0] % 8 == 0 else P(), tree
     )
