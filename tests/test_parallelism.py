@@ -27,7 +27,7 @@ from tests.strategies import f32, same_bits, true_norm
 WIDTH, HIDDEN = 4, 8
 STEPS, BROKEN = 6, 3
 
-# Programs this small run no faster for what LLVM does to them.
+# Optimised code would not pay: programs this small run for an instant.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
