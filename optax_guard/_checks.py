@@ -237,6 +237,17 @@ def check_state(factory: str, state: object, cls: type) -> None:
         )
 
 
+def check_whole(name: str, length: int, wanted: int) -> None:
+    """Raises if a device has only a part of a record that all devices need whole."""
+    if length != wanted:
+        raise ValueError(
+            f"`{name}` of a state must have length {wanted} on each device, got "
+            f"{length}. Under `shard_map` give the guard's and the clip's own records "
+            "`PartitionSpec()` in `in_specs` and `out_specs`; only the optimizer's "
+            "state, `wrapped_state`, is split as the parameters are."
+        )
+
+
 def check_part(factory: str, part: str, state: Any, make: Callable[[], Any]) -> None:
     """Raises unless a part of a state has the structure and shapes of ``make()``."""
     expected = jax.eval_shape(make)

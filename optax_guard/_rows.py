@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from optax_guard._checks import check_whole
+
 ROW_LENGTH = 8
 
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -57,6 +59,7 @@ class Entry:
             dtype = jnp.bool_ if self.is_flag else row.dtype
             return jax.ShapeDtypeStruct(row.shape[:-1], dtype, sharding=row.sharding)
         if isinstance(row, jax.Array):
+            check_whole(self.row, row.shape[-1], ROW_LENGTH)
             number = lax.index_in_dim(row, self.index, axis=-1, keepdims=False)
         else:  # A NumPy array, of which this is a scalar, or an `nnx.Variable`.
             number = row[..., self.index][()]

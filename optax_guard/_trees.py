@@ -53,6 +53,9 @@ def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
         return [setting(path) for path in path_names(tree)]
     if setting is None:
         return [None] * len(jax.tree.leaves(tree))
+    if not jax.tree.leaves(tree):
+        # Such as the placeholder that `optax.tree_map_params` gives to `init`.
+        return []
     try:
         return jax.tree.leaves(jax.tree.broadcast(setting, tree))
     except ValueError as error:

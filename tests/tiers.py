@@ -34,6 +34,19 @@ FULL: dict[str, set[str] | None] = {
     "test_loops": {
         "test_member_alone_is_the_member_among_others_and_none_touches_another"
     },
+    # One case of each model and of each way to split stays.
+    "test_parallelism": {
+        "test_guarded_step_adds_at_most_one_all_reduce_for_each_set_of_axes",
+        *(
+            f"test_devices_train_as_one_and_skip_together[{case}]"
+            for case in (
+                "experts on six devices-unchecked",
+                "pipeline-unchecked",
+                "split stages-checked",
+                "split stages-whole",
+            )
+        ),
+    },
     "test_scopes": {
         f"test_fault_in_one_group_spares_the_others_and_is_forgotten[quantile-{scope}]"
         for scope in ("leaf", "group")

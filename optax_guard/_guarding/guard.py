@@ -91,7 +91,8 @@ def guard(
       ``jax.pmap``, gradients that are split over devices need a clip with
       ``axis_name`` (to only measure, ``record_norm(axis_name=...)``). Average ``value``
       by ``jax.lax.pmean``, so that it is the same on all devices. All devices then
-      reach one verdict.
+      reach one verdict. In ``in_specs`` and ``out_specs`` only the ``wrapped_state`` of
+      the state is split, as it is without a guard; all else has ``PartitionSpec()``.
 
     Raises:
       TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.

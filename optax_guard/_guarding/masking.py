@@ -44,6 +44,9 @@ def hide(mask: Mask, tree: Any) -> Any:
     The other leaves keep their index, and settings that are trees still fit.
     """
     leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        # Such as the placeholder that `optax.tree_map_params` gives to `init`.
+        return tree
     hidden = [
         x if counts else jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.float0)
         for x, counts in zip(leaves, _counts(mask, tree), strict=True)

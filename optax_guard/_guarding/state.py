@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optax_guard._checks import check_whole
 from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
 from optax_guard._norms.statistics import as_float32
@@ -156,6 +157,7 @@ def logged(
       num_skipped: int32[], steps skipped before it.
       num_leaves: How many leaves the gradients have.
     """
+    check_whole("skip_log", len(log.skipped_counts), LOG_LENGTH)
     value = jnp.array(jnp.nan) if value is None else value
     entry = SkipLog(
         **rows_of(

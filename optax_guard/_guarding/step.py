@@ -218,7 +218,8 @@ def cast_like(tree: Any, like: Any) -> Any:
         if x.shape != y.shape:
             raise ValueError(
                 "`inner` must not change shapes of its state in `update`, but turned "
-                f"{x.shape} into {y.shape}. Is it a state of other parameters?"
+                f"{x.shape} into {y.shape}. Is it a state of other parameters? Under "
+                "`shard_map`, moments need the specs of their parameters."
             )
         return x if x.dtype == y.dtype else x.astype(y.dtype)
 
