@@ -86,9 +86,9 @@ def _keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, .
     return keep
 
 
-# On CPU, a mask of up to so many entries costs less than a branch. Of more, the copies
+# On CPU, a mask of up to so many gradients costs less than a branch. Of more, the copies
 # that XLA makes for the mask cost more than a look before the step.
-_SMALL = 1 << 18
+_SMALL = 1 << 17
 
 
 class EntryRules(NamedTuple):
@@ -182,7 +182,7 @@ def take_entries(
 
     if use_cond:
         return in_branch(grads, *kept)
-    if _is_small(kept):
+    if _is_small(grads):
         return mask(grads, *kept)
     cpu = in_branch if _is_manual() else looked_at_first
     return lax.platform_dependent(grads, *kept, cpu=cpu, default=mask)
