@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from optax_guard._rows import entries_of
+
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 
@@ -103,6 +105,7 @@ def missing_of_class(cls: type) -> list[str]:
     text = (inspect.getdoc(cls) or "") + "\n"
     described = entries(section(text, "Attributes")) | entries(section(text, "Args"))
     fields = set(vars(cls)["_fields"]) if issubclass(cls, tuple) else described
+    fields = fields | set(entries_of(cls))
     found = sorted(described ^ fields)
     for method in methods(cls):
         text = inspect.getdoc(method) or ""

@@ -467,7 +467,7 @@ def saved(tmp_path_factory):
         (
             {"stopper": None},
             ValueError,
-            "stop/stop_counts|stop/best_params|stop/is_best is not there, in the checkpoint",
+            r"stop/(stop_counts|best_params|is_best) is not there, in the checkpoint",
         ),
         (
             {"data": [np.zeros(2)]},

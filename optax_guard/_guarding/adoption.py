@@ -154,11 +154,15 @@ _OLD_FIELDS: dict[type[Any], str] = {
     "group_clipped_norm group_threshold group_norm_mean group_norm_var group_norm_max "
     "group_sketch",
 }
-# For each class: today's names of its fields and numbers, by their old names.
-_TODAY = {
-    cls: dict((*f.split(":"), f)[:2] for f in fields.split())
-    for cls, fields in _OLD_FIELDS.items()
-}
+
+
+def _names(fields: str) -> dict[str, str]:
+    """Today's names by the old ones."""
+    pairs = (field.partition(":") for field in fields.split())
+    return {old: now or old for old, _, now in pairs}
+
+
+_TODAY = {cls: _names(fields) for cls, fields in _OLD_FIELDS.items()}
 
 
 def in_old_layout(tree: Any) -> Any:
@@ -187,10 +191,13 @@ def in_new_layout(saved: Any) -> Any:
         cls = _class_of_old(x)
         if cls is None:
             return named
-        values = {_TODAY[cls][name]: value for name, value in named.items()}
+        values: dict[str, Any] = {
+            _TODAY[cls][name]: value for name, value in named.items()
+        }
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
-        none = next(v for k, v in values.items() if k in entries_of(cls)) * 0
-        fields |= rows_of(cls, dict.fromkeys(entries_of(cls), none) | values)
+        known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
+        zero = next(iter(known.values())) * 0  # For numbers that came later.
+        fields |= rows_of(cls, dict.fromkeys(entries_of(cls), zero) | known)
         return fields if isinstance(x, dict) else cls(**fields)
 
     def is_old(x: Any) -> bool:

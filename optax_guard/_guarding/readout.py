@@ -32,6 +32,25 @@ _WATCHING = (
 # Scalars that the states of some clips have beside it.
 _OF_CLIP = ("entries_clipped", "update_cosine", "units_clipped")
 
+_ADVICE = {
+    SkipReason.NONFINITE_UPDATE: (
+        "The gradients were finite, and the optimizer made non-finite parameters or "
+        "moments of them, so none was changed. Look at its learning rate and its "
+        "schedule, and at `eps`, which float16 rounds to 0."
+    ),
+    SkipReason.OVERFLOW: (
+        "Parameters and optimizer state are those of the last good step. The gradients "
+        "are too large for float32: clip them by `guard(tx, clip=1.0)`."
+    ),
+}
+_OTHER_ADVICE = (
+    "Parameters and optimizer state are those of the last good step. Look at "
+    "`skipped_steps(opt_state, params)` for the leaf and the steps, and at the batches "
+    "of those steps; a lower learning rate or threshold helps only if the gradients "
+    "were growing before. If the parameters hold a NaN themselves, it was there "
+    "before the guard, or something else has written it."
+)
+
 
 class GuardExhaustedError(RuntimeError):
     """The guard has skipped too many steps in a row; see ``raise_if_exhausted``."""
@@ -204,10 +223,7 @@ def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
             streak = int(np.ravel(metrics["skip_streak" + suffix])[worst])
             raise GuardExhaustedError(
                 f"The guard skipped the last {streak} step(s) in a row, the last for "
-                f"{reason.name}. Parameters and optimizer state are those of the last "
-                "good step. Look at `skipped_steps(opt_state, params)` for the leaf "
-                "and the steps, and at the batches of those steps; a lower learning "
-                "rate or threshold helps only if the gradients were growing before."
+                f"{reason.name}. {_ADVICE.get(reason, _OTHER_ADVICE)}"
             )
 
 
