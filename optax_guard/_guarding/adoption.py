@@ -197,7 +197,8 @@ def in_new_layout(saved: Any) -> Any:
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
         zero = next(iter(known.values())) * 0  # For numbers that came later.
-        fields |= rows_of(cls, dict.fromkeys(entries_of(cls), zero) | known)
+        numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
+        fields |= rows_of(cls, numbers | known)
         return fields if isinstance(x, dict) else cls(**fields)
 
     def is_old(x: Any) -> bool:
