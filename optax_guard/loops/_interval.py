@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
@@ -113,10 +114,13 @@ class Step(NamedTuple):
       train_step: The user's function. It is the same object for each run, as a bound
         method is not, so that it is traced once.
       run_step: `add_step` with it, compiled. State and interval are donated.
+      run_steps: The same for the first of stacked batches, as many as its last argument
+        says.
     """
 
     train_step: Callable[[Any, Any], Any]
     run_step: Callable[[Any, Interval, Any], tuple[Any, Interval]]
+    run_steps: Callable[[Any, Interval, Any, ArrayLike], tuple[Any, Interval]]
 
 
 @CompiledFor
@@ -130,7 +134,23 @@ def compiled_step(get_train_step: Callable[[], Any]) -> Step:
     def run_step(state: Any, interval: Interval, batch: Any) -> tuple[Any, Interval]:
         return add_step(train_step, state, interval, batch)
 
-    return Step(train_step, run_step)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def run_steps(
+        state: Any, interval: Interval, batches: Any, num_steps: jax.Array
+    ) -> tuple[Any, Interval]:
+        def add(i: jax.Array, carry: tuple[Any, Interval]) -> tuple[Any, Interval]:
+            return add_step(train_step, *carry, _taken(batches, i))
+
+        return jax.lax.fori_loop(0, num_steps, add, (state, interval))
+
+    return Step(train_step, run_step, run_steps)
+
+
+def _taken(batches: Any, i: jax.Array) -> Any:
+    """The batch at a place among stacked ones."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches
+    )
 
 
 def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:

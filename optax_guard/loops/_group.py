@@ -1,0 +1,122 @@
+"""Several steps in one dispatch, where a dispatch takes longer than a step."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+# A state or batch with more bytes is at work for longer than its dispatch takes.
+_MOST_STATE_BYTES = 1 << 19
+_MOST_WAITING_BYTES = 1 << 18
+# With more steps the rest of a dispatch is below a tenth of a microsecond a step.
+_MOST_STEPS = 32
+# Where batches come slowly, the device must not wait for a group of them.
+_MOST_SECONDS = 1e-3
+
+
+class Group:
+    """Batches that wait to be dispatched together.
+
+    A group of one kind of batch always has room for the same number, and one program
+    takes the number that wait as an argument. So a step gives the same bits in whatever
+    company it is dispatched, and the clock may decide when.
+
+    Args:
+      most_steps: Largest number of batches that may wait.
+
+    Attributes:
+      size: Number of batches that wait.
+    """
+
+    def __init__(self, most_steps: int):
+        self.size = 0
+        self._most_steps = min(most_steps, _MOST_STEPS)
+        self._room = 0
+        self._structure: Any = None
+        self._stacked: list[np.ndarray] = []
+        self._opened_at = 0.0
+
+    def add(self, batch: Any) -> bool:
+        """Copies the batch, if it is of the kind of those that wait."""
+        leaves, structure = jax.tree.flatten(batch)
+        if self.size == 0:
+            if not self._open(leaves):
+                return False
+            self._structure = structure
+        elif structure != self._structure or not self._fit(leaves):
+            return False
+        for stack, leaf in zip(self._stacked, leaves, strict=True):
+            stack[self.size] = leaf
+        self.size += 1
+        return True
+
+    def is_due(self) -> bool:
+        """Whether there is no more room, or the first batch has waited for long."""
+        is_full = self.size == self._room
+        return is_full or time.perf_counter() - self._opened_at > _MOST_SECONDS
+
+    def take(self) -> tuple[Any, np.int32]:
+        """The stacked batches, and how many they are. Then none waits."""
+        batches = jax.tree.unflatten(self._structure, self._stacked)
+        size, self.size = self.size, 0
+        # The program may read its arguments in place, so they are not used again.
+        self._stacked = []
+        return batches, np.int32(size)
+
+    def _open(self, leaves: list[Any]) -> bool:
+        # A number of Python has a weak type, which a stack of them would not have.
+        # Arrays on a device would have to be stacked there, in one more dispatch.
+        if not all(_is_numpy(leaf) for leaf in leaves):
+            return False
+        num_bytes = sum(leaf.nbytes for leaf in leaves)
+        self._room = min(self._most_steps, _MOST_WAITING_BYTES // max(1, num_bytes))
+        if self._room < 2:
+            return False
+        self._stacked = [np.empty((self._room, *x.shape), x.dtype) for x in leaves]
+        self._opened_at = time.perf_counter()
+        return True
+
+    def _fit(self, leaves: list[Any]) -> bool:
+        for stack, leaf in zip(self._stacked, leaves, strict=True):
+            if not _is_numpy(leaf):
+                return False
+            if leaf.dtype != stack.dtype or leaf.shape != stack.shape[1:]:
+                return False
+        return True
+
+
+def open_group(
+    train_step: Callable[[Any, Any], Any], state: Any, batch: Any, eval_every: int
+) -> Group | None:
+    """A group for the steps of a run, or ``None`` if each is dispatched alone.
+
+    This depends on sizes and settings alone, not on the time that steps take: the run
+    would else not be the same to the last bit each time.
+
+    Args:
+      train_step: The function that the run traces.
+      state: The train state.
+      batch: The first batch.
+      eval_every: Steps between evaluations. A group ends at each.
+    """
+    leaves = jax.tree.leaves(state)
+    if sum(leaf.nbytes for leaf in leaves) > _MOST_STATE_BYTES:
+        return None
+    devices = set().union(*(leaf.sharding.device_set for leaf in leaves))
+    # An accelerator is at work while the host dispatches the next step, and a loop over
+    # a number of steps that the compiler does not know may wait for the host.
+    if len(devices) != 1 or next(iter(devices)).platform != "cpu":
+        return None
+    config: Any = jax.config
+    if config.jax_disable_jit or config.jax_debug_nans or config.jax_debug_infs:
+        return None  # Each step is looked at.
+    # With callbacks or prints, users see when a step runs.
+    if jax.jit(train_step).trace(state, batch).jaxpr.effects:
+        return None
+    return Group(eval_every) if eval_every > 1 else None
+
+
+def _is_numpy(leaf: Any) -> bool:
+    return type(leaf) is np.ndarray or isinstance(leaf, np.generic | np.memmap)
