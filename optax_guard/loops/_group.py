@@ -1,10 +1,11 @@
 """Several steps in one dispatch, where a dispatch takes longer than a step."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Set
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # A state or batch with more bytes is at work for longer than its dispatch takes.
@@ -16,6 +17,21 @@ _MOST_STEPS = 32
 _MOST_SECONDS = 1e-3
 
 
+class Apart(NamedTuple):
+    """The arrays of one leaf that lie on the device, one for each batch."""
+
+    arrays: list[jax.Array]
+
+
+def stacked(batches: Any) -> Any:
+    """The batches of a group along a leading axis."""
+    return jax.tree.map(
+        lambda x: jnp.stack(x.arrays) if isinstance(x, Apart) else x,
+        batches,
+        is_leaf=lambda x: isinstance(x, Apart),
+    )
+
+
 class Group:
     """Batches that wait to be dispatched together.
 
@@ -25,30 +41,38 @@ class Group:
 
     Args:
       most_steps: Largest number of batches that may wait.
+      devices: The devices of the state.
 
     Attributes:
       size: Number of batches that wait.
     """
 
-    def __init__(self, most_steps: int):
+    def __init__(self, most_steps: int, devices: Set[Any]):
         self.size = 0
         self._most_steps = min(most_steps, _MOST_STEPS)
+        self._devices = devices
         self._room = 0
         self._structure: Any = None
-        self._stacked: list[np.ndarray] = []
+        self._first: list[Any] = []
+        self._columns: list[np.ndarray | Apart] = []
         self._opened_at = 0.0
 
     def add(self, batch: Any) -> bool:
-        """Copies the batch, if it is of the kind of those that wait."""
+        """Takes the batch, if it is of the kind of those that wait.
+
+        An array of NumPy is copied, because the user may write the next into it.
+        """
         leaves, structure = jax.tree.flatten(batch)
         if self.size == 0:
-            if not self._open(leaves):
+            if not self._open(leaves, structure):
                 return False
-            self._structure = structure
         elif structure != self._structure or not self._fit(leaves):
             return False
-        for stack, leaf in zip(self._stacked, leaves, strict=True):
-            stack[self.size] = leaf
+        for column, leaf in zip(self._columns, leaves, strict=True):
+            if isinstance(column, Apart):
+                column.arrays.append(leaf)
+            else:
+                column[self.size] = leaf
         self.size += 1
         return True
 
@@ -58,31 +82,49 @@ class Group:
         return is_full or time.perf_counter() - self._opened_at > _MOST_SECONDS
 
     def take(self) -> tuple[Any, np.int32]:
-        """The stacked batches, and how many they are. Then none waits."""
-        batches = jax.tree.unflatten(self._structure, self._stacked)
+        """The batches for `stacked`, and how many they are. Then none waits."""
+        for column in self._columns:
+            if isinstance(column, Apart):
+                # The program has room for all.
+                column.arrays.extend(column.arrays[-1:] * (self._room - self.size))
+        batches = jax.tree.unflatten(self._structure, self._columns)
         size, self.size = self.size, 0
         # The program may read its arguments in place, so they are not used again.
-        self._stacked = []
+        self._columns, self._first = [], []
         return batches, np.int32(size)
 
-    def _open(self, leaves: list[Any]) -> bool:
-        # A number of Python has a weak type, which a stack of them would not have.
-        # Arrays on a device would have to be stacked there, in one more dispatch.
-        if not all(_is_numpy(leaf) for leaf in leaves):
+    def _open(self, leaves: list[Any], structure: Any) -> bool:
+        if not all(self._is_suited(leaf) for leaf in leaves):
             return False
         num_bytes = sum(leaf.nbytes for leaf in leaves)
         self._room = min(self._most_steps, _MOST_WAITING_BYTES // max(1, num_bytes))
         if self._room < 2:
             return False
-        self._stacked = [np.empty((self._room, *x.shape), x.dtype) for x in leaves]
+        self._structure, self._first = structure, leaves
+        # A place that no batch fills is 0: JAX may cast it, and a cast may overflow.
+        self._columns = [
+            Apart([])
+            if isinstance(leaf, jax.Array)
+            else np.zeros((self._room, *leaf.shape), leaf.dtype)
+            for leaf in leaves
+        ]
         self._opened_at = time.perf_counter()
         return True
 
+    def _is_suited(self, leaf: Any) -> bool:
+        # A weak type, as a number of Python has, would be lost in a stack.
+        if isinstance(leaf, jax.Array):
+            is_weak = getattr(leaf, "weak_type", False)  # A key has no such field.
+            return not is_weak and leaf.sharding.device_set == self._devices
+        return type(leaf) is np.ndarray or isinstance(leaf, np.generic | np.memmap)
+
     def _fit(self, leaves: list[Any]) -> bool:
-        for stack, leaf in zip(self._stacked, leaves, strict=True):
-            if not _is_numpy(leaf):
+        for first, leaf in zip(self._first, leaves, strict=True):
+            if type(leaf) is not type(first):
                 return False
-            if leaf.dtype != stack.dtype or leaf.shape != stack.shape[1:]:
+            if leaf.dtype != first.dtype or leaf.shape != first.shape:
+                return False
+            if isinstance(leaf, jax.Array) and not self._is_suited(leaf):
                 return False
         return True
 
@@ -115,8 +157,4 @@ def open_group(
     # With callbacks or prints, users see when a step runs.
     if jax.jit(train_step).trace(state, batch).jaxpr.effects:
         return None
-    return Group(eval_every) if eval_every > 1 else None
-
-
-def _is_numpy(leaf: Any) -> bool:
-    return type(leaf) is np.ndarray or isinstance(leaf, np.generic | np.memmap)
+    return Group(eval_every, devices) if eval_every > 1 else None

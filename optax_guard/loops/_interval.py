@@ -13,6 +13,7 @@ from optax_guard._guarding.state import GuardState
 from optax_guard._norms.statistics import NormStats
 from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor
+from optax_guard.loops._group import stacked
 
 # Skipped steps, and the micro-batches that an accumulation has dropped.
 _TOTALS = ("num_skipped", "num_dropped")
@@ -114,8 +115,8 @@ class Step(NamedTuple):
       train_step: The user's function. It is the same object for each run, as a bound
         method is not, so that it is traced once.
       run_step: `add_step` with it, compiled. State and interval are donated.
-      run_steps: The same for the first of stacked batches, as many as its last argument
-        says.
+      run_steps: The same for the first batches of a `Group`, as many as its last
+        argument says.
     """
 
     train_step: Callable[[Any, Any], Any]
@@ -138,19 +139,26 @@ def compiled_step(get_train_step: Callable[[], Any]) -> Step:
     def run_steps(
         state: Any, interval: Interval, batches: Any, num_steps: jax.Array
     ) -> tuple[Any, Interval]:
-        def add(i: jax.Array, carry: tuple[Any, Interval]) -> tuple[Any, Interval]:
-            return add_step(train_step, *carry, _taken(batches, i))
-
-        return jax.lax.fori_loop(0, num_steps, add, (state, interval))
+        return _add_steps(train_step, state, interval, batches, num_steps)
 
     return Step(train_step, run_step, run_steps)
 
 
-def _taken(batches: Any, i: jax.Array) -> Any:
-    """The batch at a place among stacked ones."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches
-    )
+def _add_steps(
+    train_step: Callable[[Any, Any], Any],
+    state: Any,
+    interval: Interval,
+    batches: Any,
+    num_steps: jax.Array,
+) -> tuple[Any, Interval]:
+    batches = stacked(batches)
+
+    def add(i: jax.Array, carry: tuple[Any, Interval]) -> tuple[Any, Interval]:
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        return add_step(train_step, *carry, jax.tree.map(take, batches))
+
+    # The number is traced, so the compiler makes one loop for all numbers.
+    return jax.lax.fori_loop(0, num_steps, add, (state, interval))
 
 
 def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
