@@ -14,6 +14,7 @@ import optax_guard as og
 from optax_guard.flax import TrainState, fit
 from optax_guard.loops import _group
 from optax_guard.loops._group import Group, open_group, stacked
+from optax_guard.loops._interval import compiled_step, first_interval
 
 GUARDED = og.guard(optax.adam(0.1), clip=0.5)
 HERE = set(jax.devices()[:1])
@@ -50,7 +51,7 @@ def by_hand(batches, num_steps, dtype: Any = jnp.float32, step: Any = train_step
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The sizes of the groups that were dispatched; no batch waits too long."""
+    """The sizes of the groups that were dispatched; nothing takes too long."""
     found = []
     take = Group.take
 
@@ -61,6 +62,7 @@ def sizes(monkeypatch):
 
     monkeypatch.setattr(Group, "take", recorded)
     monkeypatch.setattr(_group, "_MOST_SECONDS", np.inf)
+    monkeypatch.setattr(_group, "_SLOW_SECONDS", np.inf)
     return found
 
 
@@ -199,6 +201,40 @@ def test_batch_that_has_waited_a_millisecond_is_dispatched(monkeypatch):
     np.testing.assert_array_equal(stacked(batches)[:3], [targets(0)] * 3)
     # JAX may cast these places too, and what lies in fresh memory may overflow.
     np.testing.assert_array_equal(stacked(batches)[3:], 0)
+
+
+def test_groups_become_small_where_the_host_waits_for_long_and_large_again(
+    sizes, monkeypatch
+):
+    def batches(step):
+        if step == 128:
+            monkeypatch.setattr(_group, "_SLOW_SECONDS", np.inf)
+        return targets(step)
+
+    # The first two are under way when the host waits for the first time.
+    monkeypatch.setattr(_group, "_SLOW_SECONDS", -1.0)
+    result: Any = fit(made(), train_step, batches, num_steps=170, eval_every=170)
+    assert sizes == [32, 32, 32, 16, 8, 4, 2, *[1] * 3, 2, 4, 8, 16, 11]
+    state, _ = by_hand(targets, 170)
+    np.testing.assert_allclose(result.state.params["w"], state.params["w"], rtol=1e-5)
+
+
+def test_group_is_under_way_until_its_steps_are_done():
+    @jax.jit
+    def slow_step(state, x):
+        matrix = jnp.full((400, 400), jnp.sum(x)) * state["w"]
+        matrix = jax.lax.fori_loop(0, 100, lambda i, a: (a @ a) * 1e-3, matrix)
+        return {"w": jnp.minimum(matrix[0, 0], 1.0)}, 0.0
+
+    step = compiled_step(slow_step)
+    batches, state = np.ones((2, 3), np.float32), {"w": jnp.zeros(())}
+    interval = first_interval(step.train_step, state, batches[0])
+    # The first call compiles.
+    state, interval, done = step.run_steps(state, interval, batches, np.int32(2))
+    done.block_until_ready()
+    assert state["w"].is_ready()
+    _, _, done = step.run_steps(state, interval, batches, np.int32(2))
+    assert not done.is_ready()
 
 
 def test_no_group_where_each_step_is_seen_or_none_would_gain(mesh):

@@ -15,6 +15,10 @@ _MOST_WAITING_BYTES = 1 << 18
 _MOST_STEPS = 32
 # Where batches come slowly, the device must not wait for a group of them.
 _MOST_SECONDS = 1e-3
+# Groups under way, so that a Ctrl-C need not wait for many. With two the device has
+# work while the host waits for the first, and where that takes long, smaller groups do.
+_MOST_UNDER_WAY = 2
+_SLOW_SECONDS = 5e-3
 
 
 class Apart(NamedTuple):
@@ -49,13 +53,14 @@ class Group:
 
     def __init__(self, most_steps: int, devices: Set[Any]):
         self.size = 0
-        self._most_steps = min(most_steps, _MOST_STEPS)
+        self._most_steps = self._limit = min(most_steps, _MOST_STEPS)
         self._devices = devices
         self._room = 0
         self._structure: Any = None
         self._first: list[Any] = []
         self._columns: list[np.ndarray | Apart] = []
         self._opened_at = 0.0
+        self._under_way: list[jax.Array] = []
 
     def add(self, batch: Any) -> bool:
         """Takes the batch, if it is of the kind of those that wait.
@@ -77,8 +82,8 @@ class Group:
         return True
 
     def is_due(self) -> bool:
-        """Whether there is no more room, or the first batch has waited for long."""
-        is_full = self.size == self._room
+        """Whether the group is full, or its first batch has waited for long."""
+        is_full = self.size >= min(self._room, self._limit)
         return is_full or time.perf_counter() - self._opened_at > _MOST_SECONDS
 
     def take(self) -> tuple[Any, np.int32]:
@@ -92,6 +97,21 @@ class Group:
         # The program may read its arguments in place, so they are not used again.
         self._columns, self._first = [], []
         return batches, np.int32(size)
+
+    def wait(self) -> None:
+        """Waits until few enough groups are under way to dispatch the next."""
+        if len(self._under_way) < _MOST_UNDER_WAY:
+            return
+        began = time.perf_counter()
+        self._under_way.pop(0).block_until_ready()
+        if time.perf_counter() - began > _SLOW_SECONDS:
+            self._limit = max(1, self._limit // 2)
+        else:
+            self._limit = min(self._most_steps, 2 * self._limit)
+
+    def follow(self, done: jax.Array) -> None:
+        """Counts a group as under way until this array is there."""
+        self._under_way.append(done)
 
     def _open(self, leaves: list[Any], structure: Any) -> bool:
         if not all(self._is_suited(leaf) for leaf in leaves):

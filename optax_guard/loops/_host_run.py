@@ -160,9 +160,11 @@ def _dispatch_group(run: HostRun) -> None:
         return
     assert run.interval is not None
     batches, size = run.group.take()
-    run.state, run.interval = run.plan.step.run_steps(
+    run.group.wait()
+    run.state, run.interval, done = run.plan.step.run_steps(
         run.state, run.interval, batches, size
     )
+    run.group.follow(done)
     for _ in range(size):
         run.step += 1
         run.display.advance(1)

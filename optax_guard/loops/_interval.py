@@ -116,12 +116,12 @@ class Step(NamedTuple):
         method is not, so that it is traced once.
       run_step: `add_step` with it, compiled. State and interval are donated.
       run_steps: The same for the first batches of a `Group`, as many as its last
-        argument says.
+        argument says. It also returns an array that is there when they are done.
     """
 
     train_step: Callable[[Any, Any], Any]
     run_step: Callable[[Any, Interval, Any], tuple[Any, Interval]]
-    run_steps: Callable[[Any, Interval, Any, ArrayLike], tuple[Any, Interval]]
+    run_steps: Callable[[Any, Interval, Any, ArrayLike], tuple[Any, Interval, Any]]
 
 
 @CompiledFor
@@ -138,8 +138,10 @@ def compiled_step(get_train_step: Callable[[], Any]) -> Step:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def run_steps(
         state: Any, interval: Interval, batches: Any, num_steps: jax.Array
-    ) -> tuple[Any, Interval]:
-        return _add_steps(train_step, state, interval, batches, num_steps)
+    ) -> tuple[Any, Interval, Any]:
+        new = _add_steps(train_step, state, interval, batches, num_steps)
+        # A copy, because JAX may hand out an argument itself, which is there at once.
+        return *new, jnp.copy(num_steps)
 
     return Step(train_step, run_step, run_steps)
 
