@@ -202,8 +202,11 @@ def members_by_population(members: Any) -> list[int]:
     return result.num_rows.tolist()
 
 
-def batched_steps(n: int, num_steps: int = 1000) -> Callable[[], Any]:
-    """Steps of n members side by side, without loop, evaluation or stopper."""
+def steps_of_many(n: int, each: Any, num_steps: int = 1000) -> Callable[[], Any]:
+    """Steps of n members, without evaluation or stopper.
+
+    `each` turns the function of a member into that of all: side by side or in turn.
+    """
     members = jax.tree.map(jnp.asarray, make_members(n))
     data, order, _ = ON_DEVICE
 
@@ -214,8 +217,15 @@ def batched_steps(n: int, num_steps: int = 1000) -> Callable[[], Any]:
         return jax.lax.fori_loop(0, num_steps, body, state)
 
     states = jax.vmap(make_state)(members["seed"], members["rate"])
-    run = jax.jit(jax.vmap(steps_of))
+    run = jax.jit(each(steps_of))
     return lambda: jax.block_until_ready(run(states, members["shift"]))
+
+
+def one_after_another(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *inputs: jax.lax.map(lambda each: function(*each), inputs)
+
+
+WAYS = {"side by side": jax.vmap, "one after another": one_after_another}
 
 
 def in_turns(
@@ -331,14 +341,14 @@ def main() -> None:
             )
         )
     # What a population can gain at most: how much less a step costs in company.
-    sizes = 1, 4, 16
-    rows = in_turns({f"{n} members": batched_steps(n) for n in sizes}, args.rounds)
-    print("\nOne step of n members side by side")
+    cases = [(n, way) for way in WAYS for n in (1, 4, 16)]
+    runs = {f"{n}, {way}": steps_of_many(n, WAYS[way]) for n, way in cases}
+    print("\nOne step of n members")
     alone = []
-    for n, row in zip(sizes, rows, strict=True):
+    for (n, way), row in zip(cases, in_turns(runs, args.rounds), strict=True):
         microseconds = 1e3 * row["seconds"]  # It was a thousand steps.
-        alone.append({"members": n, "microseconds": round(microseconds, 1)})
-        print(f"{n:4} members: {microseconds:6.0f} microseconds")
+        alone.append({"members": n, "way": way, "microseconds": round(microseconds, 1)})
+        print(f"{n:4} members, {way}: {microseconds:6.0f} microseconds")
     packages = "jax", "flax", "optax", "scikit-learn"
     found = {
         "versions": {name: version(name) for name in packages},

@@ -58,6 +58,14 @@ def fit(
     stopper keeps the parameters of the best evaluation. An exhausted guard is noticed
     at the same time.
 
+    On a CPU a dispatch takes longer than a small step. If the state has at most 512
+    KiB, up to 32 steps are dispatched together, with at most 256 KiB of batches. These
+    are arrays of NumPy or on the device; numbers of Python are not grouped. A group
+    ends at each evaluation, where the shape changes, and when its first batch has
+    waited for a millisecond. No number depends on this, because one program runs groups
+    of all sizes. A step with callbacks or prints is dispatched alone. Do not donate or
+    delete a batch on the device before the next evaluation.
+
     With a checkpointer, the device waits at each evaluation until it is read and saved.
     The best parameters are then only on disk, and the run stops at the evaluation that
     says so. If the directory holds a checkpoint, the run resumes

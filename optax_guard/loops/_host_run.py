@@ -20,6 +20,7 @@ from optax_guard.loops._evaluation import (
     evaluate_point,
     tracked,
 )
+from optax_guard.loops._group import Group, open_group
 from optax_guard.loops._host import END, Interrupt, Record, agree
 from optax_guard.loops._inputs import on_mesh, warn_of_end
 from optax_guard.loops._interval import Interval, Step, first_interval
@@ -89,6 +90,8 @@ class HostRun:
       clock: Seconds on the host's clock at the last evaluation.
       interval: Sums since the last evaluation; ``None`` before the first batch.
       origins: The search for the origins of skipped steps, or ``None``.
+      group: The batches that wait for their dispatch; ``None`` before the first batch,
+        and if each is dispatched alone.
     """
 
     plan: Plan
@@ -106,29 +109,65 @@ class HostRun:
     clock: float = dataclasses.field(default_factory=lambda: time.monotonic())
     interval: Interval | None = None
     origins: SkipOrigins | None = None
+    group: Group | None = None
 
 
 def train_interval(run: HostRun) -> None:
     """Dispatches the steps up to the next evaluation, or to a Ctrl-C."""
-    plan, display = run.plan, run.display
-    batch_at, run_step = plan.batch_at, plan.step.run_step
-    until = min(run.num_steps, (run.step // plan.eval_every + 1) * plan.eval_every)
-    while run.step < until and not run.interrupt.requested:
-        batch = batch_at(run.step + run.rewound.data_offset)
-        if batch is END:
-            warn_of_end(run.step, run.num_steps, is_empty=run.interval is None)
-            run.num_steps = run.step
+    plan = run.plan
+    batch_at, first = plan.batch_at, run.step
+    until = min(run.num_steps, (first // plan.eval_every + 1) * plan.eval_every)
+    for step in range(first, until):
+        if run.interrupt.requested:
             break
-        interval = run.interval
-        if interval is None:
-            check_leaves("batches", batch)
-            interval = first_interval(plan.step.train_step, run.state, batch)
-            run.state, run.stop, interval = on_mesh(
-                (run.state, run.stop, interval), batch
-            )
-        run.state, run.interval = run_step(run.state, interval, batch)
+        batch = batch_at(step + run.rewound.data_offset)
+        if batch is END:
+            warn_of_end(step, run.num_steps, is_empty=run.interval is None)
+            run.num_steps = step
+            break
+        if run.interval is None:
+            _prepare(run, batch)
+        group = run.group
+        if group is None or not group.add(batch):
+            _dispatch_group(run)
+            # Of another kind than those before, it may open a group.
+            if group is None or not group.add(batch):
+                _dispatch_alone(run, batch)
+        elif group.is_due():
+            _dispatch_group(run)
+    _dispatch_group(run)
+
+
+def _prepare(run: HostRun, batch: Any) -> None:
+    """Checks the first batch, and makes the interval and the group for its kind."""
+    train_step = run.plan.step.train_step
+    check_leaves("batches", batch)
+    interval = first_interval(train_step, run.state, batch)
+    run.state, run.stop, run.interval = on_mesh((run.state, run.stop, interval), batch)
+    run.group = open_group(train_step, run.state, batch, run.plan.eval_every)
+
+
+def _dispatch_alone(run: HostRun, batch: Any) -> None:
+    assert run.interval is not None  # The first batch makes it.
+    run.state, run.interval = run.plan.step.run_step(run.state, run.interval, batch)
+    run.step += 1
+    run.display.advance(1)
+
+
+def _dispatch_group(run: HostRun) -> None:
+    """Dispatches the batches that wait, if any."""
+    if run.group is None or run.group.size == 0:
+        return
+    assert run.interval is not None
+    batches, size = run.group.take()
+    run.group.wait()
+    run.state, run.interval, done = run.plan.step.run_steps(
+        run.state, run.interval, batches, size
+    )
+    run.group.follow(done)
+    for _ in range(size):
         run.step += 1
-        display.advance(1)
+        run.display.advance(1)
 
 
 def ending_after_steps(run: HostRun) -> Ending | None:

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
 from optax_guard._norms.statistics import NormStats
 from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor
+from optax_guard.loops._group import stacked
 
 # Skipped steps, and the micro-batches that an accumulation has dropped.
 _TOTALS = ("num_skipped", "num_dropped")
@@ -113,10 +115,13 @@ class Step(NamedTuple):
       train_step: The user's function. It is the same object for each run, as a bound
         method is not, so that it is traced once.
       run_step: `add_step` with it, compiled. State and interval are donated.
+      run_steps: The same for the first batches of a `Group`, as many as its last
+        argument says. It also returns an array that is there when they are done.
     """
 
     train_step: Callable[[Any, Any], Any]
     run_step: Callable[[Any, Interval, Any], tuple[Any, Interval]]
+    run_steps: Callable[[Any, Interval, Any, ArrayLike], tuple[Any, Interval, Any]]
 
 
 @CompiledFor
@@ -130,7 +135,32 @@ def compiled_step(get_train_step: Callable[[], Any]) -> Step:
     def run_step(state: Any, interval: Interval, batch: Any) -> tuple[Any, Interval]:
         return add_step(train_step, state, interval, batch)
 
-    return Step(train_step, run_step)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def run_steps(
+        state: Any, interval: Interval, batches: Any, num_steps: jax.Array
+    ) -> tuple[Any, Interval, Any]:
+        new = _add_steps(train_step, state, interval, batches, num_steps)
+        # A copy, because JAX may hand out an argument itself, which is there at once.
+        return *new, jnp.copy(num_steps)
+
+    return Step(train_step, run_step, run_steps)
+
+
+def _add_steps(
+    train_step: Callable[[Any, Any], Any],
+    state: Any,
+    interval: Interval,
+    batches: Any,
+    num_steps: jax.Array,
+) -> tuple[Any, Interval]:
+    batches = stacked(batches)
+
+    def add(i: jax.Array, carry: tuple[Any, Interval]) -> tuple[Any, Interval]:
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        return add_step(train_step, *carry, jax.tree.map(take, batches))
+
+    # The number is traced, so the compiler makes one loop for all numbers.
+    return jax.lax.fori_loop(0, num_steps, add, (state, interval))
 
 
 def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
