@@ -125,7 +125,9 @@ def clip_by_value(
         del params, extra_args
         check_state("clip_by_value", state, ClipByValueState)
         norm = tree_norm(updates, None, axis_name)
-        effect = effect_of_clipping(updates, bounds, norm.value, axis_name)
+        effect = effect_of_clipping(
+            updates, bounds, norm.value, axis_name, min_value is None
+        )
         is_finite = jnp.isfinite(norm.value)
         stats = update_stats(
             state.stats,
