@@ -42,6 +42,9 @@ def sums_at_once(
         return tuple(map(add_pairwise, zip(*sums, strict=True)))
 
     def on_cpu(*leaves: jax.Array) -> Sums:
+        # XLA would widen half precision once, for the norm and for these sums, and
+        # keep all leaves in float32 between them.
+        leaves = lax.optimization_barrier(leaves)
         return _on_cpu(alike(zip(roles, leaves, strict=True)), terms, depth)
 
     return lax.platform_dependent(*leaves, cpu=on_cpu, default=elsewhere)
