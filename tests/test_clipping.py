@@ -645,6 +645,64 @@ def test_value_clip_and_its_measures_are_right(bounds, size):
         assert int(state.stats.num_clipped) == (share > 0)
 
 
+def values_clipped(bound: Any, grads: Any) -> tuple[Any, Any]:
+    tx: Any = og.clip_by_value(bound)
+    return jax.jit(tx.update)(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("bound", [1e-25, 1e-10, 0.5, 1.0, 1e10, 1e38, 3e38])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20, 3.3e38])
+def test_value_clip_about_zero_and_its_measures_are_right(bound, size):
+    entries = f32([0.3, -0.9, 0.05, -0.01]) * f32(size)
+    tree = [entries[:3], entries[3:]]
+    clipped, norm, share, cosine = value_oracle(tree, -bound, bound)
+    out, state = values_clipped(f32(bound), tree)
+    for got, want in zip(out, clipped, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert float(state.entries_clipped) == pytest.approx(share)
+    assert float(state.stats.clipped_norm) == pytest.approx(norm, rel=1e-6, abs=0)
+    assert float(state.update_cosine) == pytest.approx(cosine, rel=1e-6, abs=0)
+
+
+# Leaves of less than a block of sums, of whole blocks, and with a rest; seven alike.
+SIZES_OF_LEAVES = {
+    "a block": [1024],
+    "a rest": [1, 1021],
+    "both": [5000, 5003],
+    "many": [5000, 77] * 7,
+    "a million": [1_000_003],
+}
+
+
+@pytest.mark.parametrize("low", [None, -10.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES_OF_LEAVES.values(), ids=SIZES_OF_LEAVES)
+def test_measures_of_a_value_clip_are_right_where_most_entries_are_clipped(
+    sizes, dtype, low
+):
+    rng = np.random.default_rng(0)
+    for bound, share in ((0.05, 1.0), (0.077, 1.0), (0.0503, 0.9)):
+        tree = [np.where(rng.random(n) < share, 0.1, 0.01).astype(dtype) for n in sizes]
+        _, norm, share, cosine = value_oracle(tree, low or -bound, bound)
+        tx: Any = og.clip_by_value(bound, min_value=low)
+        _, state = run_once(tx, tree)
+        assert float(state.entries_clipped) == pytest.approx(share, rel=1e-6, abs=0)
+        assert float(state.stats.clipped_norm) == pytest.approx(norm, rel=1e-6, abs=0)
+        assert float(state.update_cosine) == pytest.approx(cosine, rel=1e-6, abs=0)
+
+
+def test_bound_of_each_dtype_counts_in_the_measures_of_a_value_clip():
+    # Float16 has no 1e6 and no 1e-9: it has infinity, and zero.
+    for bound, entry in ((1e6, 3e6), (1e-9, 3e-9)):
+        tree = [f32([entry, -entry / 8]), np.array([2.0, -6e4], np.float16)]
+        with np.errstate(over="ignore"):
+            _, norm, share, cosine = value_oracle(tree, -bound, bound)
+        _, state = values_clipped(bound, tree)
+        assert state.entries_clipped == share
+        assert float(state.stats.clipped_norm) == pytest.approx(norm, rel=1e-6, abs=0)
+        assert float(state.update_cosine) == pytest.approx(cosine, rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_value_clip_in_half_precision(dtype):
     grads = np.array([3.0, -0.5, -60000.0, 0.25]).astype(dtype)
@@ -763,8 +821,24 @@ def test_kernels_of_a_value_clip_do_not_grow_with_its_sums():
     grads = [jnp.ones(2500) for _ in range(64)]
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
     kernels = computations(str(compiled.as_text())).values()
-    # The norm adds its leaves; sums for the cosine would be four more of these.
+    # The norm adds its leaves; sums for the cosine would be two more of these.
     assert max(text.count(" add(") for text in kernels) < len(grads)
+    # One loop to three sums for four leaves, and one more reduction for each sum.
+    of_norm = jax.jit(og.record_norm().update).lower(grads, og.record_norm().init(0.0))
+    more = str(compiled.as_text()).count(" reduce(")
+    more -= str(of_norm.compile().as_text()).count(" reduce(")
+    assert more <= len(grads) / 4 + 3
+
+
+@unlike_lowest_jax("XLA widens all leaves once")
+def test_value_clip_keeps_no_half_precision_in_float32():
+    tx = og.guard(optax.sgd(0.1), clip=og.clip_by_value(1.0))
+    grads = [jnp.ones(50_000, jnp.bfloat16) for _ in range(16)]
+    step = jax.jit(lambda p, s, g: og.apply_gradients(tx, p, s, grads=g))
+    memory = step.lower(grads, tx.init(grads), grads).compile().memory_analysis()
+    assert memory is not None
+    # First sums take 3 / 16 of float32, and as much again when put together.
+    assert memory.temp_size_in_bytes < sum(2 * x.nbytes for x in grads) / 2
 
 
 @unlike_lowest_jax("XLA widens all leaves once")

@@ -470,16 +470,19 @@ def guard_alone(case: Case, is_by_hand: bool) -> str:
 @pytest.mark.parametrize("name", ["six experts on four devices", "split stages"])
 def test_guard_has_one_all_reduce_for_each_set_of_axes(name):
     case = CASES[name]
-    assert collectives(guard_alone(case, True)) == {"all-reduce": num_sets(case)}
+    # One more, of a scalar, tells of entries that kept their old values.
+    assert collectives(guard_alone(case, True)) == {"all-reduce": num_sets(case) + 1}
 
 
 @pytest.mark.parametrize("name", ["six experts on four devices", "split stages"])
 def test_compiler_gives_the_guard_one_all_reduce_for_each_axis(name):
     case = CASES[name]
     num_axes = len(frozenset().union(*(axes_of(case, k) for k in case.specs)))
-    # On CPU a rare second look, in a branch of its own, adds up again.
+    # On CPU a rare second look, in a branch of its own, adds up again. As many, of a
+    # scalar, tell of entries that kept their old values.
     found = [collectives(x) for x in computations(guard_alone(case, False)).values()]
-    assert [x for x in found if x] == [{"all-reduce": num_axes}] * 2
+    counts = sorted(x["all-reduce"] for x in found if x)
+    assert counts == [num_axes, 2 * num_axes]
 
 
 @pytest.mark.parametrize(
@@ -490,7 +493,7 @@ def test_guarded_step_adds_at_most_one_all_reduce_for_each_set_of_axes(name):
     plain = compiled_run(case, "checked", ADAM).text
     added = collectives(program(name, "checked").text)
     added.subtract(collectives(plain))
-    assert 0 <= added.pop("all-reduce") <= num_sets(case)
+    assert 0 <= added.pop("all-reduce") <= num_sets(case) + 1
     assert not any(added.values())
 
 

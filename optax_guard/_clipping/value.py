@@ -84,20 +84,8 @@ def clip_by_value(
       Goodfellow et al., `Deep Learning <https://www.deeplearningbook.org>`_, 2016,
       section 10.11.1
     """
-    if min_value is None:
-        check_positive("max_value", max_value)
-    else:
-        check_number("max_value", max_value)
-        check_number("min_value", min_value)
-        if (
-            is_concrete(min_value)
-            and is_concrete(max_value)
-            and not python_number(min_value) < python_number(max_value)
-        ):
-            raise ValueError(
-                "`min_value` must be less than `max_value`, got "
-                f"{min_value} and {max_value}."
-            )
+    _check_bounds(max_value, min_value)
+    is_symmetric = min_value is None
 
     def bounds(dtype: Any) -> tuple[jax.Array, jax.Array]:
         high = as_float(max_value, dtype)
@@ -125,8 +113,9 @@ def clip_by_value(
         del params, extra_args
         check_state("clip_by_value", state, ClipByValueState)
         norm = tree_norm(updates, None, axis_name)
-        effect = effect_of_clipping(updates, bounds, norm.value, axis_name)
-        is_finite = jnp.isfinite(norm.value)
+        effect = effect_of_clipping(
+            updates, bounds, norm.value, axis_name, is_symmetric
+        )
         stats = update_stats(
             state.stats,
             norm.value,
@@ -134,16 +123,32 @@ def clip_by_value(
             bounds(norm.value.dtype)[1],
             effect.entries_clipped > 0,
         )
-        return Measurement(norm, is_finite, ()), ClipByValueState(
+        return Measurement(norm, jnp.isfinite(norm.value), ()), ClipByValueState(
             stats, effect.entries_clipped, effect.cosine, ()
         )
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
         del measured
-        is_symmetric = min_value is None
         return map_inexact(lambda x: _clip(x, bounds, is_symmetric), updates)
 
     return clip(ClipParts(init, measure, rescale))
+
+
+def _check_bounds(max_value: ArrayLike, min_value: ArrayLike | None) -> None:
+    if min_value is None:
+        check_positive("max_value", max_value)
+        return
+    check_number("max_value", max_value)
+    check_number("min_value", min_value)
+    if (
+        is_concrete(min_value)
+        and is_concrete(max_value)
+        and not python_number(min_value) < python_number(max_value)
+    ):
+        raise ValueError(
+            "`min_value` must be less than `max_value`, got "
+            f"{min_value} and {max_value}."
+        )
 
 
 def _clip(x: jax.Array, bounds: Bounds, is_symmetric: bool) -> jax.Array:

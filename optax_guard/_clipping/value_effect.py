@@ -1,7 +1,7 @@
 """The effect of clipping by value: norm after it, share of entries, cosine."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,21 +9,26 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_guard._norms.leaf_runs import add_pairwise
-from optax_guard._norms.mesh_axes import AxisName, by_axes, mesh_axes
+from optax_guard._norms.alike import roles_of
+from optax_guard._norms.leaf_runs import Part, add_pairwise, parts_of
+from optax_guard._norms.mesh_axes import AxisName, mesh_axes
+from optax_guard._norms.sums_at_once import Sums, sums_at_once
 from optax_guard._norms.two_scales import (
     SCALES,
     accumulator_dtype,
     not_folded,
     root_of_sums,
 )
-from optax_guard._trees import is_inexact
+from optax_guard._trees import is_inexact, path_names
 
 Bounds = Callable[[Any], tuple[jax.Array, jax.Array]]
-_ROW_LENGTH = 1024
 # Scales for two sums of products of a raw entry with a clipped one. The clipped one is
 # the smaller: a large product has a large raw entry.
 _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN = 2.0**64, 2.0**-100, 2.0**-28
+# The scale for the excess over a bound, so that 1e9 entries of 1e38 can be added.
+_EXCESS_DOWN = 2.0**-16
+# Entries to a first sum on CPU. With more, LLVM does not unroll the loop over them.
+_DEPTH, _DEPTH_ABOUT_ZERO = 8, 16
 
 
 class Effect(NamedTuple):
@@ -41,28 +46,104 @@ class Effect(NamedTuple):
 
 
 def effect_of_clipping(
-    updates: optax.Updates, bounds: Bounds, norm: jax.Array, axis_name: AxisName
+    updates: optax.Updates,
+    bounds: Bounds,
+    norm: jax.Array,
+    axis_name: AxisName,
+    is_symmetric: bool,
 ) -> Effect:
     """Norm after clipping, share of entries changed, cosine between before and after.
 
     Right to rounding from 1e-25 to 3e38, before and after, like the norm.
+
+    Args:
+      updates: The updates before clipping.
+      bounds: The lower and the upper bound for entries of a dtype.
+      norm: float[], the norm before clipping.
+      axis_name: As for ``clip_by_value``.
+      is_symmetric: Whether the lower bound is minus the upper one.
     """
-    leaves = [_real(x) for x in jax.tree.leaves(updates) if is_inexact(x)]
+    all_leaves = jax.tree.leaves(updates)
+    indices = [i for i, x in enumerate(all_leaves) if is_inexact(x)]
+    leaves = [_real(all_leaves[i]) for i in indices]
     # A record has no derivative.
     leaves, norm = lax.stop_gradient((leaves, norm))
     if not leaves:
         return Effect(norm, jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
-    limits = lax.stop_gradient([bounds(x.dtype) for x in leaves])
     dtype = accumulator_dtype(leaves)
-    parts, size = [], 0
-    for names, members in by_axes(mesh_axes(updates, axis_name)):
-        own = [leaves[i] for i in members]
-        sums = _sum_terms(own, [limits[i] for i in members], dtype)
-        parts.append(lax.psum(sums, names) if names else sums)
-        size += sum(x.size for x in own) * lax.axis_size(names)
-    totals = map(add_pairwise, zip(*parts, strict=True))
-    small, big, product, big_product, num_clipped = totals
-    after = root_of_sums(small, big, dtype)
+    limits = {x.dtype: bounds(x.dtype) for x in leaves} | {dtype: bounds(dtype)}
+    limits = lax.stop_gradient(limits)
+    paths = path_names(updates)
+    parts = parts_of(mesh_axes(updates, axis_name), indices, len(all_leaves))
+    sums, size = [], 0
+    for part in parts:
+        own = part.of(leaves)
+        roles = tuple(part.of(roles_of(paths[i] for i in indices)))
+        of_part = _sums(own, limits, part, roles, dtype, is_symmetric)
+        sums.append(lax.psum(of_part, part.axes) if part.axes else of_part)
+        size += sum(x.size for x in own) * lax.axis_size(part.axes)
+    *measures, num_clipped = map(add_pairwise, zip(*sums, strict=True))
+    if is_symmetric:
+        after, cosine = _effect_about_zero(measures, norm, _unit(limits[dtype][1]))
+    else:
+        after, cosine = _effect(measures, norm)
+    is_clipped = num_clipped > 0
+    cosine = jnp.where(is_clipped, jnp.clip(cosine, -1.0, 1.0), 1.0)
+    return Effect(
+        norm=jnp.where(is_clipped, after, norm),
+        entries_clipped=(num_clipped / float(max(size, 1))).astype(jnp.float32),
+        cosine=jnp.where(jnp.isfinite(norm), cosine, jnp.nan).astype(jnp.float32),
+    )
+
+
+# Jitted for callers outside of `jit`: there, every call would compile it anew.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _sums(
+    leaves: list[jax.Array],
+    limits: dict[Any, Any],
+    part: Part,
+    roles: tuple[str, ...],
+    dtype: Any,
+    is_symmetric: bool,
+) -> Sums:
+    """Sums of the terms of one part; the last one counts the entries clipped."""
+    if is_symmetric:
+        scales = 1 / _unit(limits[dtype][1]), jnp.array(_EXCESS_DOWN, dtype)
+        scales = lax.optimization_barrier(scales)
+        of_entries, depth = _terms_about_zero, _DEPTH_ABOUT_ZERO
+    else:
+        scales = SCALES[dtype]
+        scales = not_folded(dtype, *scales, _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
+        of_entries, depth = _terms, _DEPTH
+
+    def terms(x: jax.Array) -> Sums:
+        low, high = (bound.astype(dtype) for bound in limits[x.dtype])
+        return of_entries(x.astype(dtype), low, high, scales)
+
+    return sums_at_once(leaves, part, roles, terms, depth)
+
+
+def _terms(raw: jax.Array, low: jax.Array, high: jax.Array, scales: Sums) -> Sums:
+    """For each entry: square of the clipped one and its product with the raw one.
+
+    Each at two scales, and then 1 where clipping changes the entry.
+    """
+    up, down, product_up, raw_down, clipped_down = scales
+    # Not the selection of `_clip`, which makes XLA for GPUs spill partial sums.
+    after = jnp.minimum(jnp.maximum(raw, low), high)
+    return (
+        (after * up) * (after * up),
+        (after * down) * (after * down),
+        raw * (after * product_up),
+        (raw * raw_down) * (after * clipped_down),
+        ((after < raw) | (after > raw)).astype(raw.dtype),
+    )
+
+
+def _effect(sums: Sequence[jax.Array], norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norm after clipping and the cosine, from sums of `_terms`."""
+    small, big, product, big_product = sums
+    after = root_of_sums(small, big, norm.dtype)
     has_direction = (norm > 0) & (after > 0)
     before = jnp.where(has_direction, norm, 1.0)
     length = jnp.where(has_direction, after, 1.0)
@@ -76,95 +157,50 @@ def effect_of_clipping(
         by_norm[0] / length * (1 / _PRODUCT_UP),
         by_norm[1] / (length * _CLIPPED_DOWN),
     )
-    cosine = jnp.where(has_direction, jnp.clip(cosine, -1.0, 1.0), 0.0)
-    is_clipped = num_clipped > 0
-    cosine = jnp.where(is_clipped, cosine, 1.0)
-    return Effect(
-        norm=jnp.where(is_clipped, after, norm),
-        entries_clipped=(num_clipped / float(max(size, 1))).astype(jnp.float32),
-        cosine=jnp.where(jnp.isfinite(norm), cosine, jnp.nan).astype(jnp.float32),
-    )
+    return after, jnp.where(has_direction, cosine, 0.0)
 
 
-# Jitted for callers outside of `jit`: there, every call would compile it anew.
-@functools.partial(jax.jit, static_argnums=2, inline=True)
-def _sum_terms(
-    leaves: list[jax.Array], limits: Any, dtype: Any
-) -> tuple[jax.Array, ...]:
-    """Totals of `_terms` over all entries."""
-    scales = not_folded(dtype, *SCALES[dtype], _PRODUCT_UP, _RAW_DOWN, _CLIPPED_DOWN)
+def _terms_about_zero(
+    raw: jax.Array, low: jax.Array, high: jax.Array, scales: Sums
+) -> Sums:
+    """For each entry, with the bounds ``-high`` and ``high``, three terms.
 
-    def terms(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
-        pairs = zip(leaves, limits, strict=True)
-        return [_terms(x, low, high, scales) for x, (low, high) in pairs]
-
-    # Reductions of one operand are one fusion on TPU and GPU. On CPU each would read
-    # the operand again, which is several times slower than one reduction to many sums.
-    def on_cpu(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(_add_leaves(list(map(_sum_at_once, terms(leaves)))))
-
-    def elsewhere(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-        sums = [map(jnp.sum, of_leaf) for of_leaf in terms(leaves)]
-        return tuple(map(add_pairwise, zip(*sums, strict=True)))
-
-    return lax.platform_dependent(*leaves, cpu=on_cpu, default=elsewhere)
-
-
-def _terms(
-    x: jax.Array, low: jax.Array, high: jax.Array, scales: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    """For each entry: square of the clipped one and its product with the raw one.
-
-    Each at two scales, and then 1 where clipping changes the entry.
+    The square of the clipped one, in units of the bound; its product with the excess of
+    the raw one; and 1 where clipping changes the entry. One scale is enough. If no
+    entry is clipped, only the last term counts. Otherwise some squares are 1, and those
+    too small for the scale count for nothing beside them.
     """
-    up, down, product_up, raw_down, clipped_down = scales
-    dtype = up.dtype
-    raw = x.astype(dtype)
-    # Not the selection of `_clip`, which makes XLA for GPUs spill partial sums.
-    after = jnp.minimum(jnp.maximum(raw, low.astype(dtype)), high.astype(dtype))
+    del low
+    per_unit, excess_down = scales
+    size = jnp.abs(raw)
+    after = jnp.minimum(size, high)
+    scaled = after * per_unit
     return (
-        (after * up) * (after * up),
-        (after * down) * (after * down),
-        raw * (after * product_up),
-        (raw * raw_down) * (after * clipped_down),
-        ((after < raw) | (after > raw)).astype(dtype),
+        scaled * scaled,
+        scaled * ((size - after) * excess_down),
+        (size > high).astype(raw.dtype),
     )
 
 
-def _sum_at_once(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Sums of several arrays of one shape in one loop.
-
-    The loop adds one by one, so it runs over rows: rounding grows with their length.
-    """
-    if any(jax.typeof(terms[0]).sharding.spec):
-        # With a sharding in its type an array cannot be made flat without moving it.
-        return tuple(map(jnp.sum, terms))
-    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-
-    def add(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(p + q for p, q in zip(a, b, strict=True))
-
-    size = terms[0].size
-    rows = size // _ROW_LENGTH
-    flat = [x.reshape(-1) for x in terms]
-    tail = [x[rows * _ROW_LENGTH :] for x in flat]
-    sums = lax.reduce(tuple(tail), zeros, add, (0,))
-    if rows:
-        main = [x[: rows * _ROW_LENGTH].reshape(rows, -1) for x in flat]
-        by_row = lax.reduce(tuple(main), zeros, add, (1,))
-        sums = add(sums, tuple(map(jnp.sum, by_row)))
-    return sums
+def _effect_about_zero(
+    sums: Sequence[jax.Array], norm: jax.Array, unit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The norm after clipping and the cosine, from sums of `_terms_about_zero`."""
+    squares, excess = sums
+    has_direction = (norm > 0) & (squares > 0)
+    before = jnp.where(has_direction, norm, 1.0)
+    length = jnp.where(has_direction, jnp.sqrt(squares), 1.0)
+    after = jnp.sqrt(squares) * unit
+    # The raw entry is the clipped one and the excess.
+    by_norm = lax.optimization_barrier(excess / before)
+    cosine = after / before + by_norm / length * (1 / _EXCESS_DOWN)
+    return after, jnp.where(has_direction, cosine, 0.0)
 
 
-def _add_leaves(sums: list[tuple[jax.Array, ...]]) -> jax.Array:
-    """Totals of the sums of each leaf, by a product with ones.
-
-    XLA on CPU makes one kernel of a tree of additions, and of the sum of scalars put
-    together too, in a time that grows with the square of their number.
-    """
-    columns = jnp.stack([jnp.stack(of_leaf) for of_leaf in sums], axis=1)
-    ones = jnp.ones(len(sums), columns.dtype)
-    return jnp.matmul(columns, ones, precision=lax.Precision.HIGHEST)
+def _unit(high: jax.Array) -> jax.Array:
+    """The bound, or a number near it that has a reciprocal."""
+    least = 16 * float(jnp.finfo(high.dtype).tiny)
+    return jnp.clip(high, least, 1 / least)
 
 
 def _real(x: Any) -> jax.Array:

@@ -17,7 +17,6 @@ from optax_guard._guarding.judging import Judged, as_rules, judge_step, recorded
 from optax_guard._guarding.masking import counting_only
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
 from optax_guard._guarding.step import (
-    EntryRules,
     StepParts,
     check_same_tree,
     take_entries,
@@ -82,8 +81,9 @@ def guard(
       mask: The leaves that count: a tree of bools (a tree prefix of the parameters), or
         a function that returns one, as for ``optax.masked``. The other leaves are not
         in the norm, are not clipped, and may be NaN in a step that is taken. They
-        go to ``inner`` as they are. Use it for frozen parameters, whose gradients would
-        make the norm too large, and for leaves whose update replaces the value.
+        go to ``inner`` as they are, and entries that become NaN are left alone. Use it
+        for frozen parameters, whose gradients would make the norm too large, and for
+        leaves whose update replaces the value.
         ``optax.inject_hyperparams`` mistakes a function for a schedule: pass it
         ``static_args=("inner", "mask")``.
       max_consecutive_skips: Skipped steps in a row that are too many; a whole number of
@@ -269,9 +269,10 @@ def _guarded(
     (first, inner_state), told = take_entries(
         judged.reason == SkipReason.NONE,
         take,
+        find,
+        lambda found: told_by(found, norm),
         grads,
         kept,
-        EntryRules(find, lambda found: told_by(found, norm)),
         # Without a clip, `inner` may read the gradients in the same pass as the guard.
         # It could not if it had to wait for the verdict.
         hides_bad=config.is_clipping,

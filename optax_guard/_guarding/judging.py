@@ -61,6 +61,8 @@ def verdict(
     measured: Measurement,
     value: jax.Array | None,
     states: tuple[Any, ...],
+    *,
+    is_too_large: jax.Array,
     is_overruled: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Reason to skip the step (0: none), and the rules' new states."""
@@ -68,7 +70,8 @@ def verdict(
     if value is not None:
         is_bad = (reason == SkipReason.NONE) & ~jnp.isfinite(value)
         reason = jnp.where(is_bad, SkipReason.NONFINITE_VALUE, reason)
-    reason = reason.astype(jnp.int32)
+    is_over = (reason == SkipReason.NONE) & is_too_large
+    reason = jnp.where(is_over, SkipReason.OVERFLOW, reason).astype(jnp.int32)
     is_finite = reason == SkipReason.NONE
     signals = Signals(measured.norm.value, None if value is None else as_float32(value))
     fired = [rule.judge(signals, s) for rule, s in zip(rules, states, strict=True)]
@@ -139,9 +142,9 @@ def judge_step(
         measured,
         value,
         state.rule_states,
-        state.skip_streak >= config.max_consecutive_skips,
+        is_too_large=_is_too_large(measured, clip_state.stats),
+        is_overruled=state.skip_streak >= config.max_consecutive_skips,
     )
-    reason = _unless_too_large(reason, measured, clip_state.stats)
     is_skipped = reason != SkipReason.NONE
     has_vanished = jnp.zeros((), jnp.bool_)
     if config.is_clipping:  # A clip that only measures makes nothing smaller.
@@ -164,14 +167,11 @@ def judge_step(
     )
 
 
-def _unless_too_large(
-    reason: jax.Array, measured: Measurement, stats: NormStats
-) -> jax.Array:
-    """The reason, or ``OVERFLOW`` where the square of the clipped norm would be one."""
+def _is_too_large(measured: Measurement, stats: NormStats) -> jax.Array:
+    """Whether float32 cannot hold the square of the norm after clipping."""
     if measured.norm.value.dtype == jnp.float64:
-        return reason
-    is_over = (reason == SkipReason.NONE) & (stats.clipped_norm > _LARGEST_TO_SQUARE)
-    return jnp.where(is_over, jnp.int32(SkipReason.OVERFLOW), reason)
+        return jnp.zeros((), jnp.bool_)
+    return stats.clipped_norm > _LARGEST_TO_SQUARE
 
 
 def recorded(

@@ -131,7 +131,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     rows = {id(leaf): leaf for leaf in leaves}
     if all(map(_is_on_this_host, rows.values())):
         # Copies: the buffers may be donated.
-        read = map(np.array, jax.device_get(list(rows.values())))
+        read = (np.array(x)[()] for x in jax.device_get(list(rows.values())))
         by_id = dict(zip(rows, read, strict=True))
         leaves = [by_id[id(leaf)] for leaf in leaves]
         return _as_scalars(np, *treedef.unflatten(leaves))

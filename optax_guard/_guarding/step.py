@@ -91,24 +91,78 @@ def _keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, .
 _SMALL = 1 << 17
 
 
-class EntryRules(NamedTuple):
-    """How entries of a step keep their old values; see ``entries.py``.
+class EntryStep(NamedTuple):
+    """A step of which each entry is taken only if it is finite; see ``entries.py``.
 
     Attributes:
+      take: ``take(grads, *kept)`` gives parameters or updates, and the optimizer's
+        state. ``kept`` is parameters and state before the step, or the state alone.
+      keep: ``keep(grads, *kept)`` gives the results of a step that is not taken.
       find: ``find(results, kept)`` gives the ``Kept`` of a step.
-      tell: ``tell(found)`` gives what is recorded of it.
+      tell: ``tell(found)`` gives the records of it.
     """
 
-    find: Callable[[tuple[Any, ...], tuple[Any, ...]], Kept]
+    take: Callable[..., tuple[Any, Any]]
+    keep: Callable[..., tuple[Any, Any]]
+    find: Callable[[tuple[Any, Any], tuple[Any, ...]], Kept]
     tell: Callable[[Kept], Told]
+
+    def masked(self, is_taken: Any, grads: Any, *kept: Any) -> tuple[Any, Told]:
+        """The step by a selection: of all entries, and of each."""
+        results, old = self.take(grads, *kept), self.keep(grads, *kept)
+        found = self.find(results, kept)
+        each = zip(results, old, found, strict=True)
+        first, state = (with_old_entries(*trees, is_taken) for trees in each)
+        return (first, state), self.tell(found)
+
+    def untouched(self, told: Told, grads: Any, *kept: Any) -> tuple[Any, Told]:
+        return self.keep(grads, *kept), jax.tree.map(jnp.zeros_like, told)
+
+    def by_branch(self, is_taken: jax.Array, grads: Any, *kept: Any) -> Any:
+        """The step by a branch, with the selection of each entry inside of it."""
+        take = functools.partial(self.masked, True)
+        told = jax.eval_shape(take, grads, *kept)[1]
+        branches = [functools.partial(self.untouched, told), take]
+        return lax.switch(is_taken.astype(jnp.int32), branches, grads, *kept)
+
+    def looked_at_first(self, is_taken: jax.Array, grads: Any, *kept: Any) -> Any:
+        """The step is computed once to look, and once to take all of it or some."""
+        found = self.find(self.take(grads, *kept), kept)
+        is_clean, told = ~is_any(found), self.tell(found)
+        trees = self.keep(grads, *kept)
+        for is_here, act in (
+            (is_taken & ~is_clean, self._take_some),
+            (is_taken & is_clean, self._take_all),
+        ):
+            act = functools.partial(act, 2 - len(kept))
+            trees = lax.switch(is_here.astype(jnp.int32), [_pass, act], grads, *trees)
+        return trees, told
+
+    def _take_some(self, num_first: int, grads: Any, *trees: Any) -> tuple[Any, ...]:
+        # XLA on CPU keeps the copies of a selection inside of a loop. A branch with
+        # copies would make it copy in the branches beside it. It removes a loop of one
+        # turn, so there is a turn before, which takes nothing.
+        def turn(trees: Any, is_taken: jax.Array) -> tuple[Any, None]:
+            return self.masked(is_taken, grads, *trees[num_first:])[0], None
+
+        return lax.scan(turn, trees, jnp.array([False, True]))[0]
+
+    def _take_all(self, num_first: int, grads: Any, *trees: Any) -> tuple[Any, ...]:
+        return self.take(grads, *trees[num_first:])
+
+
+def _pass(grads: Any, *trees: Any) -> tuple[Any, ...]:
+    del grads
+    return trees
 
 
 def take_entries(
     is_taken: jax.Array,
     take: Callable[..., tuple[Any, Any]],
+    find: Callable[[tuple[Any, Any], tuple[Any, ...]], Kept],
+    tell: Callable[[Kept], Told],
     grads: Any,
     kept: tuple[Any, ...],
-    rules: EntryRules,
     *,
     hides_bad: bool,
     use_cond: bool,
@@ -117,10 +171,11 @@ def take_entries(
 
     Args:
       is_taken: bool[].
-      take: The step, to parameters or updates and to the optimizer's state.
+      take: As of ``EntryStep``.
+      find: As of ``EntryStep``.
+      tell: As of ``EntryStep``.
       grads: The gradients.
       kept: Parameters and state before the step, or the state alone.
-      rules: Which entries keep their old values.
       hides_bad: As for ``take_or_keep``.
       use_cond: As for ``take_or_keep``.
 
@@ -128,63 +183,19 @@ def take_entries(
       The results, and what is told of the entries that kept their old values.
     """
     take = jax.jit(take, inline=True)
-    keep = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
-
-    def chosen(is_taken: Any, grads: Any, *kept: Any) -> tuple[Any, Told]:
-        results, old = take(grads, *kept), keep(grads, *kept)
-        found = rules.find(results, kept)
-        first, state = (
-            with_old_entries(*each, is_taken)
-            for each in zip(results, old, found, strict=True)
-        )
-        return (first, state), rules.tell(found)
-
-    def in_branch(grads: Any, *kept: Any) -> tuple[Any, Told]:
-        def untouched(grads: Any, *kept: Any) -> tuple[Any, Told]:
-            return keep(grads, *kept), _nothing_told(told)
-
-        told = jax.eval_shape(functools.partial(chosen, True), grads, *kept)[1]
-        branches = [untouched, functools.partial(chosen, True)]
-        return lax.switch(is_taken.astype(jnp.int32), branches, grads, *kept)
-
-    def looked_at_first(grads: Any, *kept: Any) -> tuple[Any, Told]:
-        found = rules.find(take(grads, *kept), kept)
-        is_clean, told = ~is_any(found), rules.tell(found)
-        num_first = 2 - len(kept)
-
-        def some(grads: Any, *trees: Any) -> tuple[Any, ...]:
-            # XLA on CPU keeps the copies of a choice inside of a loop. A branch with
-            # copies would make it copy in the branches beside it. It removes a loop of
-            # one turn, so there is a turn before, which takes nothing.
-            def turn(trees: Any, is_taken: Any) -> tuple[Any, None]:
-                return chosen(is_taken, grads, *trees[num_first:])[0], None
-
-            return lax.scan(turn, trees, jnp.array([False, True]))[0]
-
-        def none(grads: Any, *trees: Any) -> tuple[Any, ...]:
-            del grads
-            return trees
-
-        def all_of_them(grads: Any, *trees: Any) -> tuple[Any, ...]:
-            return take(grads, *trees[num_first:])
-
-        trees = keep(grads, *kept)
-        for is_here, act in (
-            (is_taken & ~is_clean, some),
-            (is_taken & is_clean, all_of_them),
-        ):
-            trees = lax.switch(is_here.astype(jnp.int32), [none, act], grads, *trees)
-        return trees, told
+    keep: Any = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
+    step = EntryStep(take, keep, find, tell)
 
     def mask(grads: Any, *kept: Any) -> tuple[Any, Told]:
         seen = _zeros_unless(is_taken, grads) if hides_bad else grads
-        return chosen(is_taken, seen, *kept)
+        return step.masked(is_taken, seen, *kept)
 
     if use_cond:
-        return in_branch(grads, *kept)
+        return step.by_branch(is_taken, grads, *kept)
     if _is_small(grads):
         return mask(grads, *kept)
-    cpu = in_branch if _is_manual() else looked_at_first
+    cpu = step.by_branch if _is_manual() else step.looked_at_first
+    cpu = functools.partial(cpu, is_taken)
     return lax.platform_dependent(grads, *kept, cpu=cpu, default=mask)
 
 
@@ -195,10 +206,6 @@ def _is_small(tree: Any) -> bool:
 def _is_manual() -> bool:
     """Whether devices run the step by hand; they must take one branch together."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _nothing_told(like: Told) -> Told:
-    return jax.tree.map(jnp.zeros_like, like)
 
 
 def _zeros_unless(condition: jax.Array, tree: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_guard._norms.alike import alike, roles_of
 from optax_guard._norms.axis_norms import ratio
 from optax_guard._norms.leaf_runs import (
     Part,
@@ -72,7 +72,7 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
         return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
     parts = parts_of(mesh_axes(tree, axis_name), indices, len(all_leaves))
     if ord is None or ord == 2:
-        value, bad = _euclidean(leaves, parts, _roles([paths[i] for i in indices]))
+        value, bad = _euclidean(leaves, parts, roles_of(paths[i] for i in indices))
     elif ord == 1:
         value, bad = _sum_norm(leaves, parts)
     elif ord == np.inf:
@@ -157,7 +157,7 @@ def _squares(
     """The sum of squares of entries scaled up, and down; the first bad leaf."""
     up, down = not_folded(dtype, *SCALES[dtype])
     members = values_by_run(list(zip(roles, leaves, strict=True)), runs)
-    groups = [_alike(run) for run in members]
+    groups = [alike(run) for run in members]
     if in_pairs:
         pairs = [
             add_pairwise([_sum_pairs(x, dtype, up, down) for x in g]) for g in groups
@@ -172,26 +172,6 @@ def _squares(
 
     totals = sums(down)
     return add_pairwise(sums(up)), add_pairwise(totals), first_bad(totals, runs)
-
-
-def _roles(paths: list[str]) -> tuple[str, ...]:
-    """The paths without the number of the layer: the roles of leaves in their layer."""
-    return tuple(re.sub(r"\d+", "*", path, count=1) for path in paths)
-
-
-def _alike(run: list[tuple[str, jax.Array]]) -> list[list[jax.Array]]:
-    """Leaves of a run that one reduction adds up.
-
-    A GPU takes two or three kernels to reduce one leaf. With hundreds of leaves these
-    are more kernels than the optimizer has. So leaves of one type are first added entry
-    by entry. Under `jit` the type does not tell the sharding, and to add leaves of
-    different shardings would move them; but the same leaf of another layer is sharded
-    alike. From five leaves on, XLA for GPUs begins to write the sum to memory.
-    """
-    groups: dict[Any, list[jax.Array]] = {}
-    for role, leaf in run:
-        groups.setdefault((role, jax.typeof(leaf)), []).append(leaf)
-    return [g[i : i + 4] for g in groups.values() for i in range(0, len(g), 4)]
 
 
 def _squares_cpu(
