@@ -129,12 +129,12 @@ def _few(x: jax.Array) -> jax.Array:
 
 def _is_any_bad(arrays: Sequence[jax.Array]) -> jax.Array:
     """Where an entry of one of these arrays is not finite."""
-    # One comparison: XLA on CPU is slow with several. A NaN or infinity times 0 is NaN.
-    zeros = [part * 0 for x in arrays for part in _real_parts(x)]
-    return (
-        sum((x.astype(jnp.float32) for x in zeros[1:]), zeros[0].astype(jnp.float32))
-        != 0
-    )
+    # One comparison: XLA on CPU is slow with several. A NaN or infinity minus itself is
+    # not finite, even if the compiler fuses a product into it. A factor of 0 would not
+    # do: XLA joins constants, and of x * 1e20 * 0 makes x * 0, which is finite.
+    parts = [part for x in arrays for part in _real_parts(x)]
+    differences = [(part - part).astype(jnp.float32) for part in parts]
+    return ~jnp.isfinite(sum(differences[1:], differences[0]))
 
 
 def _real_parts(x: jax.Array) -> tuple[jax.Array, ...]:

@@ -86,8 +86,8 @@ def _keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, .
     return keep
 
 
-# On CPU, a mask of up to so many gradients costs less than a branch. Of more, the copies
-# that XLA makes for the mask cost more than a look before the step.
+# On CPU, a mask of up to so many gradients costs less than a branch. Of more, the
+# copies that XLA makes for the mask cost more than a look before the step.
 _SMALL = 1 << 17
 
 
