@@ -143,7 +143,7 @@ def clip_by_value(
         is_symmetric = min_value is None
         return map_inexact(lambda x: _clip(x, bounds, is_symmetric), updates)
 
-    return clip(ClipParts(init, measure, rescale))
+    return clip(ClipParts(init, measure, rescale, axis_name))
 
 
 def _clip(x: jax.Array, bounds: Bounds, is_symmetric: bool) -> jax.Array:

@@ -8,7 +8,7 @@ them keep their old values. Otherwise an infinite moment would be set back alone
 the next step would divide by it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,10 +96,13 @@ def is_any(kept: Kept) -> jax.Array:
     return jnp.any(jnp.stack(found)) if found else jnp.zeros((), jnp.bool_)
 
 
-def told_by(kept: Kept, norm: jax.Array) -> Told:
+def told_by(
+    kept: Kept, norm: jax.Array, unchecked: frozenset[Hashable] = frozenset()
+) -> Told:
     """Looks at the smallest leaves. To look at all would be another read of all.
 
-    Devices that share the ``norm`` share what is told.
+    Devices that share the ``norm`` share what is told: those along axes over which the
+    types of leaves vary, and along the ``unchecked`` ones.
     """
     bad = sorted((x for x in kept.of_params if x is not None), key=lambda x: x.size)
     if not bad:
@@ -115,7 +118,7 @@ def told_by(kept: Kept, norm: jax.Array) -> Told:
     counts = [jnp.sum(x, dtype=jnp.int32) for x in looked_at]
     num_kept = sum(counts[1:], counts[0])
     num_all: Any = sum(x.size for x in looked_at)
-    if axes := tuple(varying_axes(num_kept) - varying_axes(norm)):
+    if axes := tuple(varying_axes(num_kept) - varying_axes(norm) | unchecked):
         num_kept, num_all = jax.lax.psum((num_kept, num_all), axes)
     return Told((num_kept == num_all) & (num_all > 0), num_kept > 0)
 
