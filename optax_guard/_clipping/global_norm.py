@@ -152,7 +152,7 @@ def clip_by_global_norm(
             updates,
         )
 
-    return clip(ClipParts(init, measure, rescale))
+    return clip(ClipParts(init, measure, rescale, axis_name))
 
 
 @answers_wrong_calls
@@ -199,4 +199,4 @@ def record_norm(*, axis_name: AxisName = None) -> optax.GradientTransformationEx
         del measured
         return updates
 
-    return clip(ClipParts(init, measure, rescale))
+    return clip(ClipParts(init, measure, rescale, axis_name))

@@ -285,4 +285,4 @@ def _clip_groups(
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:
         return rescale_groups(updates, split(updates)[0], measured.factors)
 
-    return clip(ClipParts(init, measure, rescale))
+    return clip(ClipParts(init, measure, rescale, axis_name))

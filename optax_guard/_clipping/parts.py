@@ -17,6 +17,7 @@ from jax import lax
 
 from optax_guard._checks import check_part
 from optax_guard._norms.axis_norms import divide
+from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.tree_norm import TreeNorm
 from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._transformation import transformation
@@ -46,11 +47,14 @@ class ClipParts(NamedTuple):
       measure: ``measure(updates, state, params=None, **extra_args)`` gives a
         ``Measurement`` and the new state.
       rescale: ``rescale(updates, measurement)`` gives the clipped updates.
+      axis_name: The mesh axes over which the updates are split, as for
+        ``clip_by_global_norm``.
     """
 
     init: Callable[[optax.Params], Any]
     measure: Callable[..., tuple[Measurement, Any]]
     rescale: Callable[[optax.Updates, Measurement], optax.Updates]
+    axis_name: AxisName
 
 
 class Decision(NamedTuple):

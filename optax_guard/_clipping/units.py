@@ -158,7 +158,7 @@ def clip_by_unit_norm(
         groups, _ = _units_of(config, updates)
         return rescale_groups(updates, groups, measured.factors)
 
-    return clip(ClipParts(init, measure, rescale))
+    return clip(ClipParts(init, measure, rescale, axis_name))
 
 
 class _Config(NamedTuple):

@@ -131,7 +131,7 @@ def clip_by_value(
         del measured
         return map_inexact(lambda x: _clip(x, bounds, is_symmetric), updates)
 
-    return clip(ClipParts(init, measure, rescale))
+    return clip(ClipParts(init, measure, rescale, axis_name))
 
 
 def _check_bounds(max_value: ArrayLike, min_value: ArrayLike | None) -> None:

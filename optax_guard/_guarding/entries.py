@@ -8,7 +8,7 @@ them keep their old values. Otherwise an infinite moment would be set back alone
 the next step would divide by it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,10 +96,13 @@ def is_any(kept: Kept) -> jax.Array:
     return jnp.any(jnp.stack(found)) if found else jnp.zeros((), jnp.bool_)
 
 
-def told_by(kept: Kept, norm: jax.Array) -> Told:
+def told_by(
+    kept: Kept, norm: jax.Array, unchecked: frozenset[Hashable] = frozenset()
+) -> Told:
     """Looks at the smallest leaves. To look at all would be another read of all.
 
-    Devices that share the ``norm`` share what is told.
+    Devices that share the ``norm`` share what is told: those along axes over which the
+    types of leaves vary, and along the ``unchecked`` ones.
     """
     bad = sorted((x for x in kept.of_params if x is not None), key=lambda x: x.size)
     if not bad:
@@ -115,7 +118,7 @@ def told_by(kept: Kept, norm: jax.Array) -> Told:
     counts = [jnp.sum(x, dtype=jnp.int32) for x in looked_at]
     num_kept = sum(counts[1:], counts[0])
     num_all: Any = sum(x.size for x in looked_at)
-    if axes := tuple(varying_axes(num_kept) - varying_axes(norm)):
+    if axes := tuple(varying_axes(num_kept) - varying_axes(norm) | unchecked):
         num_kept, num_all = jax.lax.psum((num_kept, num_all), axes)
     return Told((num_kept == num_all) & (num_all > 0), num_kept > 0)
 
@@ -129,12 +132,12 @@ def _few(x: jax.Array) -> jax.Array:
 
 def _is_any_bad(arrays: Sequence[jax.Array]) -> jax.Array:
     """Where an entry of one of these arrays is not finite."""
-    # One comparison: XLA on CPU is slow with several. A NaN or infinity times 0 is NaN.
-    zeros = [part * 0 for x in arrays for part in _real_parts(x)]
-    return (
-        sum((x.astype(jnp.float32) for x in zeros[1:]), zeros[0].astype(jnp.float32))
-        != 0
-    )
+    # One comparison: XLA on CPU is slow with several. A NaN or infinity minus itself is
+    # not finite, even if the compiler fuses a product into it. A factor of 0 would not
+    # do: XLA joins constants, and of x * 1e20 * 0 makes x * 0, which is finite.
+    parts = [part for x in arrays for part in _real_parts(x)]
+    differences = [(part - part).astype(jnp.float32) for part in parts]
+    return ~jnp.isfinite(sum(differences[1:], differences[0]))
 
 
 def _real_parts(x: jax.Array) -> tuple[jax.Array, ...]:

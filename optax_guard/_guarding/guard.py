@@ -14,13 +14,14 @@ from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
 from optax_guard._clipping.parts import ClipParts
 from optax_guard._guarding.entries import Kept, kept_entries, told_by
 from optax_guard._guarding.judging import Judged, as_rules, judge_step, recorded
-from optax_guard._guarding.masking import counting_only
+from optax_guard._guarding.masking import counting_only, hide
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
 from optax_guard._guarding.step import (
     StepParts,
     check_same_tree,
     take_entries,
 )
+from optax_guard._norms.mesh_axes import unchecked_axes
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
 from optax_guard._trees import first_difference, is_inexact
@@ -266,11 +267,13 @@ def _guarded(
     kept: tuple[Any, ...],
 ) -> tuple[Any, GuardState]:
     norm = judged.measured.norm.value
+    counted = grads if config.mask is True else hide(config.mask, grads)
+    unchecked = unchecked_axes(counted, config.clip.axis_name)
     (first, inner_state), told = take_entries(
         judged.reason == SkipReason.NONE,
         take,
         find,
-        lambda found: told_by(found, norm),
+        lambda found: told_by(found, norm, unchecked),
         grads,
         kept,
         # Without a clip, `inner` may read the gradients in the same pass as the guard.

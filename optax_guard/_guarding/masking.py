@@ -35,7 +35,7 @@ def counting_only(mask: Mask, parts: ClipParts) -> ClipParts:
         chosen = zip(counts, rescaled, leaves, strict=True)
         return structure.unflatten([new if c else old for c, new, old in chosen])
 
-    return ClipParts(init, measure, rescale)
+    return ClipParts(init, measure, rescale, parts.axis_name)
 
 
 def hide(mask: Mask, tree: Any) -> Any:

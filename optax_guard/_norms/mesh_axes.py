@@ -83,6 +83,12 @@ def mesh_axes(tree: Any, axis_name: AxisName) -> list[Names]:
     return found
 
 
+def unchecked_axes(tree: Any, axis_name: AxisName) -> frozenset[Hashable]:
+    """The mesh axes that split the floating leaves without a word in their types."""
+    named = {name for names in mesh_axes(tree, axis_name) for name in names}
+    return frozenset(name for name in named if not _is_checked(name))
+
+
 def by_axes(axes: Sequence[Names]) -> tuple[tuple[Names, tuple[int, ...]], ...]:
     """Maps each distinct set of mesh axes to the leaves that are split over it."""
     members: dict[Names, tuple[int, ...]] = {}
