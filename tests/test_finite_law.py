@@ -363,8 +363,14 @@ def check_optimizer(name: str, dtype: str) -> None:
                     again = guarded(
                         *again, Step(step.grads, *map(jnp.float32, step[1:]))
                     )
-            ends = (together(x[0], x[1].wrapped_state) for x in (new, again))
-            assert same_bits(*ends), fault
+            end, wanted = (together(x[0], x[1].wrapped_state) for x in (new, again))
+            # A moment becomes float32 in the first step, be it skipped: the second
+            # is another program.
+            if dtype == "mixed" and fault == "first nan":
+                for path, x in wanted.items():
+                    assert_close(path, end[path], x, x, tolerance)
+            else:
+                assert same_bits(end, wanted), fault
 
 
 # Optax alone raises a `TypeError` if gradients have another dtype than parameters.
@@ -465,9 +471,10 @@ def test_schedule_goes_on_after_a_step_that_it_spoilt(injected):
     tx: Any = og.guard(inner)
     found, reasons = [], []
     params: Any = jnp.zeros(2)
-    state = tx.init(params)
+    state: Any = tx.init(params)
     for _ in range(4):
-        params, state = og.apply_gradients(tx, params, state, grads=jnp.ones(2))
+        new: Any = og.apply_gradients(tx, params, state, grads=jnp.ones(2))
+        params, state = new
         found.append(float(params[0]))
         reasons.append(int(state.skip_reason))
         for path, x in numbers(state.wrapped_state).items():
