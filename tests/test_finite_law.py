@@ -44,7 +44,7 @@ def without_value(tx: Any) -> optax.GradientTransformation:
 
 
 # Each from its learning rate, a schedule.
-OPTIMIZERS: dict[str, Callable[[Schedule], Any]] = {
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adabelief": optax.adabelief,
     "adadelta": optax.adadelta,
     "adafactor": lambda rate: optax.adafactor(rate, min_dim_size_to_factor=4),
@@ -142,14 +142,9 @@ def test_every_optimizer_of_optax_is_in_the_table():
 
 # Of parameters and of gradients.
 DTYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **{
-        name: (dict.fromkeys("bsw", dtype),) * 2
-        for name, dtype in (
-            ("f32", jnp.float32),
-            ("bf16", jnp.bfloat16),
-            ("f16", jnp.float16),
-        )
-    },
+    "f32": (dict.fromkeys("bsw", jnp.float32), dict.fromkeys("bsw", jnp.float32)),
+    "bf16": (dict.fromkeys("bsw", jnp.bfloat16), dict.fromkeys("bsw", jnp.bfloat16)),
+    "f16": (dict.fromkeys("bsw", jnp.float16), dict.fromkeys("bsw", jnp.float16)),
     "mixed": (
         {"b": jnp.float32, "s": jnp.float32, "w": jnp.float16},
         dict.fromkeys("bsw", jnp.float32),
@@ -332,7 +327,7 @@ def check_optimizer(name: str, dtype: str) -> None:
 
     @jax.jit
     def guarded(params, state, step):
-        tx = og.guard(make(lambda count: step.rate))
+        tx: Any = og.guard(make(lambda count: step.rate))
         return og.apply_gradients(tx, params, state, grads=step.grads, value=step.loss)
 
     @jax.jit
@@ -341,13 +336,13 @@ def check_optimizer(name: str, dtype: str) -> None:
         updates, inner = tx.update(step.grads, inner, params, value=step.loss)
         return optax.apply_updates(params, updates), inner
 
-    state = og.guard(make(lambda count: jnp.float32(RATE))).init(params)
+    state: Any = og.guard(make(lambda count: jnp.float32(RATE))).init(params)
     at_start = together(params, state.wrapped_state)
     clean = None
     # Momo's rate is a difference, which float16 rounds coarsely.
     tolerance = 0.3 if (name, dtype) == ("momo", "f16") else TOLERANCE[dtype]
     for fault, steps in runs(like).items():
-        new = params, state
+        new: Any = params, state
         counts = [(0, 0)]
         for step in steps:
             old, step = new, Step(step.grads, *map(jnp.float32, step[1:]))
@@ -362,14 +357,20 @@ def check_optimizer(name: str, dtype: str) -> None:
         if clean and not is_spoilt and "rate" not in fault and "large" not in fault:
             assert counts[-1][0] == 0, fault
         if fault in SKIPPED:
-            again = params, state
+            again: Any = params, state
             for step in steps:
                 if expected_reason(step) == REASON.NONE:
                     again = guarded(
                         *again, Step(step.grads, *map(jnp.float32, step[1:]))
                     )
-            ends = (together(x[0], x[1].wrapped_state) for x in (new, again))
-            assert same_bits(*ends), fault
+            end, wanted = (together(x[0], x[1].wrapped_state) for x in (new, again))
+            # A moment becomes float32 in the first step, be it skipped: the second
+            # is another program.
+            if dtype == "mixed" and fault == "first nan":
+                for path, x in wanted.items():
+                    assert_close(path, end[path], x, x, tolerance)
+            else:
+                assert same_bits(end, wanted), fault
 
 
 # Optax alone raises a `TypeError` if gradients have another dtype than parameters.
@@ -414,8 +415,8 @@ def adam_in_float64(p, m, v, g, count, rate=0.1, b1=0.9, b2=0.999, eps=1e-3):
 
 
 def test_entry_whose_moment_overflows_keeps_parameter_and_both_moments():
-    tx = og.guard(optax.adam(0.1, eps=1e-3))
-    params = {"w": jnp.array([0.5, 1.0, -2.0], jnp.float16)}
+    tx: Any = og.guard(optax.adam(0.1, eps=1e-3))
+    params: Any = {"w": jnp.array([0.5, 1.0, -2.0], jnp.float16)}
     state = tx.init(params)
     p, m, v = np.array([0.5, 1.0, -2.0]), np.zeros(3), np.zeros(3)
     run = jax.jit(lambda p, s, g: og.apply_gradients(tx, p, s, grads=g))
@@ -445,7 +446,8 @@ def test_entry_whose_moment_overflows_keeps_parameter_and_both_moments():
 def test_rows_of_an_embedding_without_gradient_keep_their_values():
     # In float16 Adam's epsilon is zero, and 0 / 0 is NaN.
     params = {"embedding": jnp.ones((64, 4), jnp.float16)}
-    tx, inner = og.guard(optax.adam(0.01)), optax.adam(0.01)
+    inner: Any = optax.adam(0.01)
+    tx: Any = og.guard(inner)
     used = jnp.array([3, 5, 60])
     grads = {"embedding": jnp.zeros((64, 4), jnp.float16).at[used].set(0.5)}
     step = jax.jit(lambda p, s: og.apply_gradients(tx, p, s, grads=grads))
@@ -466,11 +468,13 @@ def test_schedule_goes_on_after_a_step_that_it_spoilt(injected):
         return jnp.where(count == 1, jnp.nan, jnp.where(count > 1, 0.5, 0.25))
 
     inner = optax.inject_hyperparams(optax.sgd)(rate) if injected else optax.sgd(rate)
-    tx = og.guard(inner)
-    params, found, reasons = jnp.zeros(2), [], []
-    state = tx.init(params)
+    tx: Any = og.guard(inner)
+    found, reasons = [], []
+    params: Any = jnp.zeros(2)
+    state: Any = tx.init(params)
     for _ in range(4):
-        params, state = og.apply_gradients(tx, params, state, grads=jnp.ones(2))
+        new: Any = og.apply_gradients(tx, params, state, grads=jnp.ones(2))
+        params, state = new
         found.append(float(params[0]))
         reasons.append(int(state.skip_reason))
         for path, x in numbers(state.wrapped_state).items():
@@ -491,9 +495,10 @@ def test_norm_whose_square_overflows_is_skipped_unless_it_is_clipped():
         (1e38, None, REASON.OVERFLOW),
         (1e38, 1.0, REASON.NONE),
     ):
-        tx = og.guard(optax.adam(0.1), clip=clip)
+        tx: Any = og.guard(optax.adam(0.1), clip=clip)
         grads = jnp.full(2, size)
-        after, state = og.apply_gradients(tx, params, tx.init(params), grads=grads)
+        new: Any = og.apply_gradients(tx, params, tx.init(params), grads=grads)
+        after, state = new
         assert state.skip_reason == reason
         assert np.all(np.isfinite(after))
         assert np.all((after == params) == (reason == REASON.OVERFLOW))
@@ -501,7 +506,7 @@ def test_norm_whose_square_overflows_is_skipped_unless_it_is_clipped():
 
 @pytest.mark.parametrize("size", [3, (1 << 17) + 1])
 def test_update_looks_at_the_sum_only_if_it_has_parameters(size):
-    tx = og.guard(optax.sgd(1e20))
+    tx: Any = og.guard(optax.sgd(1e20))
     params, state = jnp.full(size, 3e38), tx.init(jnp.zeros(size))
     # The first update alone is infinite, the second with its parameter.
     grads = jnp.zeros(size).at[:3].set(jnp.array([1e19, -1e18, 1.0]))
@@ -546,7 +551,7 @@ def test_many_gradients_are_kept_as_few_are(inner, dtype, call, monkeypatch):
 
     many = run()
     monkeypatch.setattr(step_module, "_SMALL", 2 * size)
-    tx: Any = og.guard(inner)
+    tx = og.guard(inner)
     few = run()
     for one, other in zip(many, few, strict=True):
         for x, y in zip(*(jax.tree.leaves(t) for t in (one, other)), strict=True):
@@ -562,7 +567,7 @@ def test_many_gradients_are_kept_as_few_are(inner, dtype, call, monkeypatch):
 
 
 def test_members_keep_their_own_entries():
-    tx = og.guard(optax.rmsprop(0.5, eps=0.0))
+    tx: Any = og.guard(optax.rmsprop(0.5, eps=0.0))
     params = jnp.ones((3, 4))
     grads = jnp.ones((3, 4)).at[1].set(0).at[2, 1].set(0)
     states = jax.vmap(tx.init)(params)
@@ -585,7 +590,7 @@ def test_device_that_makes_a_nan_keeps_its_entries_and_all_count_it(
     size, check_vma, mesh
 ):
     clip = og.clip_by_global_norm(1e9, axis_name="data")
-    tx = og.guard(optax.rmsprop(0.5, eps=0.0), clip=clip)
+    tx: Any = og.guard(optax.rmsprop(0.5, eps=0.0), clip=clip)
     params = {"b": jnp.ones(16), "w": jnp.ones(size)}
     state = tx.init(params)
     specs = jax.tree.map(lambda x: P(), state)._replace(
@@ -626,7 +631,7 @@ def test_derivatives_of_good_steps_are_those_without_a_guard(size):
         inner = optax.adam(rate)
         tx: Any = og.guard(inner) if is_guarded else inner
         params = {"w": jnp.ones(size)}
-        new = params, tx.init(params)
+        new: Any = params, tx.init(params)
         for scale in (1.0, 2.0):
             grads = jax.tree.map(lambda x, s=scale: s * x, new[0])
             new = og.apply_gradients(tx, *new, grads=grads)
