@@ -48,21 +48,22 @@ def on(platform: Platform) -> Any:
 
 
 PLATFORMS = [on(platform) for platform in get_args(Platform)]
-# Passes on v5e and on H100; all-reduces on v5e and on H100.
+# Passes on v5e and on H100; all-reduces on v5e and on H100. A guard has one more, of a
+# scalar that tells of entries which kept their old values.
 LIMITS = {
     "chain(clip_by_global_norm, adamw)": ((8.02, 8.03), (1, 1)),
-    "guard(adamw, clip=1.0), update": ((8.02, 8.03), (1, 1)),
-    "guard(adamw, clip=1.0), apply_gradients": ((8.02, 8.03), (1, 1)),
-    "guard(adamw, clip=zscore, skip=spike)": ((8.03, 8.04), (1, 1)),
-    "guard(adamw, clip=quantile)": ((8.03, 8.04), (1, 1)),
-    "guard(adamw, clip=relative_to_mean)": ((8.03, 8.04), (1, 1)),
-    "guard(adamw, clip=clip_by_leaf_norm(zscore))": ((8.03, 8.04), (1, 1)),
-    "guard(adamw, clip=clip_by_group_norm)": ((8.03, 8.04), (1, 1)),
+    "guard(adamw, clip=1.0), update": ((8.05, 8.05), (2, 2)),
+    "guard(adamw, clip=1.0), apply_gradients": ((8.05, 8.05), (2, 2)),
+    "guard(adamw, clip=zscore, skip=spike)": ((8.05, 8.05), (2, 2)),
+    "guard(adamw, clip=quantile)": ((8.05, 8.05), (2, 2)),
+    "guard(adamw, clip=relative_to_mean)": ((8.05, 8.05), (2, 2)),
+    "guard(adamw, clip=clip_by_leaf_norm(zscore))": ((8.05, 8.05), (2, 2)),
+    "guard(adamw, clip=clip_by_group_norm)": ((8.05, 8.05), (2, 2)),
     # One more read of the parameters; of norms along columns XLA for GPU makes several
     # reductions, with sums in float32 between them.
-    "guard(adamw, clip=clip_by_unit_norm)": ((9.40, 19.2), (1, 1)),
-    "guard(adamw, clip=clip_by_value)": ((8.05, 8.05), (1, 2)),
-    "guard(chain(optax.clip_by_global_norm, adamw))": ((8.02, 8.03), (1, 1)),
+    "guard(adamw, clip=clip_by_unit_norm)": ((9.42, 19.2), (2, 2)),
+    "guard(adamw, clip=clip_by_value)": ((8.05, 8.05), (2, 4)),
+    "guard(chain(optax.clip_by_global_norm, adamw))": ((8.05, 8.05), (2, 2)),
 }
 WATCH_ONLY = "guard(chain(optax.clip_by_global_norm, adamw))"
 UNIT = "guard(adamw, clip=clip_by_unit_norm)"
@@ -95,7 +96,7 @@ def limits(name: str, case: Case) -> tuple[float, int]:
     if name == WATCH_ONLY and case[0] == "v5e" and case[2] == "bfloat16":
         # Inside, Optax takes a norm of its own, with sums in bfloat16. XLA for TPU does
         # not make that one read with our sums in float32.
-        return passes[column] + 1, 2
+        return passes[column] + 1, 3
     return passes[column], all_reduces[column]
 
 
@@ -430,8 +431,9 @@ class TestManualSPMD:
             step, mesh=grid, in_specs=(specs, specs), out_specs=specs
         )
         compiled = jax.jit(mapped).lower(grads, grads).compile().as_text() or ""
-        # Over model, over data and over both; what all have is not sent.
-        assert len(re.findall(r" all-reduce(?:-start)?\(", compiled)) == 3
+        # Over model, over data and over both; what all have is not sent. One more, of
+        # a scalar, tells of entries that kept their old values.
+        assert len(re.findall(r" all-reduce(?:-start)?\(", compiled)) <= 4
 
 
 @pytest.mark.xdist_group("train step")  # They share no cost with the tests above.
@@ -449,7 +451,8 @@ class TestTrainStep:
         ours = train_cost(GUARDED, case)
         assert ours.passes <= bare_clip.passes * 1.005
         # On TPU the norm's all-reduce takes the place of another collective.
-        assert collectives(ours) <= collectives(plain)
+        # One more, of a scalar, tells of entries that kept their old values.
+        assert collectives(ours) <= collectives(plain) + 1
         assert ours.conditionals == plain.conditionals
         assert ours.host_transfers == 0
         if platform == "h100":  # On v5e this one program takes a minute to compile.
