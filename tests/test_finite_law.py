@@ -356,7 +356,10 @@ def check_optimizer(name: str, dtype: str) -> None:
         is_spoilt = name == "acprop" and fault.startswith("first")
         if clean and not is_spoilt and "rate" not in fault and "large" not in fault:
             assert counts[-1][0] == 0, fault
-        if fault in SKIPPED:
+        # Moments become float32 in a first step, be it skipped: the second step is then
+        # another program.
+        is_other = dtype == "mixed" and fault == "first nan"
+        if fault in SKIPPED and not is_other:
             again: Any = params, state
             for step in steps:
                 if expected_reason(step) == REASON.NONE:
@@ -364,13 +367,7 @@ def check_optimizer(name: str, dtype: str) -> None:
                         *again, Step(step.grads, *map(jnp.float32, step[1:]))
                     )
             end, wanted = (together(x[0], x[1].wrapped_state) for x in (new, again))
-            # A moment becomes float32 in the first step, be it skipped: the second
-            # is another program.
-            if dtype == "mixed" and fault == "first nan":
-                for path, x in wanted.items():
-                    assert_close(path, end[path], x, x, tolerance)
-            else:
-                assert same_bits(end, wanted), fault
+            assert same_bits(end, wanted), fault
 
 
 # Optax alone raises a `TypeError` if gradients have another dtype than parameters.
