@@ -186,13 +186,15 @@ def take_entries(
     keep: Any = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
     step = EntryStep(take, keep, find, tell)
 
+    is_small = _is_small(grads)
+
     def mask(grads: Any, *kept: Any) -> tuple[Any, Told]:
-        seen = _zeros_unless(is_taken, grads) if hides_bad else grads
+        seen = _zeros_unless(is_taken, grads) if hides_bad or is_small else grads
         return step.masked(is_taken, seen, *kept)
 
     if use_cond:
         return step.by_branch(is_taken, grads, *kept)
-    if _is_small(grads):
+    if is_small:
         return mask(grads, *kept)
     cpu = step.by_branch if _is_manual() else step.looked_at_first
     cpu = functools.partial(cpu, is_taken)
