@@ -131,9 +131,13 @@ def test_scale_and_steps_are_those_of_flaxs_own_verdict():
 
 
 def judged(text: str) -> set[int]:
-    """Sizes of the arrays of which it is asked whether their entries are finite."""
-    shapes = re.findall(r"pred\[([\d,]*)\]\S* is-finite\(", text)
-    return {math.prod(int(n) for n in s.split(",") if n) for s in shapes}
+    """Sizes of the arrays of which it is asked whether all entries are finite."""
+    found = set()
+    for name in re.findall(r"pred\[\]\S* reduce\((%[\w.-]+)", text):
+        shape = re.search(re.escape(name) + r" = pred\[([\d,]*)\]", text)
+        if shape is not None:
+            found.add(math.prod(int(n) for n in shape.group(1).split(",") if n))
+    return found
 
 
 def test_gradients_are_judged_once():

@@ -85,7 +85,8 @@ def first_interval(
             f"'loss'; got the keys {sorted(found)}."
         )
     stats = find_states(state, NormStats)
-    known = set(metrics(state)) if stats else set()
+    # Its names alone: the host must not wait for the numbers.
+    known = set(jax.eval_shape(metrics, state)) if stats else set()
     dtypes = {
         f"train_{name}": jnp.promote_types(value.dtype, jnp.float32)
         for name, value in found.items()
