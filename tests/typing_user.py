@@ -49,7 +49,9 @@ def reading(tx: optax.GradientTransformation, params: Params) -> None:
     state = tx.init(params)
     assert_type(og.metrics(state), dict[str, jax.Array])
     assert_type(og.find_state(state, og.GuardState), og.GuardState)
-    assert_type(og.find_state(state, og.GuardState).num_skipped, jax.Array)
+    # Mypy knows no type of attributes of a named tuple that are not its fields.
+    num_skipped: jax.Array = og.find_state(state, og.GuardState).num_skipped
+    assert_type(num_skipped, jax.Array)
     assert_type(og.find_states(state, og.NormStats), list[og.NormStats])
     assert_type(og.skipped_steps(state, params), list[og.SkippedStep])
     assert_type(og.skipped_steps(state)[0].reason, og.SkipReason)
