@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_whole
@@ -57,13 +58,24 @@ class Entry:
     def _of(self, row: Any) -> Any:
         if isinstance(row, jax.ShapeDtypeStruct):
             dtype = jnp.bool_ if self.is_flag else row.dtype
-            return jax.ShapeDtypeStruct(row.shape[:-1], dtype, sharding=row.sharding)
+            shape = row.shape[:-1]
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=_without_last_axis(row.sharding, len(shape))
+            )
         if isinstance(row, jax.Array):
             check_whole(self.row, row.shape[-1], ROW_LENGTH)
             number = lax.index_in_dim(row, self.index, axis=-1, keepdims=False)
         else:  # A NumPy array, of which this is a scalar, or an `nnx.Variable`.
             number = row[..., self.index][()]
         return number != 0 if self.is_flag else number
+
+
+def _without_last_axis(sharding: Any, ndim: int) -> Any:
+    """How a number of a row is placed, if the row is placed like this."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = PartitionSpec(*sharding.spec[:ndim])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def entries_of(cls: type[Any]) -> dict[str, Entry]:
