@@ -56,23 +56,22 @@ def kept_entries(params: Any, state: Any, old_state: Any) -> Kept:
       old_state: The state before it. Where a number that belongs to no parameter was
         not finite, as line searches start, the optimizer knows best.
     """
+    values = jax.tree.leaves(params)
+    together = [[x] if _is_looked_at(x) else [] for x in values]
     news, olds = jax.tree.leaves(state), jax.tree.leaves(old_state)
     owners = _owners(params, state)
-    together = [
-        [x] if is_inexact(x) and x.size else [] for x in jax.tree.leaves(params)
-    ]
     for owner, new in zip(owners, news, strict=True):
-        if owner is not None and together[owner] and is_inexact(new):
+        if owner is not None and together[owner] and _is_looked_at(new):
             together[owner].append(new)
     of_params = [_is_any_bad(arrays) if arrays else None for arrays in together]
-    of_state = [
-        None
-        if not (is_inexact(new) and new.size)
-        else _is_bad(new, old)
-        if owner is None or of_params[owner] is None
-        else of_params[owner]
-        for owner, new, old in zip(owners, news, olds, strict=True)
-    ]
+    of_state: list[jax.Array | None] = []
+    for owner, new, old in zip(owners, news, olds, strict=True):
+        if not _is_looked_at(new):
+            of_state.append(None)
+        elif owner is None or of_params[owner] is None:
+            of_state.append(_is_bad(new, old))
+        else:
+            of_state.append(of_params[owner])
     return Kept(of_params, of_state)
 
 
@@ -128,6 +127,16 @@ def _few(x: jax.Array) -> jax.Array:
     sizes = [1] * x.ndim
     sizes[-1] = min(x.shape[-1], _MOST_ENTRIES)
     return jax.lax.slice(x, [0] * x.ndim, sizes)
+
+
+def _is_looked_at(x: Any) -> bool:
+    """Whether it is a floating array in the memory of the device.
+
+    The host's memory is where `jit` can put moments that are offloaded. To look at them
+    there would move them; they are chosen between by the verdict alone.
+    """
+    space = str(getattr(jax.typeof(x), "memory_space", ""))
+    return is_inexact(x) and x.size > 0 and not space.endswith("Host")
 
 
 def _is_any_bad(arrays: Sequence[jax.Array]) -> jax.Array:

@@ -140,7 +140,7 @@ def check(name: str, case: Case, measured: Cost, clip: Cost) -> None:
     assert is_donated(measured, case)
     if name != UNIT:
         # Vectors of norms are padded.
-        more = 3e6 if name in (LEAF, GROUP) else 2e6
+        more = 3.6e6 if name in (LEAF, GROUP) else 2.3e6
         assert measured.temp_bytes <= clip.temp_bytes + more
 
 
@@ -267,7 +267,8 @@ def test_with_cond_is_one_conditional_and_no_traffic_but_by_update(
     variant = Variant(lambda: og.guard(adamw(), 1.0, use_cond=True), call)
     measured = cost_of(variant, case)
     assert measured.conditionals == 1
-    assert measured.all_reduces == 1
+    # One for the norm, one for what is told of entries that kept their old values.
+    assert measured.all_reduces == 2
     assert measured.passes == pytest.approx(passes, abs=0.02)
     has_copy = measured.temp_bytes > 0.9 * case.array_bytes
     assert has_copy == (call is by_update)
@@ -329,12 +330,12 @@ def is_moment(x: Any, case: Case) -> bool:
 
 
 class TestManyLeaves:
-    def test_global_scope_is_one_read_and_one_all_reduce(self, platform):
+    def test_global_scope_is_one_read_and_two_all_reduces(self, platform):
         case = Case(platform, leaves=400)
         measured = cost(GUARDED, case)
         # Plain AdamW makes 7.02 and Optax's clip 8.04 on v5e: small arrays are padded.
         assert measured.passes <= 8.10
-        assert measured.all_reduces == 1
+        assert measured.all_reduces == 2
         assert measured.other_collectives == 0
         assert measured.conditionals == 0
         assert measured.host_transfers == 0
@@ -344,7 +345,7 @@ class TestManyLeaves:
     def test_leaf_scope_is_a_few_all_reduces(self, platform):
         measured = cost(LEAF, Case(platform, leaves=200))
         assert measured.passes <= 8.20
-        assert measured.all_reduces <= math.ceil(2 * 200 / 256)
+        assert measured.all_reduces <= math.ceil(2 * 200 / 256) + 1
         assert measured.other_collectives == 0
         assert measured.conditionals == 0
         assert measured.host_transfers == 0
@@ -379,8 +380,9 @@ class TestManyLeaves:
         assert guarded.fusions <= 2 * plain.fusions
         # Optax's clip, which takes more than that, takes a minute to compile.
         assert guarded.temp_bytes <= plain.temp_bytes + 2e6
-        # To choose between old and new state already takes twice AdamW's time.
-        assert guarded.compile_seconds <= 4 * plain.compile_seconds
+        # To choose between old and new state already takes twice AdamW's time, and to
+        # choose for each entry twice that.
+        assert guarded.compile_seconds <= 6 * plain.compile_seconds
 
     @pytest.mark.parametrize("are_named", [True, False])
     def test_leaves_sharded_differently_stay_where_they_are(self, platform, are_named):
@@ -449,10 +451,11 @@ class TestTrainStep:
             table[f"train step: {name}", case] for name in ("adamw", OPTAX_CLIP)
         )
         ours = train_cost(GUARDED, case)
-        assert ours.passes <= bare_clip.passes * 1.005
+        assert ours.passes <= bare_clip.passes * 1.01
         # On TPU the norm's all-reduce takes the place of another collective.
-        # One more, of a scalar, tells of entries that kept their old values.
-        assert collectives(ours) <= collectives(plain) + 1
+        # One for the norm on a GPU, and one for what is told of entries that kept their
+        # old values.
+        assert collectives(ours) <= collectives(plain) + 2
         assert ours.conditionals == plain.conditionals
         assert ours.host_transfers == 0
         if platform == "h100":  # On v5e this one program takes a minute to compile.
