@@ -58,14 +58,14 @@ def guard(
     division by zero in float16, by a schedule, by a square that overflows. Where a
     parameter or one of its moments would not be finite after the step, that entry
     keeps its old value and all its moments; the others take the step. So parameters
-    and state that are finite stay finite. On TPU and GPU this is part of the mask and
-    costs no traffic. On CPU, from 131072 gradients on, the step is computed twice: once
-    to look. A step of which nothing could be applied counts as skipped, as
-    ``NONFINITE_UPDATE``; it is told by the smallest leaves, which make up at most
-    1/1024 of all entries (or by a part of one leaf). ``num_partial`` counts steps in
-    which they kept some entries. Gradients whose norm after clipping is above 1.8e19
-    are skipped as ``OVERFLOW``. Without a clip, smaller ones are taken, and a gradient
-    of 1e10 already freezes Adam for thousands of steps: give a clip.
+    and state that are finite stay finite. On GPU (measured) and TPU (compiled) this is
+    part of the mask and costs no traffic. On CPU, with more than 131072 gradients, the
+    step is computed twice: once to look. If all entries of the smallest leaves (at most
+    1/1024 of all entries, or a part of one leaf) kept their old values, the step counts
+    as skipped, as ``NONFINITE_UPDATE``, although counts inside ``inner`` advance. If
+    some did, ``num_partial`` counts it. Gradients whose norm after clipping is above
+    1.8e19 are skipped as ``OVERFLOW``. Without a clip, smaller ones are taken, and a
+    gradient of 1e10 already freezes Adam for thousands of steps: give a clip.
 
     A non-finite step is never applied. After ``max_consecutive_skips`` skipped steps in
     a row the guard sets ``guard_exhausted``, and ``raise_if_exhausted`` and stop rules

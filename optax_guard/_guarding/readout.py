@@ -35,8 +35,8 @@ _OF_CLIP = ("entries_clipped", "update_cosine", "units_clipped")
 _ADVICE = {
     SkipReason.NONFINITE_UPDATE: (
         "The gradients were finite, and the optimizer made non-finite parameters or "
-        "moments of them, so none was changed. Look at its learning rate and its "
-        "schedule, and at `eps`, which float16 rounds to 0."
+        "moments of them. Those entries kept their old values. Look at its learning "
+        "rate and its schedule, and at `eps`, which float16 rounds to 0."
     ),
     SkipReason.OVERFLOW: (
         "Parameters and optimizer state are those of the last good step. The gradients "
