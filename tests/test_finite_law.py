@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import optax_guard as og
-from optax_guard._guarding import step as step_module
+from optax_guard._guarding import entry_step as step_module
 from tests.strategies import same_bits
 
 REASON = og.SkipReason

@@ -13,14 +13,11 @@ from optax_guard._checks import check_count, check_flag
 from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
 from optax_guard._clipping.parts import ClipParts
 from optax_guard._guarding.entries import Kept, kept_entries, told_by
+from optax_guard._guarding.entry_step import take_entries
 from optax_guard._guarding.judging import Judged, as_rules, judge_step, recorded
 from optax_guard._guarding.masking import counting_only, hide
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
-from optax_guard._guarding.step import (
-    StepParts,
-    check_same_tree,
-    take_entries,
-)
+from optax_guard._guarding.step import StepParts, check_same_tree
 from optax_guard._norms.mesh_axes import unchecked_axes
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation

@@ -1,6 +1,5 @@
 """One guarded step: a branch where a branch is free, else a mask."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import optax
 from jax import lax
 
 from optax_guard._checks import check_leaves, check_transformation
-from optax_guard._guarding.entries import Kept, Told, is_any, with_old_entries
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import parts_of
@@ -59,14 +57,14 @@ def take_or_keep(
     """
     # Under jit it is traced once for its shapes and for both platforms.
     take = jax.jit(take, inline=True)
-    keep = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
+    keep = keeping(jax.eval_shape(take, grads, *kept), len(kept))
 
     def branch(grads: Any, *kept: Any) -> tuple[Any, ...]:
         return lax.switch(is_taken.astype(jnp.int32), [keep, take], grads, *kept)
 
     def mask(grads: Any, *kept: Any) -> tuple[Any, ...]:
         # A masked result must not have been NaN: its derivative would be 0 * NaN.
-        seen = _zeros_unless(is_taken, grads) if hides_bad else grads
+        seen = zeros_unless(is_taken, grads) if hides_bad else grads
         return optax.tree.where(is_taken, take(seen, *kept), keep(grads, *kept))
 
     if use_cond:
@@ -74,7 +72,7 @@ def take_or_keep(
     return lax.platform_dependent(grads, *kept, cpu=branch, default=mask)
 
 
-def _keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, ...]]:
+def keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, ...]]:
     """The step that is not taken, with results like those of the one that is."""
     first = len(like) - num_kept
 
@@ -86,131 +84,7 @@ def _keeping(like: tuple[Any, ...], num_kept: int) -> Callable[..., tuple[Any, .
     return keep
 
 
-# On CPU, a mask of up to so many gradients costs less than a branch. Of more, the
-# copies that XLA makes for the mask cost more than a look before the step.
-_SMALL = 1 << 17
-
-
-class EntryStep(NamedTuple):
-    """A step of which each entry is taken only if it is finite; see ``entries.py``.
-
-    Attributes:
-      take: ``take(grads, *kept)`` gives parameters or updates, and the optimizer's
-        state. ``kept`` is parameters and state before the step, or the state alone.
-      keep: ``keep(grads, *kept)`` gives the results of a step that is not taken.
-      find: ``find(results, kept)`` gives the ``Kept`` of a step.
-      tell: ``tell(found)`` gives the records of it.
-    """
-
-    take: Callable[..., tuple[Any, Any]]
-    keep: Callable[..., tuple[Any, Any]]
-    find: Callable[[tuple[Any, Any], tuple[Any, ...]], Kept]
-    tell: Callable[[Kept], Told]
-
-    def masked(self, is_taken: Any, grads: Any, *kept: Any) -> tuple[Any, Told]:
-        """The step by a selection: of all entries, and of each."""
-        results, old = self.take(grads, *kept), self.keep(grads, *kept)
-        found = self.find(results, kept)
-        each = zip(results, old, found, strict=True)
-        first, state = (with_old_entries(*trees, is_taken) for trees in each)
-        return (first, state), self.tell(found)
-
-    def untouched(self, told: Told, grads: Any, *kept: Any) -> tuple[Any, Told]:
-        return self.keep(grads, *kept), jax.tree.map(jnp.zeros_like, told)
-
-    def by_branch(self, is_taken: jax.Array, grads: Any, *kept: Any) -> Any:
-        """The step by a branch, with the selection of each entry inside of it."""
-        take = functools.partial(self.masked, True)
-        told = jax.eval_shape(take, grads, *kept)[1]
-        branches = [functools.partial(self.untouched, told), take]
-        return lax.switch(is_taken.astype(jnp.int32), branches, grads, *kept)
-
-    def looked_at_first(self, is_taken: jax.Array, grads: Any, *kept: Any) -> Any:
-        """The step is computed once to look, and once to take all of it or some."""
-        found = self.find(self.take(grads, *kept), kept)
-        is_clean, told = ~is_any(found), self.tell(found)
-        trees = self.keep(grads, *kept)
-        for is_here, act in (
-            (is_taken & ~is_clean, self._take_some),
-            (is_taken & is_clean, self._take_all),
-        ):
-            act = functools.partial(act, 2 - len(kept))
-            trees = lax.switch(is_here.astype(jnp.int32), [_pass, act], grads, *trees)
-        return trees, told
-
-    def _take_some(self, num_first: int, grads: Any, *trees: Any) -> tuple[Any, ...]:
-        # XLA on CPU keeps the copies of a selection inside of a loop. A branch with
-        # copies would make it copy in the branches beside it. It removes a loop of one
-        # turn, so there is a turn before, which takes nothing.
-        def turn(trees: Any, is_taken: jax.Array) -> tuple[Any, None]:
-            return self.masked(is_taken, grads, *trees[num_first:])[0], None
-
-        return lax.scan(turn, trees, jnp.array([False, True]))[0]
-
-    def _take_all(self, num_first: int, grads: Any, *trees: Any) -> tuple[Any, ...]:
-        return self.take(grads, *trees[num_first:])
-
-
-def _pass(grads: Any, *trees: Any) -> tuple[Any, ...]:
-    del grads
-    return trees
-
-
-def take_entries(
-    is_taken: jax.Array,
-    take: Callable[..., tuple[Any, Any]],
-    find: Callable[[tuple[Any, Any], tuple[Any, ...]], Kept],
-    tell: Callable[[Kept], Told],
-    grads: Any,
-    kept: tuple[Any, ...],
-    *,
-    hides_bad: bool,
-    use_cond: bool,
-) -> tuple[tuple[Any, Any], Told]:
-    """As ``take_or_keep``, but each entry is taken only if the result is finite.
-
-    Args:
-      is_taken: bool[].
-      take: As of ``EntryStep``.
-      find: As of ``EntryStep``.
-      tell: As of ``EntryStep``.
-      grads: The gradients.
-      kept: Parameters and state before the step, or the state alone.
-      hides_bad: As for ``take_or_keep``.
-      use_cond: As for ``take_or_keep``.
-
-    Returns:
-      The results, and what is told of the entries that kept their old values.
-    """
-    take = jax.jit(take, inline=True)
-    keep: Any = _keeping(jax.eval_shape(take, grads, *kept), len(kept))
-    step = EntryStep(take, keep, find, tell)
-
-    is_small = _is_small(grads)
-
-    def mask(grads: Any, *kept: Any) -> tuple[Any, Told]:
-        seen = _zeros_unless(is_taken, grads) if hides_bad or is_small else grads
-        return step.masked(is_taken, seen, *kept)
-
-    if use_cond:
-        return step.by_branch(is_taken, grads, *kept)
-    if is_small:
-        return mask(grads, *kept)
-    cpu = step.by_branch if _is_manual() else step.looked_at_first
-    cpu = functools.partial(cpu, is_taken)
-    return lax.platform_dependent(grads, *kept, cpu=cpu, default=mask)
-
-
-def _is_small(tree: Any) -> bool:
-    return sum(x.size for x in jax.tree.leaves(tree)) <= _SMALL
-
-
-def _is_manual() -> bool:
-    """Whether devices run the step by hand; they must take one branch together."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _zeros_unless(condition: jax.Array, tree: Any) -> Any:
+def zeros_unless(condition: jax.Array, tree: Any) -> Any:
     return map_inexact(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
 
 
