@@ -374,6 +374,18 @@ OURS = {
     "guard(adamw, clip=clip_by_value)": Variant(
         lambda: og.guard(adamw(), og.clip_by_value(0.1))
     ),
+    "guard(adamw, clip=1.0, max_update=relative_to_params)": Variant(
+        lambda: og.guard(adamw(), 1.0, max_update=og.threshold.relative_to_params()),
+        by_apply_gradients,
+    ),
+    "guard(adamw, clip=1.0, max_update=clip_by_leaf_norm)": Variant(
+        lambda: og.guard(
+            adamw(),
+            1.0,
+            max_update=og.clip_by_leaf_norm(og.threshold.relative_to_params()),
+        ),
+        by_apply_gradients,
+    ),
     "guard(chain(optax.clip_by_global_norm, adamw))": Variant(
         lambda: og.guard(optax_clip())
     ),

@@ -30,6 +30,7 @@ from optax_guard._guarding.state import GuardState as GuardState
 from optax_guard._guarding.state import SkipLog as SkipLog
 from optax_guard._guarding.step import apply_gradients
 from optax_guard._guarding.undoing import keep_if_skipped
+from optax_guard._guarding.update_bound import UpdateBoundState as UpdateBoundState
 from optax_guard._norms.readout import leaf_norms, norm_quantile
 from optax_guard._norms.statistics import GroupStats as GroupStats
 from optax_guard._norms.statistics import NormStats as NormStats
@@ -90,6 +91,7 @@ _STATES = [
     "RecordNormState",
     "SkipLog",
     "SkippedStep",
+    "UpdateBoundState",
 ]
 
 

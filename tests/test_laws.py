@@ -132,6 +132,11 @@ def with_mask(c: Any) -> Any:
     return og.guard(LAST, c, mask=lambda tree: {name: name != "c" for name in tree})
 
 
+def with_bound_by_leaf(ratio: Any) -> Any:
+    bound = og.threshold.relative_to_params(ratio, start=ratio)
+    return og.guard(LAST, max_update=og.clip_by_leaf_norm(bound))
+
+
 def by_group(threshold: Any) -> Any:
     return og.clip_by_group_norm(
         {"first": threshold, "rest": threshold},
@@ -216,6 +221,11 @@ FORMS = product() | {
     ),
     "guard with rules": Form("guard", with_rules, 1.0, scaled(2)),
     "guard with a mask": Form("guard", with_mask, 1.0, first_part(7)),
+    "guard with a bound": Form(
+        "guard", lambda c: og.guard(LAST, max_update=c), 1.0, scaled(2)
+    ),
+    # Here parameters and updates are about as long, as for units.
+    "guard with a bound by leaf": Form("guard", with_bound_by_leaf, 1.0),
     "accumulate": Form(
         "accumulate",
         lambda c: og.accumulate(og.guard(LAST, clip=c), 1),
@@ -809,7 +819,7 @@ def test_types_never_change_inside_other_transformations(form, wrapper):
     assert types_of(after) == types_of(state)
     expected = jax.tree.map(lambda x: jnp.stack([x, x]), params)
     assert types_of(updates) == types_of(expected)
-    assert len(og.find_states(state, og.NormStats)) == form.watches
+    assert bool(og.find_states(state, og.NormStats)) == form.watches
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -21,6 +21,7 @@ from optax_guard._clipping.parts import (
     factors_for,
     rescaled,
 )
+from optax_guard._clipping.relative import unit_of_all
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.statistics import NormStats, init_stats, update_stats
 from optax_guard._norms.tree_norm import tree_norm
@@ -100,7 +101,8 @@ def clip_by_global_norm(
     Raises:
       ValueError: If ``max_norm`` or ``ord`` is concrete and not positive, or
         ``nonfinite`` is unknown; in ``update``, if ``axis_name`` leaves out an axis
-        over which a leaf varies.
+        over which a leaf varies, or ``params`` is missing for a threshold relative to
+        them.
       TypeError: If ``max_norm`` or ``axis_name`` is none of the above.
 
     Examples:
@@ -119,6 +121,11 @@ def clip_by_global_norm(
     if ord is not None:
         check_positive("ord", ord)
         ord = float(static_number("ord", ord, "it chooses the reduction"))
+    if threshold.unit is not None and ord not in (None, 2.0):
+        raise ValueError(
+            "`ord` must be 2 with a threshold relative to the parameters, whose norm "
+            f"is the Euclidean one, got {ord}."
+        )
     check_choice("nonfinite", nonfinite, ("propagate", "zero"))
 
     def init(params: optax.Params) -> ClipByNormState:
@@ -131,12 +138,13 @@ def clip_by_global_norm(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[Measurement, ClipByNormState]:
-        del params, extra_args
+        del extra_args
         check_state("clip_by_global_norm", state, ClipByNormState)
         norm = tree_norm(updates, ord, axis_name)
         value, is_finite = norm.value, jnp.isfinite(norm.value)
+        unit = unit_of_all("clip_by_global_norm", threshold, params, axis_name)
         decision = decide(
-            "clip_by_global_norm", threshold, value, value, state.threshold
+            "clip_by_global_norm", threshold, value, value, state.threshold, unit=unit
         )
         trigger, target, is_clipped, clipped_norm, learned = decision
         stats = update_stats(state.stats, value, clipped_norm, trigger, is_clipped)

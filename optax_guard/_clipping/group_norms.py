@@ -49,10 +49,11 @@ def update_total(
     return update_stats(stats, total.value, after, threshold, is_any)
 
 
-def group_norms(
-    parts: jax.Array, group_of_part: np.ndarray, stats: GroupStats
+def norms_of_groups(
+    parts: jax.Array, group_of_part: np.ndarray, num_groups: int
 ) -> jax.Array:
-    groups = np.arange(len(stats.group_counts))
+    """The norm of each group from those of its parts."""
+    groups = np.arange(num_groups)
     if np.array_equal(group_of_part, groups):
         return parts
     # Not a sum by index, whose order is not fixed on every device.

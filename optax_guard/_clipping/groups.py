@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optax_guard._checks import check_flag, check_state
 from optax_guard._clipping.group_norms import (
     check_same_groups,
-    group_norms,
+    norms_of_groups,
     rescale_groups,
     total_norm,
     update_total,
@@ -23,6 +23,7 @@ from optax_guard._clipping.parts import (
     decide,
     factors_for,
 )
+from optax_guard._clipping.relative import unit_of_groups
 from optax_guard._norms.groups import (
     Groups,
     axes_without,
@@ -39,7 +40,7 @@ from optax_guard._norms.statistics import (
     update_group_stats,
 )
 from optax_guard._public import answers_wrong_calls
-from optax_guard.threshold._base import Limits, Threshold
+from optax_guard.threshold._base import Limits, ParamNorms, Threshold
 from optax_guard.threshold._coerce import as_threshold
 
 
@@ -234,7 +235,16 @@ def _side_by_side(thresholds: Mapping[str, Threshold]) -> Threshold:
             for i, (label, each) in enumerate(thresholds.items())
         }
 
-    return Threshold(start, limits, learn)
+    def unit(params: ParamNorms) -> jax.Array:
+        units = []
+        for i, each in enumerate(thresholds.values()):
+            one = jnp.ones((), params.norms.dtype)
+            own = params._replace(norms=params.norms[i], counts=params.counts[i])
+            units.append(one if each.unit is None else each.unit(own))
+        return jnp.stack(units)
+
+    has_unit = any(each.unit is not None for each in thresholds.values())
+    return Threshold(start, limits, learn, unit if has_unit else None)
 
 
 def _clip_groups(
@@ -257,15 +267,19 @@ def _clip_groups(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[Measurement, Any]:
-        del params, extra_args
+        del extra_args
         check_state(factory, state, make_state)
         groups, names = split(updates)
         check_same_groups(factory, names, state.group_stats)
         over = mesh_axes(updates, axis_name)
         parts = groups.norms(groups.floating(updates), over)
-        norms = group_norms(parts, groups.group_of_part, state.group_stats)
+        num_groups = len(state.group_stats.group_counts)
+        norms = norms_of_groups(parts, groups.group_of_part, num_groups)
         total = total_norm(parts, groups.leaf_of_part)
-        decision = decide(factory, threshold, norms, total.value, state.threshold)
+        unit = unit_of_groups(factory, threshold, params, groups, num_groups, axis_name)
+        decision = decide(
+            factory, threshold, norms, total.value, state.threshold, unit=unit
+        )
         trigger, target, is_clipped, clipped_norms, learned = decision
         new_state = make_state(
             update_total(state.stats, total, norms, clipped_norms, trigger, is_clipped),

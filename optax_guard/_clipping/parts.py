@@ -113,6 +113,7 @@ def decide(
     state: Any,
     *,
     is_excluded: np.ndarray | None = None,
+    unit: jax.Array | None = None,
 ) -> Decision:
     """Asks the threshold, and lets it learn from updates that are finite.
 
@@ -123,12 +124,16 @@ def decide(
       global_norm: float[], the norm of all updates.
       state: The threshold's state.
       is_excluded: bool[...], norms that are never clipped; ``None`` if there are none.
+      unit: float[...], the unit of the threshold's limits; ``None`` for 1.
 
     Raises:
       ValueError: If ``state`` is not like that of the threshold for these norms.
     """
     check_part(factory, "threshold", state, lambda: threshold.start(norms.shape))
     trigger, target = threshold.limits(norms, global_norm, state)
+    if unit is not None:
+        unit = unit.astype(norms.dtype)
+        trigger, target = trigger * unit, target * unit
     # A traced number could be negative, and would turn the step around.
     trigger, target = jnp.maximum(trigger, 0.0), jnp.maximum(target, 0.0)
     trigger = jnp.broadcast_to(trigger, norms.shape)

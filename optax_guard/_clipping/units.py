@@ -39,7 +39,7 @@ from optax_guard._norms.statistics import (
 from optax_guard._public import answers_wrong_calls
 from optax_guard._trees import as_float, for_each_leaf
 from optax_guard.threshold._base import Threshold
-from optax_guard.threshold._coerce import as_threshold
+from optax_guard.threshold._coerce import as_absolute_threshold
 
 
 class ClipByUnitNormState(NamedTuple):
@@ -122,7 +122,7 @@ def clip_by_unit_norm(
       Brock et al., `High-performance large-scale image recognition without
       normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
-    threshold = as_threshold("max_ratio", max_ratio)
+    threshold = as_absolute_threshold("max_ratio", max_ratio)
     check_positive("eps", eps)
     check_flag("record_quantiles", record_quantiles)
 

@@ -199,6 +199,8 @@ def in_new_layout(saved: Any) -> Any:
         zero = next(iter(known.values())) * 0  # For numbers that came later.
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
         fields |= rows_of(cls, numbers | known)
+        if cls is GuardState:  # It came later, and was not there.
+            fields["bound_state"] = {} if isinstance(x, dict) else ()
         return fields if isinstance(x, dict) else cls(**fields)
 
     def is_old(x: Any) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -18,10 +17,11 @@ from optax_guard._guarding.judging import Judged, as_rules, judge_step, recorded
 from optax_guard._guarding.masking import counting_only, hide
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
 from optax_guard._guarding.step import StepParts, check_same_tree
-from optax_guard._norms.mesh_axes import unchecked_axes
+from optax_guard._guarding.update_bound import added, bound_updates
+from optax_guard._norms.mesh_axes import AxisName, unchecked_axes
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, parts_of, transformation
-from optax_guard._trees import first_difference, is_inexact
+from optax_guard._trees import first_difference
 from optax_guard.skip import SkipReason, SkipRule
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
@@ -39,6 +39,12 @@ def guard(
     *,
     skip: SkipRule | Sequence[SkipRule] = (),
     mask: Any = True,
+    max_update: ArrayLike
+    | optax.Schedule
+    | Threshold
+    | Mapping[str, Any]
+    | optax.GradientTransformationExtraArgs
+    | None = None,
     max_consecutive_skips: ArrayLike = 10,
     use_cond: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -84,6 +90,12 @@ def guard(
         leaves whose update replaces the value.
         ``optax.inject_hyperparams`` mistakes a function for a schedule: pass it
         ``static_args=("inner", "mask")``.
+      max_update: A bound on the norm of the update, after the optimizer, as for
+        ``clip``; ``threshold.relative_to_params()`` bounds it relative to the
+        parameters, which a learning rate that is too high needs. It needs ``params``.
+        Updates that are not finite do not count in the norm, and each is told, not only
+        those of small leaves. It costs the norm of the update before it is applied:
+        on v5e and H100 (compiled) COST.
       max_consecutive_skips: Skipped steps in a row that are too many; a whole number of
         at least 1, may be traced.
       use_cond: If true, TPU and GPU do not compute ``inner`` in a bad step, by a
@@ -128,13 +140,20 @@ def guard(
     _check_inner(inner)
     check_count("max_consecutive_skips", max_consecutive_skips)
     check_flag("use_cond", use_cond)
-    parts = _clip_parts(clip)
+    parts = _clip_parts("clip", clip)
+    bound = None
+    if max_update is not None:
+        bound = _clip_parts("max_update", max_update, parts.axis_name)
+    if mask is not True:
+        parts = counting_only(mask, parts)
+        bound = bound and counting_only(mask, bound)
     config = GuardConfig(
         inner=optax.with_extra_args_support(inner),
-        clip=parts if mask is True else counting_only(mask, parts),
+        clip=parts,
         is_clipping=clip is not None,
         rules=as_rules(skip),
         mask=mask,
+        bound=bound,
         max_consecutive_skips=max_consecutive_skips,
         use_cond=use_cond,
     )
@@ -182,20 +201,21 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _clip_parts(clip: Any) -> ClipParts:
-    """The parts of the clip that was given as ``clip=``."""
+def _clip_parts(name: str, clip: Any, axis_name: AxisName = None) -> ClipParts:
+    """The parts of the clip that was given as ``clip=`` or ``max_update=``."""
     if clip is None:
         tx = record_norm()
     elif isinstance(clip, optax.GradientTransformation):
         tx = clip
     else:
-        tx = clip_by_global_norm(as_threshold("clip", clip))
+        tx = clip_by_global_norm(as_threshold(name, clip), axis_name=axis_name)
     parts = parts_of(tx, ClipParts)
     if parts is None:
+        inside = {"clip": "clip, optimizer", "max_update": "optimizer, clip"}[name]
         raise TypeError(
-            "`clip` must be a number, a schedule, a threshold or one of this library's "
-            "own clips, got another transformation. Put that one inside: "
-            "`guard(optax.chain(clip, optimizer))`; the guard then only measures."
+            f"`{name}` must be a number, a schedule, a threshold or one of this "
+            "library's own clips, got another transformation. Put that one inside: "
+            f"`guard(optax.chain({inside}))`; the guard then only measures."
         )
     return parts
 
@@ -215,19 +235,19 @@ def _update(
 
     def find(results: tuple[Any, Any], kept: tuple[Any, ...]) -> Kept:
         new_updates, inner_state = results
-        if params is None:
+        # A bound may yet make the update of a parameter smaller, and looks at the sum.
+        if params is None or config.bound is not None:
             return kept_entries(new_updates, inner_state, *kept)
-        would_be = jax.tree.map(_added, new_updates, params)
+        would_be = jax.tree.map(added, new_updates, params)
         return kept_entries(would_be, inner_state, *kept)
 
-    return _guarded(config, judged, state, take, find, updates, (state.wrapped_state,))
-
-
-def _added(update: Any, param: Any) -> Any:
-    """The parameter after the update, in its dtype; a leaf without one is let be."""
-    if not is_inexact(update):
-        return update
-    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+    new_updates, state = _guarded(
+        config, judged, state, take, find, updates, (state.wrapped_state,)
+    )
+    if config.bound is None:
+        return new_updates, state
+    bounded, bound_state = bound_updates(config, new_updates, params, state)
+    return bounded, state._replace(bound_state=bound_state)
 
 
 def _apply_gradients(
@@ -237,8 +257,13 @@ def _apply_gradients(
     grads: optax.Updates,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Params, GuardState]:
-    judged = judge_step(config, grads, state, params, extra_args)
     check_same_tree(params, grads)
+    if config.bound is not None:  # Which reads the updates before they are applied.
+        updates, state = _update(config, grads, state, params, extra_args)
+        is_taken = state.skip_reason == SkipReason.NONE
+        new = optax.apply_updates(params, updates)
+        return optax.tree.where(is_taken, new, params), state
+    judged = judge_step(config, grads, state, params, extra_args)
 
     def take(grads: Any, params: Any, inner_state: Any) -> tuple[Any, Any]:
         clipped = config.clip.rescale(grads, judged.measured)

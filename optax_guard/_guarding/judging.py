@@ -215,4 +215,5 @@ def recorded(
         clip_state=judged.clip_state,
         rule_states=judged.rule_states,
         wrapped_state=state.wrapped_state,
+        bound_state=state.bound_state,
     )

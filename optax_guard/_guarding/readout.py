@@ -1,5 +1,6 @@
 """Reading the state: scalars to log, and the last skipped steps."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._guarding.state import LOG_LENGTH, GuardState
+from optax_guard._guarding.update_bound import UpdateBoundState
 from optax_guard._norms.statistics import NormStats
 from optax_guard._norms.tree_norm import leaves_of_part
 from optax_guard._trees import find_states, only_state, path_names
@@ -94,7 +96,11 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ``entries_clipped`` and ``update_cosine``, from ``clip_by_unit_norm``
       ``units_clipped``. From a guard: ``num_skipped``, ``skip_rate``,
       ``skip_streak``, ``skip_reason`` (a ``SkipReason``), ``guard_exhausted``,
-      ``num_vanished``, ``num_partial`` (see ``GuardState``). From ``accumulate``:
+      ``num_vanished``, ``num_partial`` (see ``GuardState``). From its bound on updates,
+      as of the last step taken: ``update_norm`` before the bound, ``update_bound``,
+      ``params_norm`` before the step (units of the parameters), ``update_ratio``, which
+      is the norm after the bound in units of ``params_norm``, and ``bound_rate``, the
+      share of steps whose update was made smaller. From ``accumulate``:
       ``num_dropped`` micro-batches, and their share ``drop_rate``. Where there are
       several, the first in ``find_states``' order has these names, the next
       ``grad_norm_1`` and so on.
@@ -110,8 +116,15 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       >>> m["grad_norm"].item(), m["clipped_norm"].item(), m["clip_rate"].item()
       (5.0, 1.0, 1.0)
     """
-    found = find_states(state, (*_WATCHING, GuardState, AccumulateState))
-    watching = [x for x in found if isinstance(x, _WATCHING)]
+    found = find_states(
+        state, (*_WATCHING, UpdateBoundState, GuardState, AccumulateState)
+    )
+    # The state of a clip that bounds updates comes next to that of the bound.
+    watching = [
+        x
+        for before, x in itertools.pairwise([None, *found])
+        if isinstance(x, _WATCHING) and not isinstance(before, UpdateBoundState)
+    ]
     if not watching:
         raise ValueError(
             "`state` holds no state of this library. Wrap the optimizer in `guard`, or "
@@ -256,7 +269,12 @@ def _scalars_of_clip(state: Any) -> dict[str, Any]:
 def _scalars_of_guard(state: GuardState) -> tuple[GuardState, NormStats]:
     """The state of a guard without arrays, and the statistics of its clip."""
     rest = dict.fromkeys(("skip_log", "clip_state", "rule_states", "wrapped_state"), ())
-    return state._replace(**rest), state.clip_state.stats._replace(norm_sketch=())
+    bound = state.bound_state
+    if bound:
+        stats = bound.bound_clip_state.stats._replace(norm_sketch=())
+        bound = bound._replace(bound_clip_state=stats)
+    rows = state._replace(**rest, bound_state=bound)
+    return rows, state.clip_state.stats._replace(norm_sketch=())
 
 
 def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
@@ -296,6 +314,16 @@ def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
             num_vanished=guard.num_vanished,
             num_partial=guard.num_partial,
         )
+        if bound := guard.bound_state:
+            of_updates = bound.bound_clip_state
+            add(
+                i,
+                update_norm=of_updates.grad_norm,
+                update_bound=of_updates.clip_threshold,
+                update_ratio=bound.update_ratio,
+                params_norm=bound.params_norm,
+                bound_rate=share(of_updates.num_clipped, of_updates.num_updates),
+            )
     for i, state in enumerate(accumulating):
         add(
             i,

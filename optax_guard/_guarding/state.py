@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from optax_guard._checks import check_whole
 from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
+from optax_guard._guarding.update_bound import first_bound
 from optax_guard._norms.statistics import as_float32
 from optax_guard._rows import Entry, empty_rows, replace_entries, rows_of
 from optax_guard.skip import SkipReason, SkipRule
@@ -57,6 +58,8 @@ class GuardState(NamedTuple):
       clip_state: State of the clip, with the statistics of the norm.
       rule_states: States of the skip rules, a tuple.
       wrapped_state: State of the optimizer inside, as of the last step taken.
+      bound_state: State of the bound on updates, an ``UpdateBoundState``; () without
+        ``max_update``.
       num_skipped: int32[], steps skipped; 0 after ``init``.
       skip_streak: int32[], steps skipped in a row up to the last; 0 after ``init``.
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
@@ -78,6 +81,7 @@ class GuardState(NamedTuple):
     clip_state: Any
     rule_states: tuple[Any, ...]
     wrapped_state: Any
+    bound_state: Any = ()
 
     num_skipped = Entry("skip_counts", 0)
     skip_streak = Entry("skip_counts", 1)
@@ -96,6 +100,7 @@ class GuardConfig(NamedTuple):
       is_clipping: Whether a clip was given; otherwise ``clip`` only measures.
       rules: The skip rules.
       mask: ``True``, or the leaves that count.
+      bound: The parts of the clip that bounds updates, or ``None``.
       max_consecutive_skips: Steps in a row that rules may skip.
       use_cond: Whether to branch on every platform.
     """
@@ -105,6 +110,7 @@ class GuardConfig(NamedTuple):
     is_clipping: bool
     rules: tuple[SkipRule, ...]
     mask: Mask
+    bound: ClipParts | None
     max_consecutive_skips: ArrayLike
     use_cond: bool
 
@@ -124,6 +130,9 @@ def first_state(
         clip_state=config.clip.init(params),
         rule_states=start_rules(config.rules),
         wrapped_state=inner_state,
+        bound_state=()
+        if config.bound is None
+        else first_bound(config.bound, params, inner_state),
     )
 
 

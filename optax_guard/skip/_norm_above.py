@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optax_guard._public import answers_wrong_calls
 from optax_guard.skip._rule import Signals, SkipReason, SkipRule
 from optax_guard.threshold._base import Limits, Threshold
-from optax_guard.threshold._coerce import as_threshold
+from optax_guard.threshold._coerce import as_absolute_threshold
 
 
 @answers_wrong_calls
@@ -42,7 +42,7 @@ def norm_above(
       >>> updates, og.SkipReason(int(state.skip_reason)).name
       (Array([0.], dtype=float32), 'NORM_ABOVE')
     """
-    threshold = as_threshold("max_norm", max_norm)
+    threshold = as_absolute_threshold("max_norm", max_norm)
 
     def limits(signals: Signals, state: Any) -> Limits:
         return threshold.limits(signals.grad_norm, signals.grad_norm, state)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,20 @@ from optax_guard._trees import as_float
 Limits = tuple[jax.Array, jax.Array]
 
 
+class ParamNorms(NamedTuple):
+    """Norms of the parameters whose updates are judged; S is the shape of the norms.
+
+    Attributes:
+      norms: float[S], the norms of the parameters.
+      counts: float[S], how many parameters each of these norms is of.
+      rms: float[], the root mean square of all parameters.
+    """
+
+    norms: jax.Array
+    counts: jax.Array
+    rms: jax.Array
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Threshold:
     """Decides when to clip and what to clip to, by three pure functions.
@@ -24,12 +38,14 @@ class Threshold:
     norm above which one clips and the norm to clip to, at most the former; neither is
     NaN, whatever the norm. ``learn(norm, clipped_norm, state)`` adds an update that was
     taken; norms that are not finite leave their entries of the state alone. All three
-    work entry by entry.
+    work entry by entry. With ``unit``, limits are multiples of ``unit(param_norms)``,
+    so that they can be relative to the parameters.
     """
 
     start: Callable[[tuple[int, ...]], Any]
     limits: Callable[[jax.Array, jax.Array, Any], Limits]
     learn: Callable[[jax.Array, jax.Array, Any], Any]
+    unit: Callable[[ParamNorms], jax.Array] | None = None
 
     @property
     def init(self) -> NoReturn:

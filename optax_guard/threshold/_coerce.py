@@ -12,6 +12,7 @@ from optax_guard._checks import check_number, check_positive, is_number
 from optax_guard._trees import as_float, increment
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._mean import relative_to_mean
+from optax_guard.threshold._params import relative_to_params
 from optax_guard.threshold._quantile import quantile
 from optax_guard.threshold._zscore import zscore
 
@@ -19,7 +20,20 @@ _KINDS: dict[str, Callable[..., Threshold]] = {
     "zscore": zscore,
     "quantile": quantile,
     "relative_to_mean": relative_to_mean,
+    "relative_to_params": relative_to_params,
 }
+
+
+def as_absolute_threshold(name: str, value: Any) -> Threshold:
+    """As ``as_threshold``, where there are no parameters to compare with."""
+    threshold = as_threshold(name, value)
+    if threshold.unit is not None:
+        raise TypeError(
+            f"`{name}` must not be relative to the norm of parameters, got "
+            "`relative_to_params`. Use it in `clip_by_global_norm`, "
+            "`clip_by_leaf_norm` or `clip_by_group_norm`, or as `guard(max_update=)`."
+        )
+    return threshold
 
 
 def as_threshold(name: str, value: Any) -> Threshold:
