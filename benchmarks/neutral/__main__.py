@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out is None and args.table is None:
         parser.error("`--out` is needed")
-    out: pathlib.Path = args.out
+    out = pathlib.Path(args.out or args.table)
     if args.quick:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", _QUICK_FLAGS if args.quick else _FLAGS)
@@ -41,7 +41,7 @@ def main() -> None:
     if args.table is not None:
         from benchmarks.neutral._table import make_table
 
-        make_table(args.table)
+        make_table(out)
         return
     if jax.default_backend() == "cpu" and not args.quick:
         sys.exit("JAX finds only a CPU. `--quick` is a dry run on it.")
