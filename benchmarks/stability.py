@@ -472,6 +472,8 @@ def main() -> None:
         settings = settings._replace(first_seed=first, seeds=last - first + 1)
     if args.goals:
         settings = settings._replace(watched=0)
+    # A GPU would else multiply with ten bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
     started = time.monotonic()
     models = make_models(settings)
     runs = study(settings, models, ["optax", *_goals.BOUNDS] if args.goals else None)
