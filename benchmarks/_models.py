@@ -1,7 +1,7 @@
 """Small models for studies of many runs, which differ in numbers and share a program.
 
 `text_model` makes three that predict the next character of Python's documentation,
-`perceptron` one that reads scikit-learn's handwritten digits.
+`perceptron` one that reads handwritten digits.
 """
 
 import functools
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from benchmarks import _text_run
+from benchmarks._digits import load_digits
 from optax_guard._cli.demo_text import load_text
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -60,12 +61,9 @@ def text_model(kind: str, settings: _text_run.Settings) -> Model:
 
 def perceptron(depth: int, width: int) -> Model:
     """`depth` hidden layers of tanh, those after the first stacked, on 8 x 8 digits."""
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    images = (digits.data[order] / 16).astype(np.float32)
-    labels = digits.target[order].astype(np.int32)
+    images, labels = load_digits()
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = images[order], labels[order]
     shares = np.bincount(labels[:1280]) / 1280
 
     def init(key: jax.Array) -> Any:

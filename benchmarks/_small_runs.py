@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
+from benchmarks._digits import load_digits
 from optax_guard._cli.demo_text import load_text
 
 CONTEXT, EMBEDDING, HIDDEN = 6, 12, 64
@@ -83,8 +83,7 @@ def batch_of(data: Data, key: jax.Array, step: Any, size: int) -> Data:
 
 def digits(num_train: int = 640, label_noise: float = 0.3) -> Task:
     """Images of digits; a share of the labels, but for testing, is drawn at random."""
-    found: Any = load_digits()
-    images, labels = (found.data / 16).astype(np.float32), found.target.astype(np.int32)
+    images, labels = load_digits()
 
     def split(seed: int) -> dict[str, Data]:
         rng = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ class Settings(NamedTuple):
     """All numbers of the study; faults begin with the second half."""
 
     seeds: int = 3
+    first_seed: int = 0
     half: int = 300
     eval_every: int = 4
     learning_rate: float = 1e-2

@@ -95,7 +95,7 @@ def run_contender(tx: Any, settings: Settings) -> dict[str, list[Run]]:
     """The second half with every fault, and without: a run for each seed."""
     half = make_half(tx, settings)
     runs: dict[str, list[Run]] = {fault: [] for fault in FAULTS}
-    for seed in range(settings.seeds):
+    for seed in settings.first_seed + np.arange(settings.seeds):
         first, key = jax.random.split(jax.random.key(seed))
         params = init_params(first, settings)
         before = half(params, tx.init(params), 0, key, healthy(settings.half))

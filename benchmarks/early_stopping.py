@@ -1,6 +1,6 @@
 """What does a loop cost that stops early: on the host, on the device, for many runs?
 
-A small MLP on scikit-learn's digits is trained to the same stop by a Python loop with
+A small MLP on handwritten digits is trained to the same stop by a Python loop with
 Flax's `EarlyStopping`, which reads the loss at every evaluation, by `fit`, which never
 waits, and by `train_on_device`; then 16 and 256 members by the same Python loop, one
 after another, and by `train_population`. Optimizer, data and their order are the same
@@ -29,9 +29,9 @@ import optax
 from flax.training.early_stopping import EarlyStopping
 from flax.training.train_state import TrainState
 from jax.tree_util import Partial
-from sklearn.datasets import load_digits
 
 import optax_guard as og
+from benchmarks._digits import load_digits
 from optax_guard.flax import fit
 from optax_guard.loops import train_on_device, train_population
 
@@ -41,11 +41,10 @@ EVAL_EVERY = TRAINING_IMAGES // BATCH  # One epoch.
 NUM_STEPS = 200 * EVAL_EVERY
 PATIENCE = 10
 
-digits: Any = load_digits()
 _rng = np.random.default_rng(0)
-_shuffled = _rng.permutation(len(digits.target))
-IMAGES = (digits.data[_shuffled] / 16).astype(np.float32)
-LABELS = digits.target[_shuffled].astype(np.int32)
+IMAGES, LABELS = load_digits()
+_shuffled = _rng.permutation(len(LABELS))
+IMAGES, LABELS = IMAGES[_shuffled], LABELS[_shuffled]
 TRAINING = IMAGES[:TRAINING_IMAGES], LABELS[:TRAINING_IMAGES]
 VALIDATION = IMAGES[TRAINING_IMAGES:], LABELS[TRAINING_IMAGES:]
 # Row `step` holds the images of that step: each once in an epoch.
@@ -349,7 +348,7 @@ def main() -> None:
         microseconds = 1e3 * row["seconds"]  # It was a thousand steps.
         alone.append({"members": n, "way": way, "microseconds": round(microseconds, 1)})
         print(f"{n:4} members, {way}: {microseconds:6.0f} microseconds")
-    packages = "jax", "flax", "optax", "scikit-learn"
+    packages = "jax", "flax", "optax"
     found = {
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),

@@ -2,7 +2,7 @@
 
 A plain RNN, an LSTM and a transformer of characters, on Python's documentation, and
 perceptrons of 2, 8 and 32 layers of tanh whose initial parameters are multiplied by 1,
-2 or 4, on scikit-learn's digits: tiny, so that there can be many runs. Each is trained
+2 or 4, on handwritten digits: tiny, so that there can be many runs. Each is trained
 by SGD with momentum of 0.9 and by Adam, at 7 learning rates over two decades, with 5
 seeds, for each contender:
 
@@ -27,6 +27,9 @@ above the lowest one of the sweep there; "near best" is the share of models, sca
 rates, at which the sweep trains, with a regret of at most 0.05 nats. No contender,
 model, learning rate or seed was left out after its result was seen. Run `python -m
 benchmarks.stability`.
+
+`--goals` runs unclipped, Optax's clips and the bounds of `_goals.BOUNDS` only, and says
+which of the goals of `_goals` are met; `--seeds 100..104` takes other seeds.
 """
 
 import argparse
@@ -36,7 +39,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -47,7 +50,7 @@ import optax
 from jax.tree_util import Partial
 
 import optax_guard as og
-from benchmarks import _models, _text_run
+from benchmarks import _goals, _models, _text_run
 from benchmarks._results import FOLDER, write
 from optax_guard.analysis import suggest_max_norm
 from optax_guard.flax import TrainState
@@ -58,9 +61,10 @@ class Settings(NamedTuple):
     """All numbers of the study but those of the models."""
 
     seeds: int = 5
+    first_seed: int = 0
     steps: int = 100
     eval_every: int = 10
-    watched: int = 40
+    watched: int = 40  # 0: nothing is suggested.
     num_rates: int = 7
     max_norms: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     leaf_max_norms: tuple[float, ...] = (0.1, 1.0, 10.0)
@@ -146,7 +150,7 @@ class Cells(NamedTuple):
 
 
 def clips_of(model: _models.Model) -> dict[str, Callable[[Any], Any]]:
-    """Each kind of clip, of a threshold that it may not need; a program each."""
+    """Each kind of clip, of a threshold that it may not need."""
     by_leaf = functools.partial(og.clip_by_leaf_norm, layer_axis=model.layer_axis)
     clips: dict[str, Callable[[Any], Any]] = {
         "optax": optax.clip_by_global_norm,
@@ -158,13 +162,24 @@ def clips_of(model: _models.Model) -> dict[str, Callable[[Any], Any]]:
     return clips
 
 
+def kinds_of(model: _models.Model) -> dict[str, Callable[[Any, Any], Any]]:
+    """Each kind of contender, of a threshold and an optimizer; a program each."""
+
+    def before(clip: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+        return lambda max_norm, inner: optax.chain(clip(max_norm), inner)
+
+    clips = {name: before(clip) for name, clip in clips_of(model).items()}
+    return clips | _goals.BOUNDS
+
+
 def make_inputs(model: _models.Model, settings: Settings) -> tuple[Any, ...]:
     """Data, and of each seed the initial parameters and where its batches lie."""
-    keys = jax.vmap(jax.random.key)(np.arange(settings.seeds))
+    seeds = settings.first_seed + np.arange(settings.seeds)
+    keys = jax.vmap(jax.random.key)(seeds)
     shape = settings.steps, settings.batch_size
     places = [
-        np.random.default_rng(seed).integers(0, model.num_places, shape)
-        for seed in range(settings.seeds)
+        np.random.default_rng(int(seed)).integers(0, model.num_places, shape)
+        for seed in seeds
     ]
     params = jax.jit(jax.vmap(model.init))(keys)
     return model.data, model.held_out, params, jnp.asarray(np.array(places, np.int32))
@@ -210,8 +225,8 @@ def run_kind(
     kind: str,
     settings: Settings,
 ) -> dict[str, Cells]:
-    """All runs of the contenders with this kind of clip."""
-    clip = clips_of(model)[kind]
+    """All runs of the contenders of this kind."""
+    of_kind = kinds_of(model)[kind]
     rates = [rates_of(optimizer, settings) for optimizer in OPTIMIZERS]
     shape = len(rates), len(scales), settings.num_rates, settings.seeds
     places = np.indices(shape).reshape(len(shape), -1)
@@ -225,10 +240,10 @@ def run_kind(
     def optimizer(member: Any) -> Any:
         return sgd_or_adam(member["is_adam"], member["learning_rate"])
 
-    def clipped(member: Any) -> Any:
-        return optax.chain(clip(member["max_norm"]), optimizer(member))
+    def transformation(member: Any) -> Any:
+        return of_kind(member["max_norm"], optimizer(member))
 
-    build = make_build(model, inputs, clipped, is_evaluated=True)
+    build = make_build(model, inputs, transformation, is_evaluated=True)
 
     def train(max_norm: Any) -> Cells:
         max_norm = np.broadcast_to(np.asarray(max_norm, np.float32), shape)
@@ -247,6 +262,12 @@ def run_kind(
         return {kind: train(np.inf)}
     if kind == "leaf":
         return {f"leaf {norm:g}": train(norm) for norm in settings.leaf_max_norms}
+    swept = {
+        "unclipped": train(np.inf),
+        **{f"optax {norm:g}": train(norm) for norm in settings.max_norms},
+    }
+    if not settings.watched:
+        return swept
     watched = train_population(
         make_build(model, inputs, lambda m: og.guard(optimizer(m)), is_evaluated=False),
         members,
@@ -256,9 +277,7 @@ def run_kind(
     norms = np.asarray(watched.history["grad_norm"])
     suggested = np.array([suggestion(row) for row in norms]).reshape(shape)
     at_lowest = np.broadcast_to(suggested[:, :, :1], shape)
-    return {
-        "unclipped": train(np.inf),
-        **{f"optax {norm:g}": train(norm) for norm in settings.max_norms},
+    return swept | {
         "suggested": train(suggested),
         "suggested at lowest": train(at_lowest),
     }
@@ -273,23 +292,25 @@ def suggestion(norms: np.ndarray) -> float:
         return math.inf
 
 
-def study(settings: Settings, models: Models) -> dict[str, dict[str, Cells]]:
-    """All runs, by model and by contender."""
+def study(
+    settings: Settings, models: Models, kinds: Iterable[str] | None = None
+) -> dict[str, dict[str, Cells]]:
+    """All runs, by model and by contender; of some kinds only, if that is said."""
     runs: dict[str, list[Any]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, (model, scales) in models.items():
             inputs = make_inputs(model, settings)
             runs[name] = [
                 pool.submit(run_kind, model, inputs, scales, kind, settings)
-                for kind in clips_of(model)
+                for kind in (kinds or clips_of(model))
             ]
         return {
             name: {
                 contender: cells
-                for kind in kinds
+                for kind in of_kinds
                 for contender, cells in kind.result().items()
             }
-            for name, kinds in runs.items()
+            for name, of_kinds in runs.items()
         }
 
 
@@ -440,16 +461,32 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="few and short runs")
     size.add_argument("--full", action="store_true", help="longer, and more rates")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
+    parser.add_argument(
+        "--goals", action="store_true", help="bounds; which goals are met"
+    )
+    parser.add_argument("--seeds", default=None, help="first..last, such as 100..104")
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL if args.full else Settings()
+    if args.seeds:
+        first, last = (int(x) for x in args.seeds.split(".."))
+        settings = settings._replace(first_seed=first, seeds=last - first + 1)
+    if args.goals:
+        settings = settings._replace(watched=0)
+    # A GPU would else multiply with ten bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
     started = time.monotonic()
     models = make_models(settings)
-    runs = study(settings, models)
+    runs = study(settings, models, ["optax", *_goals.BOUNDS] if args.goals else None)
     found = {
         name: measure(cells, models[name][0].trivial) for name, cells in runs.items()
     }
     summary = summarize(found)
     show(summary)
+    name = "stability"
+    goals: dict[str, Any] = {}
+    if args.goals:
+        name = "stability_goals"
+        goals = _goals.judge(found, summary, settings)
     results = {
         f"{name}, {optimizer}, scale {scale:g}": found[name][i][j]
         for name, (_, scales) in models.items()
@@ -464,10 +501,11 @@ def main() -> None:
         "units": "losses and regrets in nats, medians over seeds; widths in decades; "
         "lists are by learning rate",
         "summary": summary,
+        **goals,
         "results": results,
     }
-    write(args.out / "stability.json", settings, started, content)
-    plot(found, models, settings, args.out / "stability.png")
+    write(args.out / f"{name}.json", settings, started, content)
+    plot(found, models, settings, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

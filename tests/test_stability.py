@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import stability
+from benchmarks import _goals, stability
 from benchmarks._models import Model
 from benchmarks.stability import Cells, Settings, measure, run_kind, sgd_or_adam
 
@@ -134,3 +134,18 @@ def test_widths_bars_and_regrets_are_those_of_the_definitions():
 def test_no_threshold_is_suggested_of_norms_that_are_not_finite():
     assert stability.suggestion(np.full(50, np.nan)) == math.inf
     assert stability.suggestion(np.linspace(1.0, 2.0, 50)) == pytest.approx(1.9, 0.05)
+
+
+def test_slowdown_counts_only_what_trains_well_unclipped():
+    nan = math.nan
+    plain = {"regret": [0.0, 0.05, 0.06, nan], "final_loss": [1.0, 1.05, 1.1, 9.0]}
+    own = {"regret": [0.1, 0.0, 0.0, nan], "final_loss": [1.1, 1.03, 0.5, 0.1]}
+    settings = [{"contenders": {"unclipped": plain, "own": own}}] * 2
+    assert _goals.slowdown(settings, "own") == pytest.approx((0.1 - 0.02) / 2)
+    assert _goals.slowdown(settings, "unclipped") == 0.0
+
+
+def test_seeds_of_a_study_are_those_asked_for():
+    settings = TINY._replace(first_seed=3)
+    params = stability.make_inputs(PARABOLA, settings)[2]
+    assert params["p"].tolist() == [4.0, 5.0]

@@ -11,6 +11,7 @@ FULL: dict[str, set[str] | None] = {
     "test_accelerator_kit": None,
     "test_bad_batches": None,
     "test_generalization": None,
+    "test_neutral": None,
     "test_scale_out": None,
     "test_stability": None,
     "test_step_cost": None,
