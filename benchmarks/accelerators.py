@@ -378,14 +378,6 @@ OURS = {
         lambda: og.guard(adamw(), 1.0, max_update=og.threshold.relative_to_params()),
         by_apply_gradients,
     ),
-    "guard(adamw, clip=1.0, max_update=clip_by_leaf_norm)": Variant(
-        lambda: og.guard(
-            adamw(),
-            1.0,
-            max_update=og.clip_by_leaf_norm(og.threshold.relative_to_params()),
-        ),
-        by_apply_gradients,
-    ),
     "guard(chain(optax.clip_by_global_norm, adamw))": Variant(
         lambda: og.guard(optax_clip())
     ),

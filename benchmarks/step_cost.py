@@ -59,6 +59,7 @@ DRAWN = {
     "written by hand": ("#999999", "x"),
     "clip_by_global_norm": ("#56B4E9", "v"),
     "guard, apply_gradients": ("#0072B2", "o"),
+    "guard(max_update), apply_gradients": ("#CC79A7", "P"),
     "guard(clip_by_value), apply_gradients": ("#009E73", "D"),
 }
 Step = Callable[..., tuple[Any, Any]]
@@ -126,6 +127,9 @@ def variants(make: Callable[[], Any]) -> dict[str, tuple[Any, Step]]:
         ),
         "guard, update": by_update(og.guard(make(), clip=1.0)),
         "guard, apply_gradients": by_apply_gradients(og.guard(make(), clip=1.0)),
+        "guard(max_update), apply_gradients": by_apply_gradients(
+            og.guard(make(), clip=1.0, max_update=og.threshold.relative_to_params())
+        ),
         "guard(clip_by_value), apply_gradients": by_apply_gradients(
             og.guard(make(), clip=og.clip_by_value(1e-3))
         ),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from optax_guard._checks import check_leaves, check_transformation
@@ -196,7 +197,7 @@ def in_new_layout(saved: Any) -> Any:
         }
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
-        zero = next(iter(known.values())) * 0  # For numbers that came later.
+        zero = np.zeros_like(next(iter(known.values())))  # For what came later.
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
         fields |= rows_of(cls, numbers | known)
         if cls is GuardState:  # It came later, and was not there.

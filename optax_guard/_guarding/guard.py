@@ -8,23 +8,21 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_count, check_flag
-from optax_guard._clipping.global_norm import clip_by_global_norm, record_norm
-from optax_guard._clipping.parts import ClipParts
+from optax_guard._checks import check_state
+from optax_guard._guarding.config import checked_config
 from optax_guard._guarding.entries import Kept, kept_entries, told_by
 from optax_guard._guarding.entry_step import take_entries
-from optax_guard._guarding.judging import Judged, as_rules, judge_step, recorded
-from optax_guard._guarding.masking import counting_only, hide
+from optax_guard._guarding.judging import Judged, judge_step, recorded
+from optax_guard._guarding.masking import hide
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
 from optax_guard._guarding.step import StepParts, check_same_tree
 from optax_guard._guarding.update_bound import added, bound_updates
-from optax_guard._norms.mesh_axes import AxisName, unchecked_axes
+from optax_guard._norms.mesh_axes import unchecked_axes
 from optax_guard._public import answers_wrong_calls
-from optax_guard._transformation import cached, parts_of, transformation
+from optax_guard._transformation import cached, transformation
 from optax_guard._trees import first_difference
 from optax_guard.skip import SkipReason, SkipRule
 from optax_guard.threshold._base import Threshold
-from optax_guard.threshold._coerce import as_threshold
 
 
 @answers_wrong_calls
@@ -137,23 +135,12 @@ def guard(
       >>> tx.update(grads, tx.init(grads))[1].clip_state.stats.grad_norm.item()
       5.0
     """
-    _check_inner(inner)
-    check_count("max_consecutive_skips", max_consecutive_skips)
-    check_flag("use_cond", use_cond)
-    parts = _clip_parts("clip", clip)
-    bound = None
-    if max_update is not None:
-        bound = _clip_parts("max_update", max_update, parts.axis_name)
-    if mask is not True:
-        parts = counting_only(mask, parts)
-        bound = bound and counting_only(mask, bound)
-    config = GuardConfig(
-        inner=optax.with_extra_args_support(inner),
-        clip=parts,
-        is_clipping=clip is not None,
-        rules=as_rules(skip),
+    config = checked_config(
+        inner,
+        clip,
+        skip=skip,
         mask=mask,
-        bound=bound,
+        max_update=max_update,
         max_consecutive_skips=max_consecutive_skips,
         use_cond=use_cond,
     )
@@ -186,38 +173,6 @@ def guard(
         judge=functools.partial(_judge, config),
     )
     return transformation(init, update, step_parts)
-
-
-def _check_inner(inner: Any) -> None:
-    if not isinstance(inner, optax.GradientTransformation):
-        advice = (
-            " Call its `gradient_transformation()`."
-            if isinstance(inner, optax.MultiSteps)
-            else ""
-        )
-        raise TypeError(
-            "`inner` must be an optax transformation such as `optax.adamw(1e-3)`, got "
-            f"{inner!r} of type {type(inner).__name__}.{advice}"
-        )
-
-
-def _clip_parts(name: str, clip: Any, axis_name: AxisName = None) -> ClipParts:
-    """The parts of the clip that was given as ``clip=`` or ``max_update=``."""
-    if clip is None:
-        tx = record_norm()
-    elif isinstance(clip, optax.GradientTransformation):
-        tx = clip
-    else:
-        tx = clip_by_global_norm(as_threshold(name, clip), axis_name=axis_name)
-    parts = parts_of(tx, ClipParts)
-    if parts is None:
-        inside = {"clip": "clip, optimizer", "max_update": "optimizer, clip"}[name]
-        raise TypeError(
-            f"`{name}` must be a number, a schedule, a threshold or one of this "
-            "library's own clips, got another transformation. Put that one inside: "
-            f"`guard(optax.chain({inside}))`; the guard then only measures."
-        )
-    return parts
 
 
 def _update(
@@ -257,6 +212,7 @@ def _apply_gradients(
     grads: optax.Updates,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Params, GuardState]:
+    check_state("guard", state, GuardState)
     check_same_tree(params, grads)
     if config.bound is not None:  # Which reads the updates before they are applied.
         updates, state = _update(config, grads, state, params, extra_args)

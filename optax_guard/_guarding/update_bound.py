@@ -12,7 +12,7 @@ from optax_guard._guarding.masking import hide
 from optax_guard._norms.statistics import as_float32
 from optax_guard._norms.tree_norm import tree_norm
 from optax_guard._rows import Entry, empty_rows, rows_of
-from optax_guard._trees import is_inexact
+from optax_guard._trees import dtype_of, is_inexact
 from optax_guard.skip import SkipReason
 from optax_guard.threshold._params import RelativeToParamsState
 
@@ -92,6 +92,7 @@ def bound_updates(
             "`tx.update(updates, state, params)`."
         )
     old: UpdateBoundState = state.bound_state
+    updates = _rounded(updates)
     of_params = params if config.mask is True else hide(config.mask, params)
     measured, clip_state = config.bound.measure(updates, old.bound_clip_state, params)
     norm = as_float32(tree_norm(of_params, None, config.bound.axis_name).value)
@@ -112,6 +113,19 @@ def bound_updates(
     )
     is_skipped = state.skip_reason != SkipReason.NONE
     return bounded, optax.tree.where(is_skipped, old, new)
+
+
+def _rounded(updates: optax.Updates) -> optax.Updates:
+    """The same updates; XLA must keep those in half precision in half precision.
+
+    It would leave out the rounding, and write and read them in float32.
+    """
+    is_half = any(
+        jnp.finfo(dtype_of(x)).bits < 32
+        for x in jax.tree.leaves(updates)
+        if is_inexact(x)
+    )
+    return jax.lax.optimization_barrier(updates) if is_half else updates
 
 
 def _if_finite(is_known: jax.Array, update: Any, param: Any) -> Any:
