@@ -155,7 +155,7 @@ def test_labelled_groups_may_mix_it_with_numbers():
     tx = og.clip_by_group_norm(
         {"rest": by_tree(), "table": 0.5}, lambda k: "table" if k == "table" else "rest"
     )
-    out, _ = tx.update(grads(1), tx.init(params()), params())
+    out: Any = tx.update(grads(1), tx.init(params()), params())[0]
     assert norm(out["table"]) == pytest.approx(0.5)
     rest = {k: params()[k] for k in ("kernel", "bias")}
     rms = norm(params()) / math.sqrt(25)
@@ -242,15 +242,16 @@ def test_the_finite_law_holds_and_every_step_is_within_the_bound(inner, dtype):
 
     @jax.jit
     def step(p: Any, s: Any, bad: Any) -> Any:
-        tx = og.guard(inner(lambda count: bad.rate), max_update=by_tree())
-        return og.apply_gradients(tx, p, s, grads=bad.grads, value=bad.loss)
+        g, loss, rate = bad
+        tx = og.guard(inner(lambda count: rate), max_update=by_tree())
+        return og.apply_gradients(tx, p, s, grads=g, value=loss)
 
-    state = og.guard(inner(lambda count: 1e-2), max_update=by_tree()).init(start)
+    state: Any = og.guard(inner(lambda count: 1e-2), max_update=by_tree()).init(start)
     for fault, steps in runs(like).items():
-        new, after, t = start, state, 0
+        new, after, t, moved = start, state, 0, 0.0
         for bad in steps:
             old, before = new, after
-            new, after = step(old, before, type(bad)(bad.grads, *map(f32, bad[1:])))
+            new, after = step(old, before, (bad.grads, f32(bad.loss), f32(bad.rate)))
             held = new, after.wrapped_state
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(held)), fault
             moved = norm(new, old)
@@ -392,5 +393,6 @@ def test_numbers_must_be_positive(name, value):
 def test_other_norms_and_transformations_are_refused():
     with pytest.raises(ValueError, match="`ord` must be 2"):
         og.clip_by_global_norm(by_tree(), ord=1)
+    other: Any = optax.clip_by_global_norm(1.0)
     with pytest.raises(TypeError, match="`max_update` must be a number"):
-        og.guard(optax.sgd(1.0), max_update=optax.clip_by_global_norm(1.0))
+        og.guard(optax.sgd(1.0), max_update=other)
