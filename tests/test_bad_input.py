@@ -153,15 +153,18 @@ RIGHT: dict[str, set[str]] = {
     "lambda_rel": {"3", "2.5", "inf", "2**40"},
     "layer_axis": NOTHING,
     "loss_label": ANYTHING,
+    "leave_out": FROM_ZERO,
     "lr_factor": FRACTION,
     "markdown": FLAG,
     "mask": FLAG,
+    "max_consecutive": COUNT,
     "max_consecutive_skips": COUNT,
     "max_loss": NOTHING | POSITIVE - {"inf"},
     "max_nonfinite": FROM_ZERO,
     "max_norm": POSITIVE,
     "max_norms": set(),
     "max_ratio": POSITIVE,
+    "max_rise": NOTHING | POSITIVE,
     "max_reductions": FROM_ZERO,
     "max_value": POSITIVE,
     "min_delta": NOT_NEGATIVE,
@@ -172,7 +175,6 @@ RIGHT: dict[str, set[str]] = {
     "n": COUNT,
     "num_points": COUNT,
     "num_steps": COUNT,
-    "on_rewind": NOTHING | {"function", "class"},
     "ord": NOTHING | POSITIVE,
     "params": set(),
     "path": NOTHING,
@@ -541,6 +543,7 @@ def use(made: Any) -> None:
         made = og.early_stopping(made, key="a" if made.keys else None)
     if isinstance(made, optax.GradientTransformation):
         update = optax.with_extra_args_support(made).update
+        update = functools.partial(update, value=1.0)
         jax.eval_shape(update, GRADS, made.init(PARAMS), PARAMS)
     elif isinstance(made, og.EarlyStopping):
         given: dict[str, Any] = dict.fromkeys(made.needs - {"opt_state"}, 1)

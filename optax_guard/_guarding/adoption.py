@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_guard._checks import check_leaves, check_transformation
@@ -196,7 +197,8 @@ def in_new_layout(saved: Any) -> Any:
         }
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
-        zero = next(iter(known.values())) * 0  # For numbers that came later.
+        # For numbers that came later.
+        zero = jnp.zeros_like(next(iter(known.values())))
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
         fields |= rows_of(cls, numbers | known)
         return fields if isinstance(x, dict) else cls(**fields)
