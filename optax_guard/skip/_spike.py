@@ -21,7 +21,6 @@ from optax_guard._public import answers_wrong_calls
 from optax_guard.skip._rule import Signals, SkipReason, SkipRule
 from optax_guard.threshold._base import float32
 
-
 # In 144 clean runs of 400 steps, of small models, 16 skipped as few steps as 64 did: 8.
 # With 10 they were 10.
 MIN_HISTORY = 16
@@ -70,11 +69,11 @@ def spike(
     A step is skipped if, for one of the watched signals :math:`x`,
     :math:`x - \mu > \sigma \max(s, \delta|\mu|)`, with the mean :math:`\mu` and
     deviation :math:`s` of the ``window`` values before it and
-    :math:`\delta` = ``min_deviation``. Until it has seen ``min_history`` values it skips
-    nothing. Then it judges by those that it has, and the window fills. A rule that
-    judges early is ``spike(min_history=10)``. Values that are not finite are never
-    judged and never enter the window. While a window holds only zeros, the rule skips
-    nothing.
+    :math:`\delta` = ``min_deviation``. Until it has seen ``min_history`` values it
+    skips nothing. Then it judges by those that it has, and the window fills;
+    ``spike(min_history=10)`` judges from the 11th on. Values that are not finite are
+    never judged and never enter the window. While a window holds only zeros, the rule
+    skips nothing.
 
     Values of skipped steps do not enter the window, so a row of bad batches that look
     plausible cannot hide itself. Such a row and a lasting rise of the loss look alike;
@@ -84,10 +83,9 @@ def spike(
     row of bad batches the rest is taken: `optax_guard.loops.Rewind` with ``max_rise``
     is for that. (`benchmarks/README.md`, "Bad batches".)
 
-    OLMo-core and MaxText's rule is ``spike(sigma, window, min_history=max(2, window //
-    2) - 1, watch=("grad_norm", "value"), min_deviation=0, skipped="enter")``, levanter's
-    ``spike(sigma, window, min_history=max(2, window // 2), watch=("grad_norm",
-    "value"), min_deviation=0, skipped="enter", ddof=0)``.
+    OLMo-core and MaxText's rule is ``spike(sigma, window, watch=("grad_norm",
+    "value"), skipped="enter", min_deviation=0, min_history=max(2, window // 2) - 1)``.
+    Levanter's has ``min_history=max(2, window // 2)`` and ``ddof=0``.
 
     Args:
       sigma: How many standard deviations pass; positive.
