@@ -123,7 +123,7 @@ class Run(NamedTuple):
     losses: Any
     corrupt_taken: Any
     healthy_skipped: Any
-    num_rewinds: int = 0
+    num_rewinds: Any = 0
 
 
 def make_step(tx: Any, settings: Settings) -> Callable[..., Any]:

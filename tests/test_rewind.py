@@ -234,9 +234,7 @@ def test_rise_is_a_share_of_the_best_and_of_finite_values():
         ("max", [0.5, 0.4, 0.8, 0.2], [0, 0.2, 0, 0.75]),
         ("min", [0.0, 1e3], [0, float(np.finfo(np.float32).max)]),
     ]:
-        stopper = og.early_stopping(
-            og.stop.patience(20), mode=mode, nonfinite="ignore"
-        )
+        stopper = og.early_stopping(og.stop.patience(20), mode=mode, nonfinite="ignore")
         state, rises = stopper.init(), []
         for value in values:
             state = stopper.update(value, state)

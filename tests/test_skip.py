@@ -237,7 +237,7 @@ def test_lasting_rise_costs_a_bounded_number_of_steps(skipped, most):
 
 
 def as_by_default(losses):
-    """The rule's decisions by its documentation, in plain Python; NaN is the guard's."""
+    """The decisions by the documentation, in plain Python; NaN is the guard's."""
     past, row, skips = [], 0, []
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
@@ -467,7 +467,10 @@ def test_derivative_through_a_spike_rule_is_finite():
         ({"window": 2.5}, "`window` must be a whole number of at least 2, got 2.5"),
         ({"min_history": 200}, r"`min_history` must be in \[1, 128\], got 200"),
         ({"watch": "loss"}, "`watch` must be one of 'grad_norm', 'value', got 'loss'"),
-        ({"max_consecutive": 0}, "`max_consecutive` must be a whole number of at least"),
+        (
+            {"max_consecutive": 0},
+            "`max_consecutive` must be a whole number of at least",
+        ),
         ({"watch": ()}, "`watch` must name a signal"),
         ({"min_deviation": -1.0}, "`min_deviation` must not be negative"),
         (

@@ -165,7 +165,7 @@ def has_fallen(losses):
 def test_losses_tell_whether_all_norms_are_too_large():
     usual = suggest_max_norm(rows(NORMS[:40])).max_norm
     verdicts = []
-    for i in range(40):
+    for _ in range(40):
         slope = 0.1 * RNG.random()
         losses = 3 - slope * np.arange(40) / 10 + 0.1 * RNG.normal(size=40)
         found = suggest_max_norm(with_losses(losses))
