@@ -51,7 +51,9 @@ ROWS = [
     }
     for i in range(25)
 ]
-REPLAYED = analysis.Replayed("r", og.StopReason.RUNNING, 3, 1, 0.5, 0, 0.0)
+REPLAYED = analysis.Replayed(
+    "r", og.StopReason.RUNNING, 3, 1, 0.5, 0, 0.0, 0.0, False, 0.1
+)
 TRIAL = analysis.Trial(1.0, 0.1, 0.5, True, 0.0, 0.0, 5, og.StopReason.RUNNING)
 TRAIN_STATE = og_flax.TrainState.create(apply_fn=str, params=PARAMS, tx=GUARD)
 
