@@ -93,10 +93,14 @@ def verdict(
     return reason, tuple(new_states)
 
 
-def is_of_rule(rules: tuple[SkipRule, ...], reason: jax.Array) -> jax.Array:
-    """Whether one of the rules has skipped the step."""
-    fired = [reason == rule.reason for rule in rules]
-    return jnp.any(jnp.stack(fired)) if fired else jnp.zeros((), jnp.bool_)
+def next_rule_streak(
+    rules: tuple[SkipRule, ...], reason: jax.Array, streak: jax.Array
+) -> jax.Array:
+    """How many steps rules have skipped since the last one taken, with this step."""
+    if not rules:
+        return jnp.zeros_like(streak)
+    is_of_rule = jnp.any(jnp.stack([reason == rule.reason for rule in rules]))
+    return jnp.where(reason == SkipReason.NONE, 0, increment(streak, is_of_rule))
 
 
 def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
@@ -204,9 +208,7 @@ def recorded(
         reason = jnp.where(is_lost, jnp.int32(SkipReason.NONFINITE_UPDATE), reason)
     is_skipped = reason != SkipReason.NONE
     streak = jnp.where(is_skipped, increment(state.skip_streak), 0)
-    by_rule = jnp.where(
-        is_skipped, increment(state.rule_streak, is_of_rule(config.rules, reason)), 0
-    )
+    by_rule = next_rule_streak(config.rules, reason, state.rule_streak)
     counts = {
         "num_skipped": increment(state.num_skipped, is_skipped),
         "skip_streak": streak,
