@@ -17,7 +17,7 @@ from optax_guard._cli.demo_text import load_text
 class Settings(NamedTuple):
     """All numbers of the study; faults begin with the second half."""
 
-    seeds: int = 3
+    seeds: int = 5
     first_seed: int = 0
     half: int = 300
     eval_every: int = 4
@@ -30,16 +30,20 @@ class Settings(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """What is wrong with each batch: float32, float32 and bool, each [steps]."""
+    """What is wrong with each batch: float32, float32, bool and bool, each [steps].
+
+    A batch of another scale for good is no corrupt one.
+    """
 
     loss_factor: np.ndarray
     input_factor: np.ndarray
     is_shuffled: np.ndarray
+    is_corrupt: np.ndarray
 
 
 def healthy(steps: int) -> Batches:
-    ones = np.ones(steps, np.float32)
-    return Batches(ones, ones.copy(), np.zeros(steps, bool))
+    ones, none = np.ones(steps, np.float32), np.zeros(steps, bool)
+    return Batches(ones, ones.copy(), none, none.copy())
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -104,24 +108,31 @@ def held_out_windows(validation: np.ndarray, settings: Settings) -> np.ndarray:
 
 
 class Run(NamedTuple):
-    """One half of a run: losses [evaluations], whether steps were taken [steps]."""
+    """One half of a run.
+
+    Attributes:
+      params: Parameters at its end.
+      opt_state: State of the optimizer.
+      losses: Held-out losses [evaluations].
+      corrupt_taken: How many steps on corrupt batches were taken.
+      healthy_skipped: How many steps on healthy ones were not.
+      num_rewinds: How often the run went back.
+    """
 
     params: Any
     opt_state: Any
     losses: Any
-    is_taken: Any
+    corrupt_taken: Any
+    healthy_skipped: Any
+    num_rewinds: Any = 0
 
 
-def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
-    """Half a run as one jitted function of the state, first step, seed and batches."""
-    text = load_text()
-    train = jnp.asarray(text.train)
-    held_out = jnp.asarray(held_out_windows(text.validation, settings))
+def make_step(tx: Any, settings: Settings) -> Callable[..., Any]:
+    """A step on the batch of a number: new parameters and state, loss, two counts."""
+    train = jnp.asarray(load_text().train)
     tx = optax.with_extra_args_support(tx)
 
-    def train_step(carry: Any, inputs: Any) -> Any:
-        params, opt_state, key = carry
-        step, bad = inputs
+    def train_step(params: Any, opt_state: Any, key: Any, step: Any, bad: Any) -> Any:
         last = len(train) - settings.window
         key_of_step = jax.random.fold_in(key, step)
         starts = jax.random.randint(key_of_step, (settings.batch_size,), 0, last)
@@ -138,11 +149,30 @@ def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
         # Weight decay alone moves something: only a skipped step changes nothing.
         same = jax.tree.map(lambda a, b: jnp.all(a == b), new, params)
         is_taken = ~jnp.all(jnp.stack(jax.tree.leaves(same)))
-        return (new, opt_state, key), is_taken
+        counts = is_taken & bad.is_corrupt, ~is_taken & ~bad.is_corrupt
+        return new, opt_state, loss, counts
+
+    return train_step
+
+
+def make_evaluation(settings: Settings) -> Callable[[Any], jax.Array]:
+    """The held-out loss of parameters."""
+    held_out = jnp.asarray(held_out_windows(load_text().validation, settings))
+    return lambda params: loss_of(params, held_out, 1.0, False)
+
+
+def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
+    """Half a run as one jitted function of the state, first step, seed and batches."""
+    step_of, evaluate = make_step(tx, settings), make_evaluation(settings)
+
+    def train_step(carry: Any, inputs: Any) -> Any:
+        params, opt_state, key = carry
+        params, opt_state, _, counts = step_of(params, opt_state, key, *inputs)
+        return (params, opt_state, key), counts
 
     def train_and_evaluate(carry: Any, inputs: Any) -> Any:
-        carry, is_taken = jax.lax.scan(train_step, carry, inputs)
-        return carry, (loss_of(carry[0], held_out, 1.0, False), is_taken)
+        carry, counts = jax.lax.scan(train_step, carry, inputs)
+        return carry, (evaluate(carry[0]), *map(jnp.sum, counts))
 
     @jax.jit
     def half(params: Any, opt_state: Any, first: Any, key: Any, bad: Batches) -> Run:
@@ -151,7 +181,7 @@ def make_half(tx: Any, settings: Settings) -> Callable[..., Run]:
             lambda x: x.reshape(-1, settings.eval_every), (steps, bad)
         )
         carry = (params, opt_state, key)
-        carry, (losses, is_taken) = jax.lax.scan(train_and_evaluate, carry, inputs)
-        return Run(*carry[:2], losses, is_taken.ravel())
+        carry, (losses, *counts) = jax.lax.scan(train_and_evaluate, carry, inputs)
+        return Run(*carry[:2], losses, *map(jnp.sum, counts))
 
     return half

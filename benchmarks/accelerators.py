@@ -354,7 +354,9 @@ OURS = {
         lambda: og.guard(adamw(), 1.0), by_apply_gradients
     ),
     "guard(adamw, clip=zscore, skip=spike)": Variant(
-        lambda: og.guard(adamw(), og.threshold.zscore(), skip=og.skip.spike())
+        lambda: og.guard(
+            adamw(), og.threshold.zscore(), skip=og.skip.spike(watch="grad_norm")
+        )
     ),
     "guard(adamw, clip=quantile)": Variant(
         lambda: og.guard(adamw(), og.threshold.quantile(0.9))

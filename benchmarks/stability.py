@@ -12,9 +12,9 @@ seeds, for each contender:
   both scopes. Defaults, but for memory, and as long a warm-up as the other two have,
   since runs are short; until it ends `relative_to_mean` clips to a global norm of 1,
   and the others clip nothing;
-* Optax's clip at what `suggest_max_norm` says of the first 40 norms of a run that is
-  only watched, of the same seed: at the same learning rate, or at the lowest one. Where
-  too few norms are finite for it to say anything, nothing is clipped.
+* Optax's clip at what `suggest_max_norm` says of the first 40 norms and losses of a run
+  that is only watched, of the same seed: at the same learning rate, or at the lowest
+  one. Where too few norms are finite for it to say anything, nothing is clipped.
 
 All see the same initial parameters and batches, and all learning rates, seeds and
 scales of a contender are one population. The final loss of a run is the held-out one,
@@ -274,8 +274,9 @@ def run_kind(
         num_steps=settings.watched,
         eval_every=1,
     )
-    norms = np.asarray(watched.history["grad_norm"])
-    suggested = np.array([suggestion(row) for row in norms]).reshape(shape)
+    columns = (np.asarray(watched.history[x]) for x in ("grad_norm", "train_loss"))
+    pairs = zip(*columns, strict=True)
+    suggested = np.array([suggestion(*pair) for pair in pairs]).reshape(shape)
     at_lowest = np.broadcast_to(suggested[:, :, :1], shape)
     return swept | {
         "suggested": train(suggested),
@@ -283,9 +284,15 @@ def run_kind(
     }
 
 
-def suggestion(norms: np.ndarray) -> float:
+def suggestion(norms: np.ndarray, losses: np.ndarray | None = None) -> float:
     """What `suggest_max_norm` says of the norms of all steps; inf if nothing."""
-    rows = [{"step": i + 1, "grad_norm": float(x)} for i, x in enumerate(norms)]
+    columns = {"grad_norm": norms}
+    if losses is not None:
+        columns["train_loss"] = losses
+    rows = [
+        {"step": i + 1} | {name: float(x[i]) for name, x in columns.items()}
+        for i in range(len(norms))
+    ]
     try:
         return suggest_max_norm(rows).max_norm
     except ValueError:

@@ -79,11 +79,13 @@ WRONG_GUESSES: dict[str, dict[str, str]] = {
         "warmup": "Write `warmup_steps={}`.",
     },
     "norm_above": {
+        "max_consecutive_skips max_skips": "Write `max_consecutive={}`.",
         "threshold max_delta norm clip_norm": "Write `skip.norm_above({})`.",
     },
     "spike": {
         "threshold z_thresh z_score n_sigma num_sigmas": "Write `sigma={}`.",
         "history history_size window_size": "Write `window={}`.",
+        "max_consecutive_skips max_skips": "Write `max_consecutive={}`.",
     },
     "zscore": {
         "z_thresh threshold z": "Write `sigma={}`.",

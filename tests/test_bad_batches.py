@@ -14,7 +14,18 @@ import pytest
 
 from benchmarks import _peers
 from benchmarks._text_run import Settings
-from benchmarks.bad_batches import FAULTS, show, steps_to_recover, study
+from benchmarks.bad_batches import (
+    FAULTS,
+    GOALS,
+    REWOUND,
+    judge,
+    measure,
+    rewinding,
+    run_rewinding,
+    show,
+    steps_to_recover,
+    study,
+)
 
 DATA = Path(__file__).parent / "data"
 SKIP_STEP, ZCLIP = (
@@ -139,8 +150,8 @@ def test_steps_to_recover_are_those_until_it_stays_near(losses, steps):
 
 def test_study_runs_and_sees_what_nan_does_to_an_unguarded_run(capsys):
     tiny = Settings(seeds=1, half=8, batch_size=2, window=6, width=4, embedding=4)
-    _, results = study(tiny, {"unguarded": optax.adamw(1e-2)})
-    seen = results["unguarded"]
+    runs = study(tiny, {"unguarded": optax.adamw(1e-2)})
+    seen = measure(runs["unguarded"], tiny)
     assert list(seen) == list(FAULTS)
     assert seen["none"]["peak_excursion"] == [0.0]
     assert seen["none"]["steps_to_recover"] == [0]
@@ -152,5 +163,38 @@ def test_study_runs_and_sees_what_nan_does_to_an_unguarded_run(capsys):
     assert seen["loss x 1e30"]["finite_params"] == [True]
     assert seen["loss x 1e30"]["finite_moments"] == [False]
     assert seen["8 shuffled"]["corrupt_steps_taken"] == [8]
-    show(results)
+    show({"unguarded": seen})
     assert "never (never to never)" in capsys.readouterr().out
+
+
+def test_rewinding_runs_are_those_of_fit_and_goals_are_judged(monkeypatch):
+    tiny = Settings(seeds=1, half=8, batch_size=2, window=6, width=4, embedding=4)
+    faults = {name: FAULTS[name] for name in ("none", "8 shuffled")}
+    monkeypatch.setattr("benchmarks.bad_batches.FAULTS", faults)
+    runs = run_rewinding(REWOUND, tiny, seed=0)
+    assert {
+        name: (len(run.losses), run.corrupt_taken) for name, run in runs.items()
+    } == {
+        "none": (2, 0),
+        "8 shuffled": (2, 8),  # The rule has not seen 16 losses, and no value rises.
+    }
+    # The same batches by the loop on the device.
+    found = study(tiny, {"spike": rewinding(tiny.learning_rate)[REWOUND]})["spike"]
+    for name, run in runs.items():
+        np.testing.assert_allclose(run.losses, found[name][0].losses, rtol=1e-5)
+    seen = {
+        "peak_excursion": [0.0, 0.08, 0.5],
+        "steps_to_recover": [0, 0, 9],
+        "healthy_steps_skipped": [0, 0, 1],
+    }
+    worse = {**seen, "healthy_steps_skipped": [0, 1, 1]}
+    results = {name: {} for name, _ in GOALS}
+    for name, fault in GOALS:
+        results[name][fault] = worse if fault == "32 shuffled" else seen
+    assert {line["fault"]: line["is_met"] for line in judge(results)} == {
+        "none": False,
+        "8 shuffled": True,
+        "32 shuffled": False,
+        "100 shuffled": True,
+        "loss x 5 for good": True,
+    }

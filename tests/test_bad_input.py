@@ -51,7 +51,9 @@ ROWS = [
     }
     for i in range(25)
 ]
-REPLAYED = analysis.Replayed("r", og.StopReason.RUNNING, 3, 1, 0.5, 0, 0.0)
+REPLAYED = analysis.Replayed(
+    "r", og.StopReason.RUNNING, 3, 1, 0.5, 0, 0.0, 0.0, False, 0.1
+)
 TRIAL = analysis.Trial(1.0, 0.1, 0.5, True, 0.0, 0.0, 5, og.StopReason.RUNNING)
 TRAIN_STATE = og_flax.TrainState.create(apply_fn=str, params=PARAMS, tx=GUARD)
 
@@ -155,15 +157,18 @@ RIGHT: dict[str, set[str]] = {
     "lambda_rel": {"3", "2.5", "inf", "2**40"},
     "layer_axis": NOTHING,
     "loss_label": ANYTHING,
+    "leave_out": FROM_ZERO,
     "lr_factor": FRACTION,
     "markdown": FLAG,
     "mask": FLAG,
+    "max_consecutive": COUNT,
     "max_consecutive_skips": COUNT,
     "max_loss": NOTHING | POSITIVE - {"inf"},
     "max_nonfinite": FROM_ZERO,
     "max_norm": POSITIVE,
     "max_norms": set(),
     "max_ratio": POSITIVE,
+    "max_rise": NOTHING | POSITIVE,
     "max_reductions": FROM_ZERO,
     "max_value": POSITIVE,
     "min_delta": NOT_NEGATIVE,
@@ -174,7 +179,6 @@ RIGHT: dict[str, set[str]] = {
     "n": COUNT,
     "num_points": COUNT,
     "num_steps": COUNT,
-    "on_rewind": NOTHING | {"function", "class"},
     "ord": NOTHING | POSITIVE,
     "params": set(),
     "path": NOTHING,
@@ -545,6 +549,7 @@ def use(made: Any) -> None:
         made = og.early_stopping(made, key="a" if made.keys else None)
     if isinstance(made, optax.GradientTransformation):
         update = optax.with_extra_args_support(made).update
+        update = functools.partial(update, value=1.0)
         jax.eval_shape(update, GRADS, made.init(PARAMS), PARAMS)
     elif isinstance(made, og.EarlyStopping):
         given: dict[str, Any] = dict.fromkeys(made.needs - {"opt_state"}, 1)

@@ -144,7 +144,7 @@ def test_optimizer_is_named_by_its_own_line():
     assert "optax" in origin.filename
 
 
-TX = og.guard(optax.adam(0.1), clip=1.0, skip=og.skip.spike())
+TX = og.guard(optax.adam(0.1), clip=1.0, skip=og.skip.spike(watch="grad_norm"))
 
 
 def loss(params, x):

@@ -10,7 +10,7 @@ import pytest
 
 import optax_guard as og
 from benchmarks import generalization, verdicts
-from benchmarks._small_runs import CONTEXT, characters, digits
+from benchmarks._small_runs import CONTEXT, Data, Task, characters, digits
 from optax_guard.analysis import FindingCode
 
 ROWS = 40
@@ -213,3 +213,54 @@ def test_bad_batches_are_bad_in_the_way_and_at_the_time_that_was_asked_for():
     assert losses[2] == pytest.approx(4 * losses[0])
     assert norms[2] == pytest.approx(4 * norms[0], rel=1e-4)
     assert losses[3] != losses[0]
+
+
+def test_averages_are_those_of_the_parameters_of_the_last_evaluations():
+    rng = np.random.default_rng(0)
+    parts = {
+        name: Data(rng.normal(size=(8, 3)).astype(np.float32), rng.integers(0, 2, 8))
+        for name in ("train", "val", "test")
+    }
+    task = Task(
+        init=lambda key: {"w": jax.random.normal(key, (3, 2))},
+        logits=lambda params, inputs, factor: factor * inputs @ params["w"],
+        split=lambda seed: parts,
+        learning_rate=0.1,
+        batch_size=2,
+        eval_every=2,
+    )
+    made = generalization.build(task, parts | {"seed": 0}, averages=True)
+    step, seen, state = jax.jit(made["train_step"]), [], made["state"]
+    for i in range(26):
+        state, _ = step(state, made["batches"](i))
+        if i % 2 == 1:
+            seen.append(np.asarray(state.params["w"], np.float64))
+            for number in generalization.AVERAGED if i in (5, 25) else ():
+                expected = np.mean(seen[-number:], 0)
+                found = state.average(number, 2)["w"]
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    scores = made["evaluate"](state)
+    logits = parts["test"].inputs @ np.mean(seen[-5:], 0)
+    wrong = np.mean(logits.argmax(1) != parts["test"].targets)
+    assert float(scores["test_error_5"]) == pytest.approx(wrong)
+
+
+def test_average_wins_if_it_gains_with_both_patiences_on_all_tasks():
+    test = np.array([[3.0, 2.0, 2.0], [3.0, 2.2, 2.1], [3.0, 2.1, 2.0]])
+    curves = {"test_loss": test}
+    for number in generalization.AVERAGED:
+        # By 10 % better, but at the stop, where one is and the others are not.
+        curves[f"test_loss_{number}"] = 0.9 * test
+        curves[f"test_loss_{number}"][:, 2] = [1.0, 9.0, 9.0]
+        curves[f"val_loss_{number}"] = np.array([[9.0, 1.0, 0.5]] * 3)
+    # The last evaluation is not seen by the one that chooses by validation.
+    seen = generalization.Stops(np.full(3, 1), np.full(3, 1), np.full(3, True))
+    stops = {("patience", n, "raw"): seen for n in (5, 10)}
+    rows = generalization.measure_averages(curves, stops, "test_loss")
+    assert all(row["percent_gained"][0] == pytest.approx(10) for row in rows)
+    late = seen._replace(stopped=np.full(3, 2))
+    stops["patience", 10, "raw"] = late
+    rows = generalization.measure_averages(curves, stops, "test_loss")
+    assert generalization.winners({"a": rows}) == [
+        (n, "at the best") for n in (3, 5, 10)
+    ]

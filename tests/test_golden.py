@@ -27,11 +27,12 @@ from optax_guard.flax import Checkpointer, TrainState, fit, load_best
 GOLDEN = Path(__file__).parent / "data" / "golden_0.1.0"
 BEFORE, AFTER = 6, 4
 
+SPIKE = og.skip.spike(window=8, watch=("grad_norm", "value"), min_history=4)
 TRANSFORMS: dict[str, Any] = {
     "guard": og.guard(
         optax.adamw(0.01),
         clip=1.0,
-        skip=[og.skip.norm_above(50.0), og.skip.spike(window=8)],
+        skip=[og.skip.norm_above(50.0), SPIKE],
         max_consecutive_skips=3,
     ),
     "guard by schedule": og.guard(

@@ -271,7 +271,7 @@ def test_eager_and_jitted_steps_agree():
 
 def test_reasons_are_told_apart_and_non_finite_gradients_come_first():
     rules = [og.skip.norm_above(10.0), og.skip.norm_above(5.0)]
-    tx: Any = og.guard(optax.sgd(1.0), skip=rules, max_consecutive_skips=100)
+    tx: Any = og.guard(optax.sgd(1.0), skip=rules)
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     for grads, value, reason in [
@@ -342,31 +342,38 @@ def test_non_finite_steps_are_never_applied_however_many():
 
 
 def test_lasting_change_of_scale_is_accepted_after_the_stated_number():
-    tx: Any = og.guard(
-        optax.sgd(1e-3), skip=og.skip.norm_above(10.0), max_consecutive_skips=3
-    )
+    rule = og.skip.norm_above(10.0, max_consecutive=3)
+    tx: Any = og.guard(optax.sgd(1e-3), skip=rule, max_consecutive_skips=2)
     step = jitted(tx)
     params, state = params_of_two(), tx.init(params_of_two())
     high, low = grads_of(40, 0, 0, 0), grads_of(1, 0, 0, 0)
-    taken = []
-    for grads in [low, high, high, high, high, high, low, high, BAD[0], BAD[1], high]:
+    taken, flags = [], []
+    # Steps that are not finite neither count for the rule nor end its row.
+    with_nan = [high, BAD[0], high, BAD[1], high, BAD[0], high]
+    for grads in [low, *[high] * 5, low, *with_nan]:
         params, state, _ = step(params, state, grads, 1.0)
         taken.append(state.skip_reason == REASON.NONE)
-    assert [i for i, t in enumerate(taken) if t] == [0, 4, 6, 10]
+        flags.append(bool(state.guard_exhausted))
+    assert [i for i, t in enumerate(taken) if t] == [0, 4, 6, 13]
+    # And for the guard they alone count.
+    assert [i for i, flag in enumerate(flags) if flag] == [10, 11, 12]
 
 
 def test_limits_may_be_traced():
     @jax.jit
-    def run(limit, count):
-        tx: Any = og.guard(
-            optax.sgd(1.0), skip=og.skip.norm_above(limit), max_consecutive_skips=count
-        )
-        _, state = tx.update(GOOD[0], tx.init(GOOD[0]), GOOD[0])
+    def run(limit, count, grads):
+        rule = og.skip.norm_above(limit, max_consecutive=count)
+        tx: Any = og.guard(optax.sgd(1.0), skip=rule, max_consecutive_skips=count)
+        state = tx.init(GOOD[0])
+        for _ in range(2):
+            _, state = tx.update(grads, state, GOOD[0])
         return state.skip_reason, state.guard_exhausted
 
-    assert run(1.0, 1) == (REASON.NORM_ABOVE, True)
-    assert run(1.0, 2) == (REASON.NORM_ABOVE, False)
-    assert run(10.0, 1) == (REASON.NONE, False)
+    assert run(1.0, 1, GOOD[0]) == (REASON.NONE, False)
+    assert run(1.0, 2, GOOD[0]) == (REASON.NORM_ABOVE, False)
+    assert run(10.0, 1, GOOD[0]) == (REASON.NONE, False)
+    assert run(10.0, 2, BAD[0]) == (REASON.NONFINITE, True)
+    assert run(10.0, 3, BAD[0]) == (REASON.NONFINITE, False)
 
 
 def test_skipped_step_does_not_move_the_clip_schedule():

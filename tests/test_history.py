@@ -243,7 +243,7 @@ def test_a_bar_in_a_name_stays_in_its_cell():
     rule = og.stop.target(1.0)
     outcomes = replay([{"step": 1, "val_loss": 2.0}], {"a | b": rule})
     *_, line = table(outcomes, markdown=True).splitlines()
-    assert line == r"| a \| b | 1 | 0 | 1 | 2 | 0 | RUNNING |"
+    assert line == r"| a \| b | 1 | 0 | 1 | 2 | 0 |  | RUNNING |"
     mixed: Any = [*rows, *outcomes]
     with pytest.raises(TypeError, match="each a dict of numbers, got a `Replayed`"):
         table(mixed)

@@ -119,11 +119,14 @@ def halving(number: Any) -> optax.Schedule:
     return lambda count: number * jnp.exp2(-jnp.asarray(count, jnp.float32))
 
 
+SPIKE = og.skip.spike(window=4, watch=("grad_norm", "value"))
+
+
 def with_rules(c: Any) -> Any:
     return og.guard(
         LAST,
         og.threshold.zscore(warmup=2, max_norm=c),
-        skip=[og.skip.norm_above(100.0 * c), og.skip.spike(window=4)],
+        skip=[og.skip.norm_above(100.0 * c), SPIKE],
         max_consecutive_skips=3,
     )
 
@@ -916,7 +919,10 @@ def losses_of(tx: Any, is_one_pass: bool = False, num_steps: int = 30) -> np.nda
 
 
 INNER = optax.adamw(optax.cosine_decay_schedule(0.1, 40), weight_decay=0.01)
-RULES_THAT_WATCH = [og.skip.norm_above(1e3), og.skip.spike(1e3)]
+RULES_THAT_WATCH = [
+    og.skip.norm_above(1e3),
+    og.skip.spike(1e3, watch=("grad_norm", "value")),
+]
 
 
 ON = {

@@ -34,7 +34,11 @@ def test_public_objects_name_a_public_module():
 
 
 def test_a_pickle_names_no_private_module():
-    tx = og.guard(optax.adam(0.1), clip=og.threshold.zscore(), skip=og.skip.spike())
+    tx = og.guard(
+        optax.adam(0.1),
+        clip=og.threshold.zscore(),
+        skip=og.skip.spike(watch="grad_norm"),
+    )
     stopper = og.early_stopping(og.stop.plateau(2), smooth=og.stop.median(3))
     states = tx.init(jnp.ones(2)), stopper.init(jnp.ones(2))
     text = pickle.dumps(states)

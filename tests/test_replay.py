@@ -12,6 +12,7 @@ import optax_guard as og
 from optax_guard.__main__ import main
 from optax_guard._cli.replay import parse_rule
 from optax_guard.analysis import History, replay, table
+from optax_guard.analysis._noise import least_difference, least_fall, noise_of
 from tests.strategies import f32
 
 RNG = np.random.default_rng(0)
@@ -115,6 +116,65 @@ def test_what_cannot_be_replayed_is_refused():
         replay(recorded(), {})
     with pytest.raises(ValueError, match="needs 'train_loss' in every row"):
         replay([{"step": 1, "val_loss": 1.0}], {"g": og.stop.overfitting(2)})
+
+
+# Noise ----------------------------------------------------------------------------
+
+
+def test_noise_is_that_of_curves_of_which_it_is_known():
+    steps = np.arange(60)
+    for trend in (0 * steps, np.exp(-steps / 10), 0.05 * steps, 1.0 * (steps > 30)):
+        found = [noise_of(trend + 0.1 * RNG.normal(size=60)) for _ in range(200)]
+        assert np.mean(found) == pytest.approx(0.1, rel=0.1)
+    assert math.isnan(noise_of(np.array([1.0] * 7 + [np.nan])))
+    assert noise_of(np.linspace(0, 1, 9)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("first", "later"), [(3, 1), (10, 10), (20, 60)])
+def test_noise_alone_is_taken_for_a_difference_in_at_most_one_of_twenty_runs(
+    first, later
+):
+    """And a true one of twice the least difference is told in most."""
+    curves = RNG.normal(size=(2000, first + later))
+    least = np.array([least_difference(noise_of(x), later) for x in curves])
+    if first + later < 8:
+        assert np.isnan(least).all()
+        return
+
+    def told(fall):
+        values = curves - fall * (np.arange(first + later) >= first)
+        lead = values[:, :first].min(1) - values[:, first:].min(1)
+        return np.mean(lead > least)
+
+    assert told(0.0) <= 0.05
+    assert told(2 * least_difference(1.0, later)) > 0.8
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5, 12])
+def test_least_fall_is_hidden_from_patience_in_about_one_of_twenty_runs(patience):
+    n, rng = patience, np.random.default_rng(patience)
+    before = rng.normal(size=(20000, n))
+    falling = rng.normal(size=(20000, n)) - least_fall(1.0, n) * np.arange(1, n + 1) / n
+    assert 0.044 < np.mean(falling.min(1) >= before.min(1)) < 0.056
+    assert least_fall(3.0, n) == pytest.approx(3 * least_fall(1.0, n))
+
+
+def test_outcome_that_noise_explains_is_undecidable():
+    noise = 0.1 * np.random.default_rng(5).normal(size=60)
+    flat = 1 + np.maximum(0, 1 - np.arange(60) / 10) + noise
+    deep = flat - 1.0 * (np.arange(60) > 40)
+    rules = {"2": og.stop.patience(2), "100": og.stop.patience(100)}
+    for values, is_told in ((flat, False), (deep, True)):
+        early, late = replay(recorded(values), rules)
+        assert early.loss_given_up > 0
+        assert early.undecidable == (not is_told)
+        after = 60 - early.stopped_step // 5
+        expected = least_difference(noise_of(values), after)
+        assert early.least_difference == pytest.approx(expected, rel=1e-4)
+        expected = least_fall(noise_of(values), 2)
+        assert early.least_fall == pytest.approx(expected, rel=1e-4)
+        assert (late.undecidable, late.least_difference) == (False, 0.0)
+        assert (", undecidable" in table([early])) == (not is_told)
 
 
 # Text, command, figure ------------------------------------------------------------

@@ -3,7 +3,7 @@
 The oracle is a plain loop in float64: loss = mean((w - x)^2), whose gradient is w - x.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,27 +91,20 @@ def check_diverged_once(result):
     assert column(result, "rewinds") == [0, 0, 0, 1, 1]
     assert column(result, "value") == [3.0, 2.0, 99.0, 1.5, 1.0]
     assert explained(result) == "running, best 1 at evaluation 4 (step 10)"
+    [(step, best_step, reason)] = result.rewinds
+    assert (step, best_step, reason[:8]) == (6, 4, "DIVERGED")
 
 
 def test_diverged_run_goes_back_and_on(tmp_path):
-    asked = []
-
-    def on_rewind(step):
-        asked.append(step)
-        return 100
-
     warning = (
         r"At step 6, back to the checkpoint of step 4, rewind 1 of 2, with the "
         r"learning rate times 0.5 and batches of step \+ 100, because of DIVERGED: "
     )
     with pytest.warns(UserWarning, match=warning) as caught:
-        result = run(
-            tmp_path, Rewind(times=2, on_rewind=on_rewind), values=DIVERGES_ONCE
-        )
+        result = run(tmp_path, Rewind(times=2, leave_out=100), values=DIVERGES_ONCE)
     # The warning points at the line that calls `fit`.
     assert [each.filename for each in caught] == [__file__]
     check_diverged_once(result)
-    assert asked == [6]
     np.testing.assert_array_equal(
         load_best(tmp_path)["params"]["w"], result.best_params["w"]
     )
@@ -127,7 +120,7 @@ def test_run_that_is_cut_after_a_rewind_goes_on_with_its_offset_and_rate(tmp_pat
             raise OSError("disk on fire")
         return targets(step)
 
-    rewind = Rewind(on_rewind=lambda step: 100)
+    rewind = Rewind(leave_out=100)
     with pytest.raises(OSError, match="disk on fire"):
         run(tmp_path, rewind, values=DIVERGES_ONCE, batches=crashing)
     check_diverged_once(run(tmp_path, rewind, values=DIVERGES_ONCE))
@@ -164,7 +157,7 @@ def test_exhausted_guard_goes_back_before_there_is_a_best(tmp_path):
     ):
         result = run(
             tmp_path,
-            Rewind(lr_factor=1.0, on_rewind=lambda step: step),
+            Rewind(lr_factor=1.0, leave_out=2),
             values=values,
             batches=with_nan(0, 1),
             num_steps=6,
@@ -186,21 +179,67 @@ def test_diverged_first_value_is_not_the_best(tmp_path):
     np.testing.assert_allclose(result.best_params["w"], expected, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:At step")
 def test_when_rewinds_are_used_up_the_exhausted_guard_raises(tmp_path):
     """Over all resumptions; what is on disk is from before."""
-    asked = []
     for _ in range(2):
-        with pytest.raises(og.GuardExhaustedError, match=r"(?s)Skipped last:.*NONFIN"):
+        with (
+            pytest.warns(UserWarning, match="At step") as caught,
+            pytest.raises(og.GuardExhaustedError, match=r"(?s)Skipped last:.*NONFIN"),
+        ):
             run(
                 tmp_path,
-                Rewind(times=2, on_rewind=lambda step: asked.append(step) or 0),
+                Rewind(times=2),
                 values=dict.fromkeys(range(20), 1.0),
                 batches=with_nan(*range(2, 20)),
                 num_steps=20,
             )
-    # Rewound at 4 and 6, raised at 8; nothing was saved since step 2.
-    assert asked == [4, 6, 4, 6]
+        # Rewound at 4 and 6, raised at 8; nothing was saved since step 2.
+        assert [str(each.message)[:9] for each in caught] == ["At step 4", "At step 6"]
+
+
+# At step 6 it is 6 % worse than the best, then 5 %, then better, and worse for good.
+RISES = {2: 3.0, 4: 2.0, 6: 2.12, 8: 2.1, 10: 1.0, 12: 1.5, 14: 1.5, 16: 1.5}
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_value_that_rises_too_far_goes_back_and_leaves_batches_out(tmp_path, mode):
+    sign = {"min": 1, "max": -1}[mode]
+    values = {step: sign * value for step, value in RISES.items()}
+    rewind = Rewind(times=2, lr_factor=1.0, max_rise=0.055, leave_out=10)
+    stopper = og.early_stopping(og.stop.patience(20), mode=mode)
+    with pytest.warns(UserWarning, match="At step") as caught:
+        result = run(tmp_path, rewind, values=values, num_steps=16, stopper=stopper)
+    told = [str(each.message) for each in caught]
+    assert [text[:9] for text in told] == ["At step 6", "At step 1"]
+    assert "of step 4, rewind 1 of 2, " in told[0]
+    assert told[0].endswith("because of a value that is 6 % worse than the best")
+    assert column(result, "rewinds") == [0, 0, 0, 1, 1, 1, 2, 2]
+    # From step 4 on those of 16 to 19, and with the second rewind of 32 on.
+    expected = descend(START, [*range(4), *range(16, 20)])
+    np.testing.assert_allclose(result.best_params["w"], expected, rtol=1e-5)
+    expected = descend(expected, range(32, 36))
+    np.testing.assert_allclose(result.state.params["w"], expected, rtol=1e-5)
+    assert [event[:2] for event in result.rewinds] == [(6, 4), (12, 10)]
+    # None is left for the rise at 14 and 16, and the run goes on.
+    assert result.state.step == 16
+    again = run(tmp_path, rewind, values=values, num_steps=16, stopper=stopper)
+    assert again.rewinds == result.rewinds
+
+
+def test_rise_is_a_share_of_the_best_and_of_finite_values():
+    """The oracle is (value - best) / |best| by hand, in the user's sign."""
+    for mode, values, expected in [
+        ("min", [2.0, 3.0, np.nan, 1.0, 1.0, 1.5], [0, 0.5, 0, 0, 0, 0.5]),
+        ("min", [np.inf, -2.0, -1.0, -4.0, 4.0], [0, 0, 0.5, 0, 2.0]),
+        ("max", [0.5, 0.4, 0.8, 0.2], [0, 0.2, 0, 0.75]),
+        ("min", [0.0, 1e3], [0, float(np.finfo(np.float32).max)]),
+    ]:
+        stopper = og.early_stopping(og.stop.patience(20), mode=mode, nonfinite="ignore")
+        state, rises = stopper.init(), []
+        for value in values:
+            state = stopper.update(value, state)
+            rises.append(float(state.value_rise))
+        assert rises == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:At step")
@@ -292,16 +331,10 @@ def test_old_state_has_left_the_device_when_the_best_comes(tmp_path, monkeypatch
             r"`lr_factor` is 0.5, but .*: put `stop.scale_by_plateau\(\)` last",
         ),
         (
-            Rewind(on_rewind=lambda step: 0),
+            Rewind(leave_out=1),
             {"batches": [targets(0)]},
             ValueError,
-            "`on_rewind` needs `batches` to be a function",
-        ),
-        (
-            Rewind(on_rewind=cast(Any, lambda step: "far")),
-            {},
-            TypeError,
-            "`on_rewind` must return a whole number of steps, got 'far'",
+            "`leave_out` needs `batches` to be a function",
         ),
     ],
 )
@@ -330,6 +363,8 @@ def test_bad_input_is_refused(tmp_path, rewind, changes, error, message):
         ({"times": 0}, "`times` must be a whole number of at least 1, got 0"),
         ({"lr_factor": 0.0}, "`lr_factor` must be positive, got 0.0"),
         ({"lr_factor": 1.5}, "`lr_factor` must be at most 1, got 1.5"),
+        ({"max_rise": 0.0}, "`max_rise` must be positive, got 0.0"),
+        ({"leave_out": -1}, "`leave_out` must be a whole number of at least 0, got -1"),
     ],
 )
 def test_numbers_of_a_rewind_are_checked(changes, message):

@@ -93,7 +93,9 @@ def transformations(axis_name: Any) -> dict[str, Any]:
     over = {"axis_name": axis_name}
     relative = og.threshold.relative_to_mean(warmup=2)
     groups = {"matrices": og.threshold.quantile(0.5, warmup=1), "rest": 1.0}
-    rules = [og.skip.spike(3.0, window=4, min_history=2), og.skip.norm_above(1e3)]
+    watch = ("grad_norm", "value")
+    spike = og.skip.spike(3.0, window=4, min_history=2, watch=watch)
+    rules = [spike, og.skip.norm_above(1e3)]
     clip = og.clip_by_global_norm(og.threshold.zscore(max_norm=2.0), **over)
     return {
         "norm": og.guard(optax.sgd(0.1, momentum=0.5), clip, skip=rules),

@@ -17,6 +17,7 @@ from tests.strategies import same_bits, types_of
 
 REFERENCE = json.loads((Path(__file__).parent / "data/skip_step.json").read_text())
 REASON = og.SkipReason
+BOTH = ("grad_norm", "value")
 
 
 def start(tx, params) -> Any:
@@ -31,11 +32,23 @@ def update(tx, *args, **extra) -> Any:
 
 def published(system, sigma, window, **options):
     """The rule with the settings that make it a published one."""
-    if system == "levanter":
-        options |= {"ddof": 0}
-    else:
-        options |= {"min_history": max(2, window // 2) - 1}
-    return og.skip.spike(sigma, window, min_deviation=0, skipped="enter", **options)
+    is_levanter = system == "levanter"
+    options = {"watch": BOTH, **options}
+    return og.skip.spike(
+        sigma,
+        window,
+        min_history=max(2, window // 2) - (not is_levanter),
+        min_deviation=0,
+        skipped="enter",
+        ddof=0 if is_levanter else 1,
+        **options,
+    )
+
+
+def of_both(sigma=6.0, window=32, **options):
+    """A rule that watches norms, too, and judges from half a window on."""
+    options = {"watch": BOTH, "min_history": window // 2, **options}
+    return og.skip.spike(sigma, window, **options)
 
 
 @functools.cache
@@ -54,10 +67,8 @@ def player(tx, has_value):
     return jax.jit(run)
 
 
-def play(rule, norms, values=None, max_consecutive_skips=10_000):
-    tx = og.guard(
-        optax.sgd(0.1), skip=rule, max_consecutive_skips=max_consecutive_skips
-    )
+def play(rule, norms, values=None):
+    tx = og.guard(optax.sgd(0.1), skip=rule)
     norms = np.asarray(norms, np.float32)
     given = np.zeros_like(norms) if values is None else np.asarray(values, np.float32)
     state, reasons = player(tx, values is not None)(norms, given)
@@ -118,7 +129,7 @@ def test_faults_of_published_rules_are_not_copied(run):
     norms, losses, watch = sequence(run)
     rule = published(run["system"], run["sigma"], run["window"], watch=watch)
     if run["quirk"] == "zero_std":
-        fires = decide(og.skip.spike(run["sigma"], run["window"]), norms, losses)
+        fires = decide(of_both(run["sigma"], run["window"]), norms, losses)
         # A rise of 1e-5, then one from 2 to 3.
         assert run["skipped"] == [40, 50]
         assert np.flatnonzero(fires).tolist() == [50]
@@ -150,15 +161,13 @@ def oracle(sigma, window, norms, losses, min_history, min_deviation, skipped):
         tops = [largest_that_passes(values) for values in past]
         is_skipped = any(x > top for x, top in zip(signals, tops, strict=True))
         decisions.append(is_skipped)
-        for x, values, top in zip(signals, past, tops, strict=True):
+        for x, values in zip(signals, past, strict=True):
             if not is_skipped or skipped == "enter":
                 values.append(x)
-            elif skipped == "threshold":
-                values.append(min(x, top))
     return decisions
 
 
-@pytest.mark.parametrize("skipped", ["threshold", "enter", "nothing"])
+@pytest.mark.parametrize("skipped", ["enter", "nothing"])
 def test_skipped_values_enter_as_asked(skipped):
     rng = np.random.default_rng(1)
     norms = np.exp(0.2 * rng.normal(size=300))
@@ -166,7 +175,7 @@ def test_skipped_values_enter_as_asked(skipped):
     norms[[60, 61, 62, 120, 200]] *= [10, 8, 30, 1e6, 1e6]
     losses[[90, 125, 201]] += [5, 3, 9]
     settings = {"min_history": 12, "min_deviation": 0.02, "skipped": skipped}
-    rule = og.skip.spike(5.0, 24, **settings)
+    rule = of_both(5.0, 24, **settings)
     fires = decide(rule, norms, losses)
     expected = oracle(5.0, 24, norms, losses, **settings)
     assert fires.tolist() == expected
@@ -181,8 +190,7 @@ PHASES = [0, 3, 15, 16, 100]
 
 @functools.cache
 def default_runner(skipped):
-    rule = og.skip.spike(6.0, 32, skipped=skipped)
-    tx = og.guard(optax.sgd(0.1), skip=rule)
+    tx = og.guard(optax.sgd(0.1), skip=of_both(skipped=skipped))
     return jax.jit(jax.vmap(lambda x: player(tx, False)(x, jnp.zeros_like(x))))
 
 
@@ -195,7 +203,7 @@ def faults_at(phase):
     return rows
 
 
-@pytest.mark.parametrize("skipped", ["threshold", "enter", "nothing"])
+@pytest.mark.parametrize("skipped", ["enter", "nothing"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_bad_value_makes_no_healthy_step_skipped(phase, skipped):
     state, reasons = jax.device_get(default_runner(skipped)(faults_at(phase)))
@@ -213,45 +221,116 @@ def test_one_spike_does_not_hide_the_next():
     norms = NOISE.copy()
     norms[[100, 101, 105, 120]] = 1e15, 1e15, 50.0, 8.0
     after = {}
-    for skipped in ("threshold", "enter", "nothing"):
-        reasons, _ = play(og.skip.spike(6.0, 32, skipped=skipped), norms)
+    for skipped in ("enter", "nothing"):
+        reasons, _ = play(of_both(skipped=skipped), norms)
         after[skipped] = np.flatnonzero(reasons).tolist()
-    assert after == {
-        "threshold": [100, 101, 105, 120],
-        "enter": [100],
-        "nothing": [100, 101, 105, 120],
-    }
+    assert after == {"enter": [100], "nothing": [100, 101, 105, 120]}
 
 
-@pytest.mark.parametrize(
-    ("skipped", "most"), [("threshold", 5), ("enter", 2), ("nothing", 5)]
-)
+@pytest.mark.parametrize(("skipped", "most"), [("enter", 2), ("nothing", 5)])
 def test_lasting_rise_costs_a_bounded_number_of_steps(skipped, most):
     norms = np.where(np.arange(200) < 100, 1, 5) * NOISE
-    rule = og.skip.spike(6.0, 32, skipped=skipped)
-    reasons, state = play(rule, norms, max_consecutive_skips=5)
+    reasons, state = play(of_both(skipped=skipped, max_consecutive=5), norms)
     assert 0 < reasons.astype(bool).sum() <= most
     assert not reasons[100 + most :].any()
     assert state.skip_streak == 0
 
 
+def as_by_default(losses):
+    """The decisions by the documentation, in plain Python; NaN is the guard's."""
+    past, row, skips = [], 0, []
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            skips.append(i)
+            continue
+        recent = np.array(past[-128:], float)
+        fires = False
+        if len(past) >= 16:
+            deviation = max(recent.std(ddof=1), 1e-3 * abs(recent.mean()))
+            fires = loss > recent.mean() + 6 * deviation
+        if fires and row < 64:
+            row += 1
+            skips.append(i)
+            continue
+        past, row = [*([] if fires else past), loss], 0
+    return skips
+
+
+LOSSES = 2 * np.exp(0.05 * np.random.default_rng(1).normal(size=320))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("none", slice(0), 1.0, 0),
+        ("before it has seen 16", slice(15, 16), 2.0, 0),
+        ("the 17th", slice(16, 17), 2.0, 1),
+        ("a row as long as the bound", slice(100, 164), 2.0, 64),
+        ("a longer row", slice(100, 165), 2.0, 64),
+        ("a rise for good", slice(100, None), 5.0, 64),
+        ("NaN", slice(100, 120), math.nan, 20),
+    ],
+    ids=lambda fault: fault[0],
+)
+def test_by_default_a_long_row_of_high_losses_is_skipped_and_a_lasting_one_ends(fault):
+    _, where, factor, expected = fault
+    losses = LOSSES.astype(np.float32)
+    losses[where] *= factor
+    reasons, state = play(og.skip.spike(), np.ones_like(losses), losses)
+    assert np.flatnonzero(reasons).tolist() == as_by_default(losses)
+    assert np.count_nonzero(reasons) == expected
+    assert not state.guard_exhausted
+
+
+def test_row_of_skips_is_no_alarm_and_nan_in_it_is():
+    losses = LOSSES.astype(np.float32)
+    losses[100:140] *= 5
+    losses[120:138:2] = math.nan  # Nine, and the tenth comes last.
+    tx = og.guard(optax.sgd(0.1), skip=og.skip.spike())
+    _, reasons = player(tx, True)(np.ones_like(losses), losses)
+    assert np.flatnonzero(reasons).tolist() == list(range(100, 140))
+    for end, is_exhausted in {120: False, 137: False, 138: True, 141: False}.items():
+        short = losses[:end].copy()
+        if end == 138:
+            short[-1] = math.nan
+        state, _ = player(tx, True)(np.ones_like(short), short)
+        counted = state.skip_streak - state.rule_streak
+        assert counted == int(np.isnan(short).sum()) * (end < 140)
+        assert bool(state.guard_exhausted) == is_exhausted
+
+
+def test_each_rule_has_a_bound_of_its_own():
+    """Norms above 1 from step 20 on, losses five times as high from step 22 on."""
+    norms = np.where(np.arange(40) < 20, 0.5, 2.0)
+    losses = np.where(np.arange(40) < 22, 1, 5) * LOSSES[:40]
+    rules = [
+        og.skip.norm_above(1.0, max_consecutive=3),
+        og.skip.spike(max_consecutive=9),
+    ]
+    reasons, _ = play(rules, norms, losses)
+    # Of a row of nine the first three are of the norm's rule. Then the loss is known.
+    row = [REASON.NORM_ABOVE] * 3 + [REASON.SPIKE] * 6 + [0]
+    after = [REASON.NORM_ABOVE] * 3 + [0]
+    assert reasons[20:].tolist() == (row + 3 * after)[:20]
+
+
 def test_tiny_noise_on_a_constant_is_no_spike():
     norms = np.full(100, 0.5)
     norms[60], norms[80] = 0.5 * (1 + 1e-4), 0.5 * 1.05
-    reasons, _ = play(og.skip.spike(6.0, 32), norms, 2 * norms)
+    reasons, _ = play(of_both(), norms, 2 * norms)
     assert np.flatnonzero(reasons).tolist() == [80]
 
 
 def test_zeros_say_nothing_of_scale():
     norms = np.r_[np.zeros(60), np.ones(60)]
-    reasons, _ = play(og.skip.spike(6.0, 32), norms)
+    reasons, _ = play(of_both(), norms)
     assert not reasons.any()
 
 
 def test_norm_is_the_one_before_clipping():
     norms = NOISE.copy()
     norms[100] = 50.0
-    tx = og.guard(optax.sgd(0.1), clip=0.1, skip=og.skip.spike(6.0, 32))
+    tx = og.guard(optax.sgd(0.1), clip=0.1, skip=of_both())
     _, reasons = player(tx, False)(norms, np.zeros_like(norms))
     assert np.flatnonzero(reasons).tolist() == [100]
 
@@ -259,17 +338,16 @@ def test_norm_is_the_one_before_clipping():
 def test_loss_counts_only_where_it_is_given():
     losses = 2 * NOISE
     losses[100] = 50.0
-    both, only_norm = og.skip.spike(6.0, 32), og.skip.spike(6.0, 32, watch="grad_norm")
+    both, only_norm = of_both(), of_both(watch="grad_norm")
     assert np.flatnonzero(play(both, NOISE, losses)[0]).tolist() == [100]
     assert not play(both, NOISE)[0].any()
     assert not play(only_norm, NOISE, losses)[0].any()
-    only_value = og.skip.spike(watch="value")
-    with pytest.raises(TypeError, match="pass `value=` to"):
-        play(only_value, NOISE)
+    with pytest.raises(TypeError, match="pass `value=loss` to"):
+        play(og.skip.spike(), NOISE)
 
 
 def test_windows_hold_the_last_values():
-    _, state = play(og.skip.spike(6.0, 8), NOISE[:43], 2 * NOISE[:43])
+    _, state = play(of_both(6.0, 8), NOISE[:43], 2 * NOISE[:43])
     (windows,) = state.rule_states
     expected = NOISE[np.array([40, 41, 42, 35, 36, 37, 38, 39])]
     assert same_bits(windows.grad_norm_window.window_values, expected)
@@ -307,7 +385,7 @@ def test_schedule_of_norm_above_goes_on_when_it_is_overruled():
         return jnp.where(step < 5, 10.0, 1.0)
 
     norms = np.full(12, 2.0)
-    reasons, _ = play(og.skip.norm_above(limit), norms, max_consecutive_skips=2)
+    reasons, _ = play(og.skip.norm_above(limit, max_consecutive=2), norms)
     assert reasons.astype(bool).tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1]
 
 
@@ -336,7 +414,7 @@ def test_types_are_fixed(x64_wanted, request):
 
 def test_norm_beyond_float32_stays_out_of_the_window(x64):
     del x64
-    rule = og.skip.spike(6.0, 4, skipped="enter")
+    rule = of_both(6.0, 4, skipped="enter")
     norms = [1.0, 1.1, 1e100, 1.2]
     state = rule.start()
     for norm in norms:
@@ -350,7 +428,7 @@ def test_numbers_may_be_traced_and_batched():
     norms = jnp.asarray(NOISE).at[100].set(1.8)
 
     def skipped(sigma, floor, history):
-        rule = og.skip.spike(sigma, 32, min_deviation=floor, min_history=history)
+        rule = of_both(sigma, 32, min_deviation=floor, min_history=history)
         tx = og.guard(optax.sgd(0.1), skip=rule)
 
         def step(state, norm):
@@ -368,7 +446,7 @@ def test_numbers_may_be_traced_and_batched():
 
 
 def test_derivative_through_a_spike_rule_is_finite():
-    tx = og.guard(optax.sgd(0.1), skip=og.skip.spike(6.0, 4))
+    tx = og.guard(optax.sgd(0.1), skip=of_both(6.0, 4))
 
     def total(norms):
         def step(state, norm):
@@ -389,11 +467,15 @@ def test_derivative_through_a_spike_rule_is_finite():
         ({"window": 2.5}, "`window` must be a whole number of at least 2, got 2.5"),
         ({"min_history": 200}, r"`min_history` must be in \[1, 128\], got 200"),
         ({"watch": "loss"}, "`watch` must be one of 'grad_norm', 'value', got 'loss'"),
+        (
+            {"max_consecutive": 0},
+            "`max_consecutive` must be a whole number of at least",
+        ),
         ({"watch": ()}, "`watch` must name a signal"),
         ({"min_deviation": -1.0}, "`min_deviation` must not be negative"),
         (
             {"skipped": "drop"},
-            "`skipped` must be one of 'threshold', 'enter'",
+            "`skipped` must be one of 'nothing', 'enter'",
         ),
         ({"ddof": 2}, r"`ddof` must be in \[0, 1\], got 2"),
     ],

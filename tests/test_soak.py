@@ -34,8 +34,8 @@ TX = og.guard(
     optax.adamw(1e-3),
     clip=og.threshold.zscore(2.0),
     skip=[
-        og.skip.norm_above(100.0),
-        og.skip.spike(window=32, skipped="nothing", watch="grad_norm"),
+        og.skip.norm_above(100.0, max_consecutive=NUM_STEPS),
+        og.skip.spike(window=32, watch="grad_norm", max_consecutive=NUM_STEPS),
     ],
     max_consecutive_skips=NUM_STEPS,
 )

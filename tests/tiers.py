@@ -15,6 +15,7 @@ FULL: dict[str, set[str] | None] = {
     "test_scale_out": None,
     "test_stability": None,
     "test_step_cost": None,
+    "test_suggestion": None,
     # Whole programs: each one trains, compiles for an accelerator or starts processes.
     "test_contract": None,
     "test_debug_faults": None,

@@ -111,7 +111,7 @@ def _add_suggest(group: Commands) -> None:
         "--clip-rate",
         type=float,
         default=0.1,
-        help="share of the norms to clip; default: %(default)s",
+        help="share of the steps to clip; default: %(default)s",
     )
     suggest.add_argument("--json", action="store_true", help="print one JSON object")
     suggest.set_defaults(run_command=commands.run_suggest)

@@ -63,7 +63,7 @@ def verdict(
     states: tuple[Any, ...],
     *,
     is_too_large: jax.Array,
-    is_overruled: jax.Array,
+    rule_streak: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Reason to skip the step (0: none), and the rules' new states."""
     reason = jnp.where(measured.is_finite, SkipReason.NONE, SkipReason.NONFINITE)
@@ -75,17 +75,32 @@ def verdict(
     is_finite = reason == SkipReason.NONE
     signals = Signals(measured.norm.value, None if value is None else as_float32(value))
     fired = [rule.judge(signals, s) for rule, s in zip(rules, states, strict=True)]
-    for rule, fires in reversed(list(zip(rules, fired, strict=True))):
-        fires = fires & is_finite & ~is_overruled
+    overruled = [rule_streak >= rule.max_consecutive for rule in rules]
+    for rule, fires, is_over in reversed(
+        list(zip(rules, fired, overruled, strict=True))
+    ):
+        fires = fires & is_finite & ~is_over
         reason = jnp.where(fires, jnp.int32(rule.reason), reason)
     is_skipped = reason != SkipReason.NONE
     new_states = []
-    for rule, fires, state in zip(rules, fired, states, strict=True):
+    for rule, fires, is_over, state in zip(
+        rules, fired, overruled, states, strict=True
+    ):
         anew = rule.start() if rule.restart is None else rule.restart(state)
-        restarted = optax.tree.where(fires & is_overruled, anew, state)
+        restarted = optax.tree.where(fires & is_over, anew, state)
         learned = rule.learn(signals, is_skipped, restarted)
         new_states.append(optax.tree.where(is_finite, learned, state))
     return reason, tuple(new_states)
+
+
+def next_rule_streak(
+    rules: tuple[SkipRule, ...], reason: jax.Array, streak: jax.Array
+) -> jax.Array:
+    """How many steps rules have skipped since the last one taken, with this step."""
+    if not rules:
+        return jnp.zeros_like(streak)
+    is_of_rule = jnp.any(jnp.stack([reason == rule.reason for rule in rules]))
+    return jnp.where(reason == SkipReason.NONE, 0, increment(streak, is_of_rule))
 
 
 def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
@@ -143,7 +158,7 @@ def judge_step(
         value,
         state.rule_states,
         is_too_large=_is_too_large(measured, clip_state.stats),
-        is_overruled=state.skip_streak >= config.max_consecutive_skips,
+        rule_streak=state.rule_streak,
     )
     is_skipped = reason != SkipReason.NONE
     has_vanished = jnp.zeros((), jnp.bool_)
@@ -193,13 +208,15 @@ def recorded(
         reason = jnp.where(is_lost, jnp.int32(SkipReason.NONFINITE_UPDATE), reason)
     is_skipped = reason != SkipReason.NONE
     streak = jnp.where(is_skipped, increment(state.skip_streak), 0)
+    by_rule = next_rule_streak(config.rules, reason, state.rule_streak)
     counts = {
         "num_skipped": increment(state.num_skipped, is_skipped),
         "skip_streak": streak,
         "skip_reason": reason,
-        "guard_exhausted": streak >= config.max_consecutive_skips,
+        "guard_exhausted": streak - by_rule >= config.max_consecutive_skips,
         "num_vanished": increment(state.num_vanished, judged.has_vanished),
         "num_partial": increment(state.num_partial, is_partial),
+        "rule_streak": by_rule,
     }
     return GuardState(
         **rows_of(GuardState, counts),

@@ -50,7 +50,7 @@ class SkipLog(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    """State of ``guard``. Its six scalars are attributes, and share one array.
+    """State of ``guard``. Its seven scalars are attributes, and share one array.
 
     Attributes:
       skip_counts: int32[8], the row of the scalars.
@@ -63,8 +63,10 @@ class GuardState(NamedTuple):
       num_skipped: int32[], steps skipped; 0 after ``init``.
       skip_streak: int32[], steps skipped in a row up to the last; 0 after ``init``.
       skip_reason: int32[], a ``SkipReason`` for the last step: 0 if it was taken.
-      guard_exhausted: bool[], whether the last ``max_consecutive_skips`` steps or more
-        were all skipped; False after ``init`` and again after a step that is taken.
+      rule_streak: int32[], how many of these the skip rules have skipped; 0 after
+        ``init``.
+      guard_exhausted: bool[], whether at least ``max_consecutive_skips`` of these were
+        not finite; False after ``init`` and again after a step that is taken.
       num_vanished: int32[], steps taken in which the clip multiplied the gradients by
         less than a quarter of the parameters' machine epsilon (bfloat16: 1/512). The
         epsilon is that of the coarsest dtype that counts; without parameters, that of
@@ -89,6 +91,7 @@ class GuardState(NamedTuple):
     guard_exhausted = Entry("skip_counts", 3, is_flag=True)
     num_vanished = Entry("skip_counts", 4)
     num_partial = Entry("skip_counts", 5)
+    rule_streak = Entry("skip_counts", 6)
 
 
 class GuardConfig(NamedTuple):
@@ -101,7 +104,7 @@ class GuardConfig(NamedTuple):
       rules: The skip rules.
       mask: ``True``, or the leaves that count.
       bound: The parts of the clip that bounds updates, or ``None``.
-      max_consecutive_skips: Steps in a row that rules may skip.
+      max_consecutive_skips: Non-finite steps, without one taken, that are an alarm.
       use_cond: Whether to branch on every platform.
     """
 

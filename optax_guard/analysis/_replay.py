@@ -9,12 +9,13 @@ import numpy as np
 
 from optax_guard._checks import check_kind
 from optax_guard._records.rows import as_rows
+from optax_guard.analysis._noise import least_difference, least_fall, noise_of
 from optax_guard.stop._rule import StopReason, StopRule, sign_of
 from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._stopper import early_stopping
 
 # Columns of the table of outcomes that hold texts: the rule and the reason.
-TEXT_COLUMNS = (0, 6)
+TEXT_COLUMNS = (0, 7)
 
 
 class Replayed(NamedTuple):
@@ -30,6 +31,12 @@ class Replayed(NamedTuple):
       steps_saved: How many of the recorded steps would not have been trained.
       loss_given_up: How much worse that value is than the best of the whole run; 0 if
         it is the same evaluation.
+      least_difference: The loss given up from which on it is more than the noise of the
+        evaluations; 0 if none came after the stop, NaN if there are fewer than 8.
+      undecidable: Whether a loss was given up, and noise may be all of it.
+      least_fall: The power of the rule: an even fall of this much, over as many
+        evaluations as it waited after the best, would be hidden by noise in one of
+        twenty runs, a smaller one more often. NaN if it did not stop or did not wait.
     """
 
     name: str
@@ -39,6 +46,9 @@ class Replayed(NamedTuple):
     best_value: float
     steps_saved: int
     loss_given_up: float
+    least_difference: float
+    undecidable: bool
+    least_fall: float
 
 
 def replay(
@@ -54,6 +64,14 @@ def replay(
     rows in their order, in the stopper of `early_stopping` itself. The record ends
     where the run ended: if that was an early stop, a longer patience looks as good as
     no rule.
+
+    Evaluations are noisy, and the best of many is better by luck. What a rule gives up
+    is *undecidable* unless it is above ``noise * sqrt(2) * z``. Here ``noise`` is
+    ``median(abs(diff(values, n=2))) / (0.6745 * sqrt(6))``, and ``z`` the normal
+    quantile of ``1 - 0.05 / n`` with the ``n`` evaluations after the stop. So where
+    there is only noise, a difference is taken for real in at most one of twenty runs.
+    The rule may also stop too early by bad luck; ``least_fall`` tells how large a fall
+    it would have seen.
 
     Args:
       history: A `History`, or rows such as `fit` returns.
@@ -81,9 +99,9 @@ def replay(
       ...     history.append(10 * step, val_loss=loss)
       >>> rules = {f"patience {n}": og.stop.patience(n) for n in (2, 3)}
       >>> print(table(replay(history, rules)))
-      rule        stops at  steps saved  best at  best value  given up  reason
-      patience 2        40           20       20           2         1  PATIENCE
-      patience 3        60            0       50           1         0  RUNNING
+      rule        stops at  steps saved  best at  best value        given up  ...
+      patience 2        40           20       20           2  1, undecidable  ...
+      patience 3        60            0       50           1               0  ...
     """
     check_kind("rules", rules, Mapping, "a dict of rules by name")
     if not rules:
@@ -110,13 +128,15 @@ def replay(
 def replay_cells(replayed: Iterable[Replayed]) -> list[list[str]]:
     """The texts of the table of outcomes: the heading, then a list for each rule."""
     heading = ["rule", "stops at", "steps saved", "best at", "best value", "given up"]
-    lines = [[*heading, "reason"]]
+    lines = [[*heading, "sees a fall of", "reason"]]
     for one in replayed:
         known = (one.stopped_step, one.steps_saved, one.best_step)
-        numbers = (one.best_value, one.loss_given_up)
-        stopped, saved, best = map(str, known)
-        value, given_up = (f"{number:.4g}" for number in numbers)
-        lines.append([one.name, stopped, saved, best, value, given_up, one.reason.name])
+        numbers = (one.best_value, one.loss_given_up, one.least_fall)
+        value, given_up, fall = (f"{number:.4g}" for number in numbers)
+        given_up += ", undecidable" if one.undecidable else ""
+        fall = "" if math.isnan(one.least_fall) else fall
+        cells = [*map(str, known), value, given_up, fall]
+        lines.append([one.name, *cells, one.reason.name])
     return lines
 
 
@@ -184,6 +204,11 @@ def _play_to_rule(
     stopped, best = int(state.stopped_at), int(state.best_eval)
     usable = sign * values[np.isfinite(values)]
     best_value = float(values[best]) if best >= 0 else math.nan
+    given_up = float(sign * best_value - np.min(usable, initial=math.inf))
+    noise = noise_of(values)
+    later = np.isfinite(values[stopped + 1 :]) if stopped >= 0 else np.zeros(0)
+    difference = least_difference(noise, int(later.sum()))
+    waited = stopped - best if stopped >= 0 and best >= 0 else 0
     return Replayed(
         name=name,
         reason=StopReason(int(state.stop_reason)),
@@ -191,5 +216,8 @@ def _play_to_rule(
         best_step=int(steps[best]) if best >= 0 else -1,
         best_value=best_value,
         steps_saved=int(steps[-1] - steps[stopped]),
-        loss_given_up=float(sign * best_value - np.min(usable, initial=math.inf)),
+        loss_given_up=given_up,
+        least_difference=difference,
+        undecidable=given_up > 0 and not given_up > difference,
+        least_fall=least_fall(noise, waited) if waited else math.nan,
     )

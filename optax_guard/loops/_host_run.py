@@ -284,4 +284,5 @@ def result_of(run: HostRun) -> FitResult:
         interrupted=run.interrupt.requested,
         preempted=run.ending is Ending.PREEMPTED,
         origins=() if run.origins is None else tuple(run.origins.found),
+        rewinds=tuple((s, then, why) for s, then, why in run.rewound.events),
     )

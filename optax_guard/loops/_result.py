@@ -1,5 +1,6 @@
 """A run at an evaluation, and its result."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,14 @@ class Rewound(NamedTuple):
       num_rewinds: Rewinds so far.
       lr_scale: Factor on the learning rate, beside that of a `stop.plateau`.
       data_offset: Number that is added to the step to get its batch.
+      events: Of each rewind a list of three: its step, the step of the checkpoint, and
+        the reason in words.
     """
 
     num_rewinds: int = 0
     lr_scale: float = 1.0
     data_offset: int = 0
+    events: Sequence[Sequence[Any]] = ()
 
 
 class Snapshot(NamedTuple):
@@ -64,6 +68,8 @@ class FitResult(NamedTuple):
       origins: With ``on_skip="explain"``, skipped steps that were examined, each with
         its `NonfiniteOrigin`, or with ``None`` if it did not recur. Those of before a
         resumption are not included.
+      rewinds: Of each rewind, those before a resumption included: the step at which it
+        came, the step of the checkpoint to which it went back, and the reason.
     """
 
     state: Any
@@ -74,6 +80,7 @@ class FitResult(NamedTuple):
     interrupted: bool = False
     preempted: bool = False
     origins: tuple[tuple[int, NonfiniteOrigin | None], ...] = ()
+    rewinds: tuple[tuple[int, int, str], ...] = ()
 
 
 def as_result(

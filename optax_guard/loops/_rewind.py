@@ -2,10 +2,10 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from optax_guard._checks import check_count, check_positive
+from optax_guard._checks import check_count, check_positive, static_count
 from optax_guard._rows import replace_entries
 from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import why_gone_bad
@@ -20,41 +20,49 @@ class Rewind:
     """Lets `fit` return to the best checkpoint when a run has gone bad.
 
     A run has gone bad when the stopper stops it as DIVERGED, NONFINITE or SKIP_STORM,
-    or when the guard is exhausted. The state becomes that of the best checkpoint, with
+    when the guard is exhausted, or, with ``max_rise``, when the value is so much worse
+    than the best. The state becomes that of the best checkpoint, with
     the guard's records and the optimizer's own count. If there is no best, it becomes
     the first state. The stopper is reset and keeps its best. ``state.step`` never goes
-    back, so the batches are new ones. Each rewind warns. When no rewind is left, the
-    run ends as it would without rewinds.
+    back, so the batches of the steps that are undone do not come again. Each rewind
+    warns, and `FitResult.rewinds` tells all. When no rewind is left, the run goes on,
+    and ends as it would without rewinds.
+
+    Against a long row of bad batches use ``Rewind(lr_factor=1.0, max_rise=0.05,
+    leave_out=64)``. A value that also rises because the model overfits uses rewinds up.
 
     Args:
       times: Largest number of rewinds, over all resumptions of the run.
       lr_factor: Factor of each rewind on the learning rate. Unless it is 1, the
         optimizer needs a `stop.scale_by_plateau` in its chain.
-      on_rewind: ``on_rewind(step) -> offset``, called with the steps done. From then on
-        the batches are those of ``step + offset``, which may skip a bad window of the
-        data. A new offset replaces the one before. Without this function it is 0.
+      max_rise: Largest rise of the stopper's value above the best, as a share of the
+        best's magnitude, that is no reason to go back; for ``mode="max"`` largest fall.
+        If ``None``, any rise passes.
+      leave_out: How many batches more each rewind leaves out: after ``n`` rewinds the
+        batch of a step is that of ``step + n * leave_out``.
 
     Raises:
-      ValueError: If ``times`` is below 1, or ``lr_factor`` not above 0 and at most 1.
+      ValueError: If ``times`` is below 1, ``lr_factor`` not above 0 and at most 1,
+        ``max_rise`` not positive or ``leave_out`` negative.
 
     Examples:
       >>> from optax_guard.flax import Rewind
-      >>> Rewind(times=2, lr_factor=1.0, on_rewind=lambda step: 500).times
+      >>> Rewind(times=2, lr_factor=1.0, max_rise=0.05, leave_out=64).times
       2
     """
 
     times: int = 3
     lr_factor: float = 0.5
-    on_rewind: Callable[[int], int] | None = None
+    max_rise: float | None = None
+    leave_out: int = 0
 
     def __post_init__(self):
         """Checks the numbers."""
         check_count("times", self.times)
         check_positive("lr_factor", self.lr_factor)
-        if self.on_rewind is not None and not callable(self.on_rewind):
-            raise TypeError(
-                f"`on_rewind` must be a function of the step, got {self.on_rewind!r}."
-            )
+        if self.max_rise is not None:
+            check_positive("max_rise", self.max_rise)
+        static_count("leave_out", self.leave_out, least=0)
         if self.lr_factor > 1:
             raise ValueError(f"`lr_factor` must be at most 1, got {self.lr_factor}.")
 
@@ -68,10 +76,10 @@ def check_rewind(rewind: Any, state: Any, batches: Any, stopper: Any, store: Any
             raise ValueError(
                 f"`rewind` needs `{name}`: it goes back to the best checkpoint."
             )
-    if rewind.on_rewind is not None and not callable(batches):
+    if rewind.leave_out and not callable(batches):
         raise ValueError(
-            "`on_rewind` needs `batches` to be a function `step -> batch`: an iterable "
-            "takes no offset."
+            "`leave_out` needs `batches` to be a function `step -> batch`: an iterable "
+            "has no batch of a given step."
         )
     if rewind.lr_factor != 1.0 and not lr_scales(state):
         raise ValueError(
@@ -94,19 +102,20 @@ def go_back(
     """
     if stopper is None or run.stop is None or run.rewound.num_rewinds >= rewind.times:
         return None
-    if (message := why_gone_bad(flags, run.state)) is None:
+    message = why_gone_bad(flags, run.state) or _why_too_high(rewind, flags)
+    if message is None:
         return None
     scales = lr_scales(run.state)
-    offset = run.rewound.data_offset
-    if rewind.on_rewind is not None:
-        offset = _as_offset(rewind.on_rewind(run.step))
+    # This includes the factor of a plateau, because its rule starts again at 1.
+    lr_scale = float(scales[0]) * rewind.lr_factor if scales else 1.0
+    offset = run.rewound.data_offset + rewind.leave_out
+    then, state, stop = store.load_pinned(run.state, run.stop)
     rewound = Rewound(
         num_rewinds=run.rewound.num_rewinds + 1,
-        # This includes the factor of a plateau, because its rule starts again at 1.
-        lr_scale=float(scales[0]) * rewind.lr_factor if scales else 1.0,
+        lr_scale=lr_scale,
         data_offset=offset,
+        events=[*run.rewound.events, [run.step, then, message]],
     )
-    then, state, stop = store.load_pinned(run.state, run.stop)
     state = state.replace(step=state.step + (run.step - then))
     if scales:
         opt_state = set_lr_scale(state.opt_state, rewound.lr_scale)
@@ -126,10 +135,9 @@ def go_back(
     return state, stop, rewound
 
 
-def _as_offset(offset: Any) -> int:
-    try:
-        return int(offset)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"`on_rewind` must return a whole number of steps, got {offset!r}."
-        ) from None
+def _why_too_high(rewind: Rewind, flags: Mapping[str, Any]) -> str | None:
+    """The rise of the value in words, if it is too large."""
+    rise = float(flags["value_rise"])
+    if rewind.max_rise is None or rise <= rewind.max_rise:
+        return None
+    return f"a value that is {100 * rise:.3g} % worse than the best"

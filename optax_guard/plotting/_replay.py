@@ -65,7 +65,7 @@ def plot_replay(
             below.plot([one.best_step], [i], **marks.STAR)
         words = (
             f"gives up {one.loss_given_up:.3g}" if one.loss_given_up else "same best"
-        )
+        ) + (", undecidable" if one.undecidable else "")
         inside = one.stopped_step > 0.7 * rows[-1]["step"]
         below.annotate(
             words,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optax_guard._checks import check_count
 from optax_guard._public import answers_wrong_calls
 from optax_guard.skip._rule import Signals, SkipReason, SkipRule
 from optax_guard.threshold._base import Limits, Threshold
@@ -17,6 +18,8 @@ from optax_guard.threshold._coerce import as_absolute_threshold
 @answers_wrong_calls
 def norm_above(
     max_norm: ArrayLike | optax.Schedule | Threshold | Mapping[str, Any],
+    *,
+    max_consecutive: ArrayLike = 10,
 ) -> SkipRule:
     """Skips steps whose global norm before clipping is above ``max_norm``.
 
@@ -27,12 +30,16 @@ def norm_above(
       max_norm: Largest norm that is not skipped, in units of the gradient: a positive
         number, possibly traced; a schedule, called with the number of finite steps
         before this one; one of ``optax_guard.threshold``; or a table of one.
+      max_consecutive: Largest number of steps that rules skip in a row before this one
+        lets a finite step through; at least 1, may be traced. Steps that are not finite
+        do not count.
 
     Returns:
       A rule for ``guard(inner, skip=...)``.
 
     Raises:
-      ValueError: If ``max_norm`` is a concrete number and not positive.
+      ValueError: If ``max_norm`` is a concrete number and not positive, or
+        ``max_consecutive`` below 1.
       TypeError: If ``max_norm`` is none of the above.
 
     Examples:
@@ -43,6 +50,7 @@ def norm_above(
       (Array([0.], dtype=float32), 'NORM_ABOVE')
     """
     threshold = as_absolute_threshold("max_norm", max_norm)
+    check_count("max_consecutive", max_consecutive)
 
     def limits(signals: Signals, state: Any) -> Limits:
         return threshold.limits(signals.grad_norm, signals.grad_norm, state)
@@ -62,6 +70,7 @@ def norm_above(
         start=lambda: threshold.start(()),
         judge=judge,
         learn=learn,
+        max_consecutive=max_consecutive,
         # Thresholds adapt by themselves, and a schedule must not begin again.
         restart=lambda state: state,
     )

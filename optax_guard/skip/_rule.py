@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from jax.typing import ArrayLike
 
 
 class SkipReason(enum.IntEnum):
@@ -71,14 +72,17 @@ class SkipRule:
     """Decides which finite steps to skip, by pure functions, and names the reason.
 
     ``start()`` makes the state. ``judge(signals, state)`` says whether to skip.
-    ``learn(signals, is_skipped, state)`` adds a finite step. ``restart(state)`` makes a
-    new state when the guard overrules the rule; if it is ``None``, ``start()`` does.
+    ``learn(signals, is_skipped, state)`` adds a finite step. After ``max_consecutive``
+    steps that rules have skipped since the last one taken, the guard overrules the rule
+    where it fires, and takes the step. Then ``restart(state)`` makes a new state; if it
+    is ``None``, ``start()`` does.
     """
 
     reason: SkipReason
     start: Callable[[], Any]
     judge: Callable[[Signals, Any], jax.Array]
     learn: Callable[[Signals, jax.Array, Any], Any]
+    max_consecutive: ArrayLike
     restart: Callable[[Any], Any] | None = None
 
     @property

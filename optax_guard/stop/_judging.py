@@ -48,6 +48,7 @@ def judge(
         "stopped_at": jnp.where(should_stop, state.num_evals, -1),
         "best_value": jnp.where(is_best, config.sign * contender, state.best_value),
         "train_seconds": seen.train_seconds,
+        "value_rise": _rise(observation.raw, is_best, config.sign * state.best_value),
     }
     new = EarlyStoppingState(
         should_stop=should_stop,
@@ -64,6 +65,14 @@ def judge(
         is_significant=runs & new.is_significant,
         best_params=keep_or_take(runs & is_best, state.best_params, inputs.params),
     )
+
+
+def _rise(y: jax.Array, is_best: jax.Array, best: jax.Array) -> jax.Array:
+    """How much worse a value is than the best before it, as a share of that."""
+    is_known = jnp.isfinite(y) & jnp.isfinite(best) & ~is_best
+    size = jnp.maximum(jnp.abs(best), jnp.finfo(jnp.float32).tiny)
+    rise = jnp.maximum(jnp.where(is_known, y - best, 0.0), 0.0)
+    return jnp.minimum(rise / size, jnp.finfo(jnp.float32).max)
 
 
 def keep_or_take(takes: jax.Array, kept: Any, params: Any) -> Any:

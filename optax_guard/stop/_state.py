@@ -24,7 +24,7 @@ class EarlyStoppingState(NamedTuple):
       is_significant: Whether the value of the last update improved by enough to
         count for the rules (as ``is_best`` if they do not say), bool; False at first.
       stop_counts: int32[8], the row of the six counts.
-      stop_values: float32[8], the row of the two values.
+      stop_values: float32[8], the row of the three values.
       best_params: Parameters of the best evaluation, a copy of the tree given to
         `init` until there is one, or None if `init` was given none.
       rule_state: State of the rule.
@@ -37,6 +37,8 @@ class EarlyStoppingState(NamedTuple):
       best_step: ``step`` at that evaluation, int32; -1 at first and if not given.
       nonfinite_streak: Non-finite values in a row, int32; 0 at first.
       train_seconds: Sum of the ``seconds`` given, float32; 0 at first.
+      value_rise: How much worse the last value is than the best, float32, as a share of
+        the best's magnitude; 0 at first, at a best, and if it is not finite.
       stop_reason: `StopReason` of the stop, int32; 0 (RUNNING) until then.
       stopped_at: Evaluation at which it fired, int32; -1 until then.
     """
@@ -58,6 +60,7 @@ class EarlyStoppingState(NamedTuple):
     stopped_at = Entry("stop_counts", 5)
     best_value = Entry("stop_values", 0, jnp.float32)
     train_seconds = Entry("stop_values", 1, jnp.float32)
+    value_rise = Entry("stop_values", 2, jnp.float32)
 
 
 class _Update(Protocol):

@@ -129,6 +129,7 @@ def _initial_state(config: Config, params: Any) -> EarlyStoppingState:
         "stopped_at": -1,
         "best_value": config.sign * np.inf,
         "train_seconds": 0.0,
+        "value_rise": 0.0,
     }
     return EarlyStoppingState(
         should_stop=jnp.asarray(False),
