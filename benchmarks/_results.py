@@ -10,6 +10,8 @@ import time
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 FOLDER = pathlib.Path(__file__).parent / "results"
 
 
@@ -39,7 +41,9 @@ def as_json(value: Any) -> Any:
     """Numbers to 5 digits; those that are not finite as strings."""
     if isinstance(value, dict):
         return {key: as_json(x) for key, x in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return as_json(value.tolist())
+    if isinstance(value, (list, tuple)):
         return [as_json(x) for x in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else str(value)
