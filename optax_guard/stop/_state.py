@@ -24,7 +24,7 @@ class EarlyStoppingState(NamedTuple):
       is_significant: Whether the value of the last update improved by enough to
         count for the rules (as ``is_best`` if they do not say), bool; False at first.
       stop_counts: int32[8], the row of the six counts.
-      stop_values: float32[8], the row of the two values.
+      stop_values: float32[8], the row of the three values.
       best_params: Parameters of the best evaluation, a copy of the tree given to
         `init` until there is one, or None if `init` was given none.
       rule_state: State of the rule.
@@ -36,7 +36,9 @@ class EarlyStoppingState(NamedTuple):
       best_eval: Evaluation that gave it, int32; -1 at first.
       best_step: ``step`` at that evaluation, int32; -1 at first and if not given.
       nonfinite_streak: Non-finite values in a row, int32; 0 at first.
-      train_seconds: Sum of the ``seconds`` given, float32; 0 at first.
+      train_seconds: Sum of the ``seconds`` given, float32, however many there were; 0
+        at first.
+      train_seconds_rest: What rounding to float32 took from it, float32; 0 at first.
       stop_reason: `StopReason` of the stop, int32; 0 (RUNNING) until then.
       stopped_at: Evaluation at which it fired, int32; -1 until then.
     """
@@ -58,6 +60,7 @@ class EarlyStoppingState(NamedTuple):
     stopped_at = Entry("stop_counts", 5)
     best_value = Entry("stop_values", 0, jnp.float32)
     train_seconds = Entry("stop_values", 1, jnp.float32)
+    train_seconds_rest = Entry("stop_values", 2, jnp.float32)
 
 
 class _Update(Protocol):
@@ -88,8 +91,9 @@ class EarlyStopping(NamedTuple):
         state carries copies of the best ones.
       update: ``update(value, state, params=None, *, step=None, seconds=None,
         train_value=None, opt_state=None) -> state``: tells the stopper the value of
-        an evaluation, and the parameters it was computed with. ``step`` counts steps,
-        below 2**31; ``seconds`` is the training time since the update before;
+        an evaluation, which is judged in float32, and the parameters it was computed
+        with. ``step`` counts steps, below 2**31; ``seconds`` is the training time since
+        the update before, also in float32, and is added up without loss;
         ``train_value`` is a number, or an array of those since then. An argument that
         is no number raises a ``TypeError``, one out of range a ``ValueError``.
       best: ``best(state, default) -> params``: the best parameters, or ``default``
