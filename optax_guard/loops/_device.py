@@ -20,6 +20,7 @@ from optax_guard.loops._inputs import (
     check_steps,
     copied,
 )
+from optax_guard.loops._interval import with_metrics_in_range
 from optax_guard.loops._lane import (
     Lane,
     advance,
@@ -137,7 +138,7 @@ def _run(
     eval_every: int,
 ) -> tuple[Lane, Any]:
     train_step, batches, evaluate = given
-    functions = Functions(train_step, batches, evaluate, stopper)
+    functions = Functions(with_metrics_in_range(train_step), batches, evaluate, stopper)
     evaluate_lane = evaluation_of(functions)
 
     def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_guard._checks import in_range
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
 from optax_guard._norms.statistics import NormStats
@@ -102,6 +103,21 @@ def totals(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in _TOTALS if name in found}
 
 
+def with_metrics_in_range(
+    train_step: Callable[[Any, Any], Any],
+) -> Callable[[Any, Any], Any]:
+    """The function, with no metric that JAX would refuse as a number of Python."""
+
+    def step(state: Any, batch: Any) -> Any:
+        result = train_step(state, batch)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            return result  # `first_interval` refuses it.
+        as_traced = functools.partial(in_range, "metrics")
+        return result[0], jax.tree.map(as_traced, result[1])
+
+    return step
+
+
 def add_step(
     train_step: Callable[[Any, Any], Any], state: Any, interval: Interval, batch: Any
 ) -> tuple[Any, Interval]:
@@ -130,6 +146,7 @@ class Step(NamedTuple):
 def compiled_step(get_train_step: Callable[[], Any]) -> Step:
     """The step of runs with one ``train_step``."""
 
+    @with_metrics_in_range
     def train_step(state: Any, batch: Any) -> Any:
         return get_train_step()(state, batch)
 
