@@ -63,7 +63,8 @@ def sketch_add(
     num_bins = sketch.shape[-1]
     is_finite = jnp.isfinite(value)[..., None]
     bin_of = _bin_of(value, num_bins)[..., None]
-    hit = (jnp.arange(num_bins, dtype=jnp.int32) == bin_of) & is_finite
+    bins = jnp.arange(num_bins, dtype=jnp.int32)
+    hit = (bins.reshape((1,) * value.ndim + (num_bins,)) == bin_of) & is_finite
     if decay is not None:
         decay = jnp.asarray(decay, sketch.dtype)
         return jnp.where(is_finite, sketch * decay, sketch) + hit.astype(sketch.dtype)
@@ -92,6 +93,8 @@ def sketch_quantile(
     last = total - 1
     position = jnp.asarray(q, jnp.float32) * last
     below = jnp.floor(position)
+    # One sketch has as many axes as the ranks that are looked up in it.
+    sketch = sketch.reshape((1,) * (below.ndim + 1 - sketch.ndim) + sketch.shape)
     low, high = (
         _value_of(_bin_of_rank(sketch, k), num_bins)
         for k in (below, jnp.minimum(below + 1, last))
