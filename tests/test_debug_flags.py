@@ -118,6 +118,18 @@ def test_no_flag_finds_a_fault_in_jitted_steps(form: Form):
         og.metrics(after_steps(tx, jax.jit(tx.update)))
 
 
+@pytest.mark.parametrize("make", [og.clip_by_global_norm, og.clip_by_value])
+def test_sums_over_a_mesh_axis_promote_neither_ranks_nor_dtypes(make):
+    tx = og.guard(optax.sgd(0.1), clip=make(1.0, axis_name="data"))
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones((4, 2, 2))}
+
+    def step(grads: Any) -> Any:
+        return tx.update(grads, tx.init(grads), grads, value=jnp.float32(0.5))
+
+    with flags(PROMOTION):
+        jax.eval_shape(jax.vmap(step, axis_name="data"), params)
+
+
 def test_reading_the_state_trips_no_flag():
     tx = og.guard(optax.sgd(0.1), clip=og.clip_by_leaf_norm(1.0, record_quantiles=True))
 

@@ -32,24 +32,30 @@ def no_values(dtype: Any = jnp.float32) -> Mean:
 
 
 def with_value(mean: Mean, value: jax.Array) -> Mean:
-    """The mean with one more value, unless that is not finite.
-
-    A mean moves by a share of the difference. So it is right for values of any size,
-    where a sum would overflow, and its error does not grow with their number.
-    """
-    number, rest = mean.words[0], mean.words[1]
+    """The mean with one more value, unless that is not finite."""
     is_finite = jnp.isfinite(value)
     count = increment(mean.num_values, is_finite)
-    # Halves, because the difference of two numbers may overflow.
-    difference = (0.5 * value - 0.5 * number) - 0.5 * rest
-    share = difference * (2 / jnp.maximum(count, 1).astype(value.dtype))
-    words = add_in_two_words(number, rest, jnp.where(is_finite, share, 0))
-    return Mean(jnp.stack(words), count)
+    words = move_mean(mean.words[0], mean.words[1], value, count)
+    return Mean(jnp.where(is_finite, jnp.stack(words), mean.words), count)
 
 
 def mean_of(mean: Mean) -> jax.Array:
     """The mean, as one number; NaN without a value."""
     return jnp.where(mean.num_values > 0, mean.words[0], jnp.nan)
+
+
+def move_mean(
+    number: jax.Array, rest: jax.Array, value: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The mean of ``count`` values in two words, from that of all but the last.
+
+    It moves by a share of the difference. So it is right for values of any size, where
+    a sum would overflow, and its error does not grow with their number.
+    """
+    # Halves, because the difference of two numbers may overflow.
+    difference = (0.5 * value - 0.5 * number) - 0.5 * rest
+    share = difference * (2 / jnp.maximum(count, 1).astype(value.dtype))
+    return add_in_two_words(number, rest, share)
 
 
 def add_in_two_words(
