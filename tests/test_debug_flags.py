@@ -240,3 +240,19 @@ def test_no_flag_finds_a_fault_in_a_run(loop):
             evaluate=lambda state: jnp.sum(state.params**2),
         )
     assert [row["step"] for row in result.history] == [3, 6]
+
+
+def test_run_on_the_device_that_stops_early_holds_no_nan():
+    tx = og.guard(optax.sgd(0.1), clip=1.0)
+    state = TrainState.create(apply_fn=str, params=jnp.ones(2), tx=tx)
+    with flags(NANS):
+        result = train_on_device(
+            state,
+            train_step,
+            lambda step: jnp.float32(0),
+            num_steps=6,
+            eval_every=2,
+            evaluate=lambda state: jnp.sum(state.params**2),
+            stopper=og.early_stopping(stop.target(1.9)),
+        )
+    assert [row["step"] for row in result.history] == [2]

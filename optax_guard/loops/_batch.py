@@ -66,7 +66,9 @@ def start(
         functions, state = built(build, member)
         state = copied(state)
         evaluate = evaluation_of(functions)
-        lane = first_lane(functions, evaluate, state, num_steps, eval_every)
+        lane = first_lane(
+            functions, evaluate, state, num_steps, eval_every, unfilled=jnp.nan
+        )
         return lane._replace(state=jax.tree.leaves(lane.state)), state.step
 
     return jax.vmap(start_member)(members)

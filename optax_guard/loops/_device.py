@@ -150,7 +150,10 @@ def _run(
         until = next_evaluation(step, num_steps, eval_every)
         return until, advance(functions, evaluate_lane, lane, step, until)
 
-    lane = first_lane(functions, evaluate_lane, state, num_steps, eval_every)
+    # Nobody reads the places that stay unfilled. A NaN would trip `jax_debug_nans`.
+    lane = first_lane(
+        functions, evaluate_lane, state, num_steps, eval_every, unfilled=0.0
+    )
     _, lane = jax.lax.while_loop(goes_on, go, (begin, lane))
     best = None
     if stopper is not None and lane.stop is not None:
