@@ -68,6 +68,23 @@ def check_number(name: str, value: Any) -> None:
         )
 
 
+def in_range(name: str, value: Any) -> Any:
+    """The value; as a float, if it is a whole number that JAX's integers cannot hold.
+
+    JAX refuses such a number of Python, and wraps one of NumPy around. One that is too
+    large for a float raises.
+    """
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value[()]
+    if not isinstance(value, (int, np.integer)):
+        return value
+    held_as = jnp.iinfo(jnp.result_type(int if isinstance(value, int) else value))
+    if held_as.min <= value <= held_as.max:
+        return value
+    check_number(name, value)
+    return float(value)
+
+
 def _check_bound(
     name: str,
     value: object,

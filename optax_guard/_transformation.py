@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import optax
 
+from optax_guard._checks import in_range
+
 P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
 
 
@@ -42,6 +44,8 @@ def cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if "value" in kwargs:
+            kwargs["value"] = in_range("value", kwargs["value"])
         if all(map(_is_array, jax.tree.leaves((args, kwargs)))):
             return compiled(*args, **kwargs)
         return function(*args, **kwargs)

@@ -203,6 +203,25 @@ def test_inner_gets_the_mean_loss_of_the_good_ones():
     assert state.guard_state.wrapped_state == (0.75, 7.5)
 
 
+@pytest.mark.parametrize("size", [1.0, 3e38])
+def test_mean_loss_of_many_micro_batches_is_right(size):
+    # It rises, so that a mean that loses what it rounds stays behind.
+    losses = (size * np.linspace(-0.5, 1, 10_000)).astype(np.float32)
+    tx: Any = og.accumulate(og.guard(optax.sgd(0.1)), len(losses) + 1)
+
+    @jax.jit
+    def scan(losses: jax.Array) -> Any:
+        def update(state: Any, loss: jax.Array) -> Any:
+            return tx.update(jnp.zeros(1), state, value=loss)[1], None
+
+        return jax.lax.scan(update, tx.init(jnp.zeros(1)), losses)[0]
+
+    state = scan(losses)
+    assert int(state.group_kept) == len(losses)
+    expected = losses.astype(np.float64).mean()
+    assert float(state.value_mean) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_schedule_of_k_is_called_with_the_groups_closed():
     tx: Any = og.accumulate(optax.sgd(1.0), lambda groups: 1 + groups)
     batches = np.arange(1, 7, dtype=np.float32)

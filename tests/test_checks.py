@@ -14,6 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import optax_guard as og
 from optax_guard import _checks
 from optax_guard._checks import is_concrete, static_count, static_number
+from optax_guard.flax import TrainState, fit
+from optax_guard.loops import train_on_device
+from optax_guard.skip._spike import SpikeState
 
 SGD = optax.sgd(1.0)
 
@@ -336,6 +339,65 @@ def test_a_value_that_is_a_bool_is_refused_in_every_form():
     for value in (True, np.True_, jnp.array(True)):
         with pytest.raises(TypeError, match="`value` must be a number"):
             stopper.update(value, stopper.init())
+
+
+LARGE = [2**31, -(2**40), 2**70, np.int64(2**40), np.array(2**40), np.uint64(2**63)]
+
+
+def test_a_loss_beyond_32_bits_is_judged_as_a_float():
+    # JAX refuses such a number of Python, and takes 2**40 of NumPy's for 0.
+    stopper = og.early_stopping(og.stop.patience(2))
+    guarded = og.guard(SGD, skip=og.skip.spike(window=2, watch="value"))
+    params = jnp.ones(2)
+    accumulated: Any = og.accumulate(guarded, 2)
+    for number in LARGE:
+        expected = float(np.float32(number))
+        state = stopper.update(number, stopper.init(), seconds=abs(as_any(number)))
+        assert float(state.best_value) == expected
+        assert float(state.train_seconds) == abs(expected)
+        _, new = guarded.update(params, guarded.init(params), params, value=number)
+        window = og.find_state(new, SpikeState).value_window
+        assert float(window.window_values[0]) == expected
+        _, new = og.apply_gradients(
+            *(accumulated, params, accumulated.init(params)),
+            grads=params,
+            value=number,
+        )
+        assert float(as_any(new).value_mean) == expected
+
+
+def test_loops_take_a_loss_beyond_32_bits():
+    def train_step(state: Any, x: Any) -> Any:
+        del x
+        new = state.apply_gradients(grads=state.params, value=2**40)
+        return new, {"loss": 2**40, "tokens": np.int64(2**41)}
+
+    state = TrainState.create(
+        apply_fn=str, params=jnp.ones(2), tx=og.guard(SGD, clip=1.0)
+    )
+    for loop in (fit, train_on_device):
+        result = loop(
+            state,
+            train_step,
+            lambda step: np.float32(0),
+            num_steps=1,
+            eval_every=1,
+            evaluate=lambda state: 2**42,
+            stopper=og.early_stopping(og.stop.patience(2)),
+        )
+        row = result.history[0]
+        assert (row["train_loss"], row["train_tokens"]) == (2.0**40, 2.0**41)
+        assert row["value"] == 2.0**42
+
+
+def test_a_loss_beyond_all_floats_is_refused():
+    params = jnp.ones(2)
+    tx = og.guard(SGD)
+    with pytest.raises(ValueError, match="`value` must be no larger than a float"):
+        tx.update(params, tx.init(params), params, value=10**400)
+    stopper = og.early_stopping(og.stop.patience(2))
+    with pytest.raises(ValueError, match="`value` must be no larger than a float"):
+        stopper.update(10**400, stopper.init())
 
 
 def test_levels_of_jax_are_checked_as_numpys():

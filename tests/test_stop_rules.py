@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optax_guard import stop
+from optax_guard._rows import replace_entries
 from optax_guard.stop._rule import StopReason
 from optax_guard.stop._stopper import early_stopping
 
@@ -198,6 +199,49 @@ def test_seconds_that_are_nan_or_negative_are_no_time():
         stop.patience(5), [1.0, 1.0, 1.0], extras={"seconds": [1.0, NAN, -2.0]}
     )[-1]
     assert float(state.train_seconds) == 1.0
+
+
+def test_seconds_add_up_however_short_and_many_they_are():
+    # A float32 at 2**15 does not move by 1.5 milliseconds.
+    stopper = early_stopping(stop.budget(seconds=2**15 + 150.0))
+    passed = float(np.float32(1.5e-3))
+
+    @jax.jit
+    def scan(state: Any) -> Any:
+        def update(state: Any, _: Any) -> Any:
+            return stopper.update(1.0, state, seconds=passed), None
+
+        return jax.lax.scan(update, state, length=120_000)[0]
+
+    start = replace_entries(stopper.init(), train_seconds=float(2**15))
+    state = scan(start)
+    # Its nearest float32 is judged, of which there are 256 a second.
+    assert int(state.stopped_at) == pytest.approx(
+        150 / passed, abs=2 + 1 / 512 / passed
+    )
+    assert state.stop_reason == StopReason.BUDGET
+    assert float(state.train_seconds) == pytest.approx(2**15 + 150, rel=1e-7)
+
+    halfway = stopper.update(1.0, stopper.reset(start), seconds=passed)
+    again = stopper.update(1.0, stopper.reset(halfway), seconds=passed)
+    total = float(again.train_seconds) + float(again.train_seconds_rest)
+    assert total == pytest.approx(2**15 + 2 * passed, abs=1e-9)
+
+
+def test_value_that_float32_cannot_hold_is_judged_as_its_neighbour():
+    losses = [2e8, 2e8 - 5, 2e8 - 6]
+    assert stop_of(stop.patience(2), losses) == (2, StopReason.PATIENCE)
+    assert stop_of(stop.patience(2), [loss - 2e8 for loss in losses]) is None
+
+
+def test_endless_time_spends_a_budget_and_leaves_numbers():
+    rule = stop.budget(seconds=1e20)
+    assert stop_of(rule, [1.0, 1.0], extras={"seconds": [1.0, INF]}) == (
+        1,
+        StopReason.BUDGET,
+    )
+    state = run(stop.patience(9), [1.0] * 3, extras={"seconds": [INF] * 3})[-1]
+    assert np.isfinite([state.train_seconds, state.train_seconds_rest]).all()
 
 
 # Windows -------------------------------------------------------------------------

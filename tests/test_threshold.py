@@ -421,6 +421,27 @@ def test_constant_norms_always_pass(name):
             assert same_bits(played(name)[key][0], SEQUENCES[key])
 
 
+@pytest.mark.parametrize("relative_error", [0.1, 1e-3])
+def test_constant_norms_pass_however_fine_the_sketch_is(relative_error):
+    rule = threshold.quantile(0.5, warmup=1, relative_error=relative_error)
+    num_bins = jax.eval_shape(lambda: rule.start(())).limit_sketch.shape[-1]
+    # Rounding may put a norm just above the end of a bin into it.
+    log_width = math.log(1e24) / (num_bins - 1)
+    ends = np.exp(np.random.default_rng(0).integers(1, num_bins - 1, 8) * log_width)
+    above = 1 + 1e-6 * np.arange(6)
+    norms = (1e-12 * ends[:, None] * above).astype(np.float32).ravel()
+
+    @jax.jit
+    @jax.vmap
+    def trigger_of(norm: jax.Array) -> jax.Array:
+        state = rule.learn(norm, norm, rule.start(()))
+        return rule.limits(norm, norm, state)[0]
+
+    triggers = np.asarray(trigger_of(norms), np.float64)
+    assert (triggers >= norms).all()
+    assert (triggers <= norms * (1 + relative_error + 3e-5)).all()
+
+
 def test_no_variance_is_no_lock():
     assert same_bits(played("zscore")["slow rise"][0], SEQUENCES["slow rise"])
 

@@ -20,7 +20,7 @@ from optax_guard._norms.axis_norms import divide
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.tree_norm import TreeNorm
 from optax_guard._norms.two_scales import accumulator_dtype
-from optax_guard._transformation import transformation
+from optax_guard._transformation import cached, transformation
 from optax_guard._trees import dtype_of, is_inexact
 from optax_guard.threshold._base import Threshold
 
@@ -93,6 +93,7 @@ class Factors(NamedTuple):
 def clip(parts: ClipParts) -> optax.GradientTransformationExtraArgs:
     """The transformation that measures, then rescales."""
 
+    @cached
     def update(
         updates: optax.Updates,
         state: Any,

@@ -89,10 +89,13 @@ def effect_of_clipping(
         after, cosine = _effect(measures, norm)
     is_clipped = num_clipped > 0
     cosine = jnp.where(is_clipped, jnp.clip(cosine, -1.0, 1.0), 1.0)
+    # NaN where the norm is not finite. As a constant it would look like a fault to
+    # `jax_debug_nans`.
+    cosine = jnp.where(jnp.isfinite(norm), cosine, norm - norm)
     return Effect(
         norm=jnp.where(is_clipped, after, norm),
         entries_clipped=(num_clipped / float(max(size, 1))).astype(jnp.float32),
-        cosine=jnp.where(jnp.isfinite(norm), cosine, jnp.nan).astype(jnp.float32),
+        cosine=cosine.astype(jnp.float32),
     )
 
 

@@ -13,8 +13,8 @@ from optax_guard._guarding.guard import guard
 from optax_guard._guarding.mean_gradient import (
     as_gradients,
     empty_mean,
+    mean_loss,
     mean_with,
-    running_mean,
 )
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
@@ -29,12 +29,11 @@ from optax_guard.skip import SkipReason, is_nonfinite
 class AccumulateState(NamedTuple):
     """State of ``accumulate``. The micro-batches that make one step are a group.
 
-    The six counts are attributes, and share one array.
+    The counts and the mean loss are attributes, and share two arrays.
 
     Attributes:
-      micro_counts: int32[8], the row of the counts.
-      value_mean: float32[], mean loss of the good micro-batches of the group at hand,
-        or, if it has none yet, of the group before; 0 after ``init``.
+      micro_counts: int32[8], the row of the six counts.
+      micro_values: float32[8], the row of the mean loss and its rest.
       grad_mean: Their mean gradient, float32 (float64 for doubles, complex64 for
         complex) and shaped like the parameters; zeros after ``init``.
       guard_state: State of the guard that takes the steps, a ``GuardState``.
@@ -45,10 +44,13 @@ class AccumulateState(NamedTuple):
       num_micro_batches: int32[], micro-batches in all; 0 after ``init``.
       num_dropped: int32[], how many of them were dropped; 0 after ``init``.
       drop_reason: int32[], a ``SkipReason`` for the last micro-batch: 0 if it was kept.
+      value_mean: float32[], mean loss of the good micro-batches of the group at hand,
+        or, if it has none yet, of the group before; 0 after ``init``.
+      value_mean_rest: float32[], what rounding took from it; 0 after ``init``.
     """
 
     micro_counts: jax.Array
-    value_mean: jax.Array
+    micro_values: jax.Array
     grad_mean: Any
     guard_state: GuardState
 
@@ -58,6 +60,8 @@ class AccumulateState(NamedTuple):
     num_micro_batches = Entry("micro_counts", 3)
     num_dropped = Entry("micro_counts", 4)
     drop_reason = Entry("micro_counts", 5)
+    value_mean = Entry("micro_values", 0, jnp.float32)
+    value_mean_rest = Entry("micro_values", 1, jnp.float32)
 
 
 @answers_wrong_calls
@@ -176,7 +180,6 @@ class _Gathered(NamedTuple):
 def _first_state(params: optax.Params, guard_state: Any) -> AccumulateState:
     return AccumulateState(
         **empty_rows(AccumulateState),
-        value_mean=jnp.zeros((), jnp.float32),
         grad_mean=jax.tree.map(empty_mean, params),
         guard_state=guard_state,
     )
@@ -199,25 +202,26 @@ def _gather(
     judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)
     is_dropped = is_nonfinite(judged.skip_reason)
     kept = state.group_kept + jnp.where(is_dropped, 0, 1)
-    value_mean = state.value_mean
+    words = state.value_mean, state.value_mean_rest
     if (value := extra_args.get("value")) is not None:
         value = as_float32(jnp.asarray(value))
-        value_mean = running_mean(value_mean, value, kept, is_dropped)
-        extra_args = extra_args | {"value": value_mean}
+        words = mean_loss(words, value, kept, is_dropped)
+        extra_args = extra_args | {"value": words[0]}
     k = config.every_k(state.num_groups) if callable(config.every_k) else config.every_k
     seen = state.group_seen + 1
     is_last = seen >= k
-    counts = {
+    numbers = {
         "group_seen": jnp.where(is_last, 0, seen),
         "group_kept": jnp.where(is_last, 0, kept),
         "num_groups": increment(state.num_groups, is_last),
         "num_micro_batches": increment(state.num_micro_batches),
         "num_dropped": increment(state.num_dropped, is_dropped),
         "drop_reason": jnp.where(is_dropped, judged.skip_reason, SkipReason.NONE),
+        "value_mean": words[0],
+        "value_mean_rest": words[1],
     }
     new = AccumulateState(
-        **rows_of(AccumulateState, counts),
-        value_mean=value_mean,
+        **rows_of(AccumulateState, numbers),
         grad_mean=mean_with(updates, state.grad_mean, kept, is_dropped),
         guard_state=_records_of(is_last & (kept == 0), judged, state.guard_state),
     )

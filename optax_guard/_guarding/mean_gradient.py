@@ -1,4 +1,8 @@
-"""The mean gradient of some micro-batches, one after the other."""
+"""The mean gradient and loss of some micro-batches, one after the other.
+
+The loss is kept in two words. A rest of the gradient would be one more array as large
+as the parameters.
+"""
 
 from typing import Any
 
@@ -7,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._norms.two_scales import accumulator_dtype
+from optax_guard._norms.two_words import move_mean
 from optax_guard._trees import is_inexact
 
 
@@ -38,6 +43,19 @@ def running_mean(
     weight = jnp.maximum(num, 1).astype(mean.dtype)
     moved = jnp.where(num <= 1, new, mean + (new - mean) / weight)
     return jnp.where(is_dropped, mean, moved)
+
+
+def mean_loss(
+    words: tuple[jax.Array, jax.Array],
+    new: jax.Array,
+    num: jax.Array,
+    is_dropped: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The mean of ``num`` losses with ``new``, in two words."""
+    number, rest = (jnp.where(num <= 1, 0.0, word) for word in words)
+    moved = jnp.stack(move_mean(number, rest, new, num))
+    number, rest = jnp.where(is_dropped, jnp.stack(words), moved)
+    return number, rest
 
 
 def as_gradients(mean: Any, grads: Any, params: Any) -> Any:

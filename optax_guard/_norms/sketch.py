@@ -13,6 +13,8 @@ SMALLEST_IN_SKETCH = 1e-12
 _LARGEST_IN_SKETCH = 1e12
 # The search for a rank first looks at sums of so many bins, then at single ones.
 _ROW = 128
+# Logarithms and exponentials in float32 move a value by at most 9e-6 of it.
+_ROUNDING = 2e-5
 
 
 def sketch_init(
@@ -61,7 +63,8 @@ def sketch_add(
     num_bins = sketch.shape[-1]
     is_finite = jnp.isfinite(value)[..., None]
     bin_of = _bin_of(value, num_bins)[..., None]
-    hit = (jnp.arange(num_bins, dtype=jnp.int32) == bin_of) & is_finite
+    bins = jnp.arange(num_bins, dtype=jnp.int32)
+    hit = (bins.reshape((1,) * value.ndim + (num_bins,)) == bin_of) & is_finite
     if decay is not None:
         decay = jnp.asarray(decay, sketch.dtype)
         return jnp.where(is_finite, sketch * decay, sketch) + hit.astype(sketch.dtype)
@@ -70,16 +73,19 @@ def sketch_add(
     return sketch + hit.astype(sketch.dtype)
 
 
-def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
+def sketch_quantile(
+    sketch: jax.Array, q: ArrayLike, of_nothing: float = math.nan
+) -> jax.Array:
     """Computes the ``q``-quantile of all values, interpolated as in ``np.quantile``.
 
     Args:
       sketch: int32[..., bins] or float32[..., bins].
       q: A number in [0, 1], or several if the sketch is a single one; may be traced.
+      of_nothing: The quantile of an empty sketch.
 
     Returns:
-      float32[...] or of the shape of ``q``, within the sketch's relative error; NaN if
-      it is empty. With a decay, the quantile of the weighted values.
+      float32[...] or of the shape of ``q``, within the sketch's relative error. With a
+      decay, the quantile of the weighted values.
     """
     num_bins = sketch.shape[-1]
     # A float32 cannot overflow here; beyond 2**24 values a rank is off by 1e-4 at most.
@@ -87,13 +93,20 @@ def sketch_quantile(sketch: jax.Array, q: ArrayLike) -> jax.Array:
     last = total - 1
     position = jnp.asarray(q, jnp.float32) * last
     below = jnp.floor(position)
+    # One sketch has as many axes as the ranks that are looked up in it.
+    sketch = sketch.reshape((1,) * (below.ndim + 1 - sketch.ndim) + sketch.shape)
     low, high = (
         _value_of(_bin_of_rank(sketch, k), num_bins)
         for k in (below, jnp.minimum(below + 1, last))
     )
     # Each neighbour is right to the relative error, and so are the values between them.
     between = low + (position - below) * (high - low)
-    return jnp.where(total > 0, between, jnp.nan)
+    return jnp.where(total > 0, between, of_nothing)
+
+
+def factor_to_end(num_bins: int) -> float:
+    """What takes a bin's value above all values that fell into the bin."""
+    return (1 + _ROUNDING) * (1 + math.exp(_growth(num_bins))) / 2
 
 
 @functools.partial(jnp.vectorize, signature="(b),()->()")
@@ -114,15 +127,20 @@ def _bin_of_rank(sketch: jax.Array, rank: jax.Array) -> jax.Array:
 def _running_sum(x: jax.Array) -> jax.Array:
     # Unlike `jnp.cumsum`, XLA fuses this with the operations around it.
     i = jnp.arange(len(x), dtype=jnp.int32)
-    return jnp.sum(jnp.where(i <= i[:, None], x, 0.0), axis=1)
+    return jnp.sum(jnp.where(i[None, :] <= i[:, None], x[None, :], 0.0), axis=1)
 
 
 def _log_range() -> float:
     return math.log(_LARGEST_IN_SKETCH / SMALLEST_IN_SKETCH)
 
 
+def _growth(num_bins: int) -> float:
+    """The logarithm of the ratio of neighbouring bins."""
+    return _log_range() / (num_bins - 1)
+
+
 def _bin_of(value: jax.Array, num_bins: int) -> jax.Array:
-    growth = _log_range() / (num_bins - 1)
+    growth = _growth(num_bins)
     within = jnp.clip(value, SMALLEST_IN_SKETCH, _LARGEST_IN_SKETCH)
     exponent = (jnp.log(within) - math.log(SMALLEST_IN_SKETCH)) / growth
     bin_of = jnp.clip(jnp.ceil(exponent).astype(jnp.int32), 1, num_bins - 1)
@@ -131,7 +149,7 @@ def _bin_of(value: jax.Array, num_bins: int) -> jax.Array:
 
 def _value_of(bin_of: jax.Array, num_bins: int) -> jax.Array:
     """Returns a value with one relative error to both ends of the bin; 0 for bin 0."""
-    growth = _log_range() / (num_bins - 1)
+    growth = _growth(num_bins)
     # Bin i ends at g**i times the smallest value, and this value is 2 g**i / (g + 1).
     first = math.log(SMALLEST_IN_SKETCH) + math.log(2 / (1 + math.exp(growth)))
     exponent = first + growth * jnp.minimum(bin_of, num_bins - 1).astype(jnp.float32)

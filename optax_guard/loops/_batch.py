@@ -13,6 +13,7 @@ from optax_guard.loops._inputs import (
     check_functions,
     copied,
 )
+from optax_guard.loops._interval import with_metrics_in_range
 from optax_guard.loops._lane import (
     Lane,
     advance,
@@ -47,7 +48,8 @@ def built(
     )
     check_arguments(made["state"], functions.evaluate, functions.stopper)
     check_functions(functions)
-    return functions, made["state"]
+    train_step = with_metrics_in_range(functions.train_step)
+    return functions._replace(train_step=train_step), made["state"]
 
 
 # A state may hold functions, and `build` makes new ones each time it is traced. So only
@@ -64,7 +66,9 @@ def start(
         functions, state = built(build, member)
         state = copied(state)
         evaluate = evaluation_of(functions)
-        lane = first_lane(functions, evaluate, state, num_steps, eval_every)
+        lane = first_lane(
+            functions, evaluate, state, num_steps, eval_every, unfilled=jnp.nan
+        )
         return lane._replace(state=jax.tree.leaves(lane.state)), state.step
 
     return jax.vmap(start_member)(members)

@@ -20,6 +20,7 @@ from optax_guard.loops._inputs import (
     check_steps,
     copied,
 )
+from optax_guard.loops._interval import with_metrics_in_range
 from optax_guard.loops._lane import (
     Lane,
     advance,
@@ -137,7 +138,7 @@ def _run(
     eval_every: int,
 ) -> tuple[Lane, Any]:
     train_step, batches, evaluate = given
-    functions = Functions(train_step, batches, evaluate, stopper)
+    functions = Functions(with_metrics_in_range(train_step), batches, evaluate, stopper)
     evaluate_lane = evaluation_of(functions)
 
     def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:
@@ -149,7 +150,10 @@ def _run(
         until = next_evaluation(step, num_steps, eval_every)
         return until, advance(functions, evaluate_lane, lane, step, until)
 
-    lane = first_lane(functions, evaluate_lane, state, num_steps, eval_every)
+    # Nobody reads the places that stay unfilled. A NaN would trip `jax_debug_nans`.
+    lane = first_lane(
+        functions, evaluate_lane, state, num_steps, eval_every, unfilled=0.0
+    )
     _, lane = jax.lax.while_loop(goes_on, go, (begin, lane))
     best = None
     if stopper is not None and lane.stop is not None:

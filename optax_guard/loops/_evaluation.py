@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from optax_guard._checks import in_range
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
@@ -228,7 +229,7 @@ def named_values(found: Any) -> dict[str, Any]:
             values[name] = jnp.copy(value)
         else:
             with np.errstate(over="ignore"):
-                values[name] = np.float32(value)
+                values[name] = np.float32(in_range(name, value))
     return values
 
 

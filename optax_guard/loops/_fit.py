@@ -102,7 +102,8 @@ def fit(
       eval_every: Steps between evaluations.
       evaluate: ``evaluate(state) -> scalar or dict of scalars``. It is not jitted here:
         jit it, or the functions that it calls. Return arrays. A conversion to Python's
-        numbers would wait for the device.
+        numbers would wait for the device. Numbers of the host become float32:
+        200000000 and 200000001 are then the same.
       stopper: An `early_stopping`. It gets the value, the parameters, the steps, the
         mean training loss since the evaluation before, the optimizer's state and the
         seconds on the host's clock. If its rule holds a `stop.plateau`, the factor is

@@ -208,7 +208,7 @@ def evaluate_run(run: HostRun) -> None:
     found = {} if plan.evaluate is None else plan.evaluate(state)
     now = time.monotonic()
     seconds, preempted = agree(
-        interval.metric_sums["train_loss"], now - run.clock, run.interrupt.preempted
+        interval.means["train_loss"].words, now - run.clock, run.interrupt.preempted
     )
     run.clock = now
     needs_seconds = plan.stopper is not None and "seconds" in plan.stopper.needs

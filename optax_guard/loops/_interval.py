@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_guard._checks import in_range
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
 from optax_guard._norms.statistics import NormStats
+from optax_guard._norms.two_words import Mean, mean_of, no_values, with_value
 from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor
 from optax_guard.loops._group import stacked
@@ -19,17 +21,17 @@ from optax_guard.loops._group import stacked
 _TOTALS = ("num_skipped", "num_dropped")
 # Measurements of a step that only some clips make.
 _OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
+_MEAN_NORM = "grad_norm_mean"
 
 
-class NormSums(NamedTuple):
-    """Counts of updates, and sums over those with a finite norm.
+class Norms(NamedTuple):
+    """Counts of updates, and the largest of their finite norms.
 
     Attributes:
       num_updates: int32[].
       num_clipped: int32[].
       num_nonfinite: int32[].
-      norm_sum: float32[], of norms before clipping.
-      grad_norm: float32[], largest norm before clipping; -inf before the first.
+      grad_norm: float32[], largest norm before clipping; -1 before the first.
       clipped_norm: float32[], after clipping, of that same update.
       clip_threshold: float32[], in force at that same update.
     """
@@ -37,26 +39,23 @@ class NormSums(NamedTuple):
     num_updates: jax.Array
     num_clipped: jax.Array
     num_nonfinite: jax.Array
-    norm_sum: jax.Array
     grad_norm: jax.Array
     clipped_norm: jax.Array
     clip_threshold: jax.Array
 
 
 class Interval(NamedTuple):
-    """Sums since the last evaluation.
+    """Means and counts since the last evaluation.
 
     Attributes:
-      metric_sums: Sums of the finite values of each metric of the step, by its name in
-        the row, float32[] or wider.
-      metric_counts: Number of these values, int32[] each.
-      norms: A `NormSums`, or ``None`` if nothing in the state measures norms.
+      means: The mean of each metric of the step, by its name in the row, in float32 or
+        wider.
+      norms: A `Norms`, or ``None`` if nothing in the state measures norms.
       num_skipped: int32[], steps skipped, or ``None`` without a guard.
     """
 
-    metric_sums: dict[str, jax.Array]
-    metric_counts: dict[str, jax.Array]
-    norms: NormSums | None
+    means: dict[str, Mean]
+    norms: Norms | None
     num_skipped: jax.Array | None
 
 
@@ -92,13 +91,31 @@ def first_interval(
         for name, value in found.items()
         if name not in known
     }
-    dtypes |= {name: jnp.dtype(jnp.float32) for name in _OF_CLIPS if name in known}
+    measured = [name for name in _OF_CLIPS if name in known]
+    if stats:
+        measured.append(_MEAN_NORM)
+    dtypes |= dict.fromkeys(measured, jnp.dtype(jnp.float32))
     return _empty(dtypes, bool(stats), bool(find_states(state, GuardState)))
 
 
 def totals(found: Mapping[str, Any]) -> dict[str, Any]:
     """The counts among `metrics` that go into a row of the history unchanged."""
     return {name: found[name] for name in _TOTALS if name in found}
+
+
+def with_metrics_in_range(
+    train_step: Callable[[Any, Any], Any],
+) -> Callable[[Any, Any], Any]:
+    """The function, with no metric that JAX would refuse as a number of Python."""
+
+    def step(state: Any, batch: Any) -> Any:
+        result = train_step(state, batch)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            return result  # `first_interval` refuses it.
+        as_traced = functools.partial(in_range, "metrics")
+        return result[0], jax.tree.map(as_traced, result[1])
+
+    return step
 
 
 def add_step(
@@ -129,6 +146,7 @@ class Step(NamedTuple):
 def compiled_step(get_train_step: Callable[[], Any]) -> Step:
     """The step of runs with one ``train_step``."""
 
+    @with_metrics_in_range
     def train_step(state: Any, batch: Any) -> Any:
         return get_train_step()(state, batch)
 
@@ -166,10 +184,7 @@ def _add_steps(
 
 def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
     """The interval's row of means, rates and norms, and an empty interval."""
-    row = {
-        name: _mean(total, interval.metric_counts[name])
-        for name, total in interval.metric_sums.items()
-    }
+    row = {name: mean_of(mean) for name, mean in interval.means.items()}
     norms = interval.norms
     if norms is not None:
         num_finite = norms.num_updates - norms.num_nonfinite
@@ -181,13 +196,12 @@ def close(interval: Interval) -> tuple[dict[str, jax.Array], Interval]:
             "grad_norm": before,
             "clipped_norm": after,
             "clip_threshold": threshold,
-            "grad_norm_mean": _mean(norms.norm_sum, num_finite),
-            "clip_rate": _mean(norms.num_clipped, norms.num_updates),
-            "nonfinite_rate": _mean(norms.num_nonfinite, norms.num_updates),
+            "clip_rate": _share(norms.num_clipped, norms.num_updates),
+            "nonfinite_rate": _share(norms.num_nonfinite, norms.num_updates),
         }
         if interval.num_skipped is not None:
-            row["skip_rate"] = _mean(interval.num_skipped, norms.num_updates)
-    dtypes = {name: total.dtype for name, total in interval.metric_sums.items()}
+            row["skip_rate"] = _share(interval.num_skipped, norms.num_updates)
+    dtypes = {name: mean.words.dtype for name, mean in interval.means.items()}
     return row, _empty(dtypes, norms is not None, interval.num_skipped is not None)
 
 
@@ -195,26 +209,24 @@ def _empty(dtypes: dict[str, Any], is_measured: bool, is_guarded: bool) -> Inter
     def zero(dtype: Any = jnp.int32) -> jax.Array:
         return jnp.zeros((), dtype)
 
-    norms = NormSums(
+    norms = Norms(
         num_updates=zero(),
         num_clipped=zero(),
         num_nonfinite=zero(),
-        norm_sum=zero(jnp.float32),
-        grad_norm=jnp.full((), -jnp.inf, jnp.float32),
+        grad_norm=jnp.full((), -1, jnp.float32),
         clipped_norm=zero(jnp.float32),
         clip_threshold=zero(jnp.float32),
     )
     return Interval(
-        metric_sums={name: zero(dtype) for name, dtype in dtypes.items()},
-        metric_counts={name: zero() for name in dtypes},
+        means={name: no_values(dtype) for name, dtype in dtypes.items()},
         norms=norms if is_measured else None,
         num_skipped=zero() if is_guarded else None,
     )
 
 
-def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    """The mean; NaN if the count is 0."""
-    share = total / jnp.maximum(count, 1).astype(jnp.float32)
+def _share(part: jax.Array, count: jax.Array) -> jax.Array:
+    """A part of a count, as a fraction; NaN if the count is 0."""
+    share = part.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
     return jnp.where(count > 0, share, jnp.nan)
 
 
@@ -241,16 +253,15 @@ def _as_dict(found: Any) -> dict[str, Any]:
 
 def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Interval:
     values = {f"train_{name}": value for name, value in found.items()}
-    of_clips = [name for name in _OF_CLIPS if name in interval.metric_sums]
-    if of_clips:
+    if interval.norms is not None:
         known, is_measured = metrics(new), _is_measured(old, new)
-        values |= {n: jnp.where(is_measured, known[n], jnp.nan) for n in of_clips}
-    sums, counts = {}, {}
-    for name, total in interval.metric_sums.items():
-        value = jnp.asarray(values[name], total.dtype)
-        is_finite = jnp.isfinite(value)
-        sums[name] = total + jnp.where(is_finite, value, 0)
-        counts[name] = interval.metric_counts[name] + is_finite
+        known[_MEAN_NORM] = find_states(new, NormStats)[0].grad_norm
+        measured = [n for n in (*_OF_CLIPS, _MEAN_NORM) if n in interval.means]
+        values |= {n: jnp.where(is_measured, known[n], jnp.nan) for n in measured}
+    means = {
+        name: with_value(mean, jnp.asarray(values[name], mean.words.dtype))
+        for name, mean in interval.means.items()
+    }
     norms, num_skipped = interval.norms, interval.num_skipped
     if norms is not None:
         norms = _add_norms(norms, old, new)
@@ -259,7 +270,7 @@ def _add(interval: Interval, found: dict[str, Any], old: Any, new: Any) -> Inter
             find_states(new, GuardState)[0].num_skipped
             - find_states(old, GuardState)[0].num_skipped
         )
-    return Interval(sums, counts, norms, num_skipped)
+    return Interval(means, norms, num_skipped)
 
 
 def _is_measured(old_state: Any, new_state: Any) -> jax.Array:
@@ -269,7 +280,7 @@ def _is_measured(old_state: Any, new_state: Any) -> jax.Array:
     return (new.num_updates > old.num_updates) & jnp.isfinite(new.grad_norm)
 
 
-def _add_norms(norms: NormSums, old_state: Any, new_state: Any) -> NormSums:
+def _add_norms(norms: Norms, old_state: Any, new_state: Any) -> Norms:
     old, new = (find_states(state, NormStats)[0] for state in (old_state, new_state))
     is_finite = _is_measured(old_state, new_state)
     is_worst = is_finite & (new.grad_norm > norms.grad_norm)
@@ -277,11 +288,10 @@ def _add_norms(norms: NormSums, old_state: Any, new_state: Any) -> NormSums:
     def worst(now: jax.Array, before: jax.Array) -> jax.Array:
         return jnp.where(is_worst, now, before)
 
-    return NormSums(
+    return Norms(
         num_updates=norms.num_updates + new.num_updates - old.num_updates,
         num_clipped=norms.num_clipped + new.num_clipped - old.num_clipped,
         num_nonfinite=norms.num_nonfinite + new.num_nonfinite - old.num_nonfinite,
-        norm_sum=norms.norm_sum + jnp.where(is_finite, new.grad_norm, 0),
         grad_norm=worst(new.grad_norm, norms.grad_norm),
         clipped_norm=worst(new.clipped_norm, norms.clipped_norm),
         clip_threshold=worst(new.clip_threshold, norms.clip_threshold),

@@ -31,7 +31,7 @@ class Lane(NamedTuple):
       interval: Sums since the last evaluation.
       stop: The `EarlyStoppingState`, or ``None`` without a stopper.
       rows: One array a column of the history, shape (rows,). A place that no evaluation
-        has filled is NaN or 0.
+        has filled is 0, or in a population, if it is a float, NaN.
       num_rows: Evaluations so far, int32[].
       is_over: Whether a rule has fired or a guard is exhausted, bool[].
     """
@@ -50,8 +50,10 @@ def first_lane(
     state: Any,
     num_steps: int,
     eval_every: int,
+    *,
+    unfilled: float,
 ) -> Lane:
-    """A run before its first step, with empty columns for its history."""
+    """A run before its first step, with columns of this float for its history."""
     stop = None
     if functions.stopper is not None:
         stop = functions.stopper.init(tracked(state))
@@ -69,7 +71,7 @@ def first_lane(
     size = -(-num_steps // eval_every)
 
     def column(cell: jax.ShapeDtypeStruct) -> jax.Array:
-        empty = jnp.nan if jnp.issubdtype(cell.dtype, jnp.inexact) else 0
+        empty = unfilled if jnp.issubdtype(cell.dtype, jnp.inexact) else 0
         return jnp.full((size,), empty, cell.dtype)
 
     return lane._replace(rows={name: column(cell) for name, cell in row.items()})

@@ -125,6 +125,7 @@ def go_back(
         stopper.reset(stop),
         num_evals=run.stop.num_evals,
         train_seconds=run.stop.train_seconds,
+        train_seconds_rest=run.stop.train_seconds_rest,
     )
     warnings.warn(
         f"At step {run.step}, back to the checkpoint of step {then}, rewind "

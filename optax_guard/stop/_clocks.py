@@ -36,8 +36,8 @@ def budget(
     Args:
       evaluations: Fires at this evaluation, counted from 1; at least 1.
       steps: Fires when ``step`` is at least this; `update` then needs ``step=``.
-      seconds: Fires when this much training time has been used; `update` then needs
-        ``seconds=``.
+      seconds: Fires when this much training time has been used, right to a part in 10
+        million however short the updates are; `update` then needs ``seconds=``.
 
     Returns:
       A rule without state, true when any of the given limits is reached.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._checks import check_count, check_leaves, check_number
+from optax_guard._checks import check_count, check_leaves, check_number, in_range
 from optax_guard.stop._config import Config
 
 
@@ -92,6 +92,7 @@ def as_numpy(name: str, number: Any, dtype: Any = np.float32) -> Any:
     """Gives numbers of the host one dtype, so that no call retraces."""
     if number is None or np.iscomplexobj(number):
         return number
+    number = in_range(name, number)
     # The value of a `jax.Array` is not read: the host would wait for the device.
     array = number if isinstance(number, jax.Array) else np.asarray(number)
     if not jnp.issubdtype(array.dtype, jnp.number):

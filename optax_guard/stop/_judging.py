@@ -47,8 +47,9 @@ def judge(
         "stop_reason": jnp.where(should_stop, reason, int(StopReason.RUNNING)),
         "stopped_at": jnp.where(should_stop, state.num_evals, -1),
         "best_value": jnp.where(is_best, config.sign * contender, state.best_value),
-        "train_seconds": seen.train_seconds,
+        "train_seconds": seen.train_seconds[0],
         "value_rise": _rise(observation.raw, is_best, config.sign * state.best_value),
+        "train_seconds_rest": seen.train_seconds[1],
     }
     new = EarlyStoppingState(
         should_stop=should_stop,

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from optax_guard._norms.two_words import add_in_two_words
 from optax_guard._trees import increment
 from optax_guard.stop._config import Config
 from optax_guard.stop._inputs import Inputs
 from optax_guard.stop._rule import Observation, as_int
 from optax_guard.stop._state import EarlyStoppingState
+
+# Of one update, so that no sum of them is infinite.
+_MOST_SECONDS = 1e28
 
 
 class Observed(NamedTuple):
@@ -20,13 +24,13 @@ class Observed(NamedTuple):
     Attributes:
       observation: The inputs of the rule.
       is_finite: Whether the value is finite, bool, shape ().
-      train_seconds: Seconds of training so far, float32, shape ().
+      train_seconds: Seconds of training so far, in two words, float32, shape () each.
       smooth_state: New state of the smoother, or ``()``.
     """
 
     observation: Observation
     is_finite: jax.Array
-    train_seconds: jax.Array
+    train_seconds: tuple[jax.Array, jax.Array]
     smooth_state: Any
 
 
@@ -37,10 +41,12 @@ def observe(config: Config, inputs: Inputs, state: EarlyStoppingState) -> Observ
     num_evals = increment(state.num_evals)
     visible = num_evals > as_int(config.warmup)
     valid = finite & visible
-    seconds, step, train_value = state.train_seconds, inputs.step, inputs.train_value
+    step, train_value = inputs.step, inputs.train_value
+    seconds = state.train_seconds, state.train_seconds_rest
     if inputs.seconds is not None:
         passed = as_scalar("seconds", inputs.seconds)
-        seconds += jnp.where(passed > 0, passed, 0.0)  # NaN is no time.
+        passed = jnp.where(passed > 0, passed, 0.0)  # NaN is no time.
+        seconds = add_in_two_words(*seconds, jnp.minimum(passed, _MOST_SECONDS))
     if step is not None:
         step = as_scalar("step", step, jnp.int32)
 
@@ -61,7 +67,7 @@ def observe(config: Config, inputs: Inputs, state: EarlyStoppingState) -> Observ
         bad_counts=bad_counts,
         visible=visible,
         step=step,
-        seconds=seconds,
+        seconds=seconds[0],
         train_value=None if train_value is None else as_series(train_value),
         opt_state=inputs.opt_state,
     )

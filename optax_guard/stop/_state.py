@@ -36,9 +36,11 @@ class EarlyStoppingState(NamedTuple):
       best_eval: Evaluation that gave it, int32; -1 at first.
       best_step: ``step`` at that evaluation, int32; -1 at first and if not given.
       nonfinite_streak: Non-finite values in a row, int32; 0 at first.
-      train_seconds: Sum of the ``seconds`` given, float32; 0 at first.
+      train_seconds: Sum of the ``seconds`` given, float32, however many there were; 0
+        at first.
       value_rise: How much worse the last value is than the best, float32, as a share of
         the best's magnitude; 0 at first, at a best, and if it is not finite.
+      train_seconds_rest: What rounding to float32 took from ``train_seconds``, float32; 0 at first.
       stop_reason: `StopReason` of the stop, int32; 0 (RUNNING) until then.
       stopped_at: Evaluation at which it fired, int32; -1 until then.
     """
@@ -61,6 +63,7 @@ class EarlyStoppingState(NamedTuple):
     best_value = Entry("stop_values", 0, jnp.float32)
     train_seconds = Entry("stop_values", 1, jnp.float32)
     value_rise = Entry("stop_values", 2, jnp.float32)
+    train_seconds_rest = Entry("stop_values", 3, jnp.float32)
 
 
 class _Update(Protocol):
@@ -91,8 +94,9 @@ class EarlyStopping(NamedTuple):
         state carries copies of the best ones.
       update: ``update(value, state, params=None, *, step=None, seconds=None,
         train_value=None, opt_state=None) -> state``: tells the stopper the value of
-        an evaluation, and the parameters it was computed with. ``step`` counts steps,
-        below 2**31; ``seconds`` is the training time since the update before;
+        an evaluation, which is judged in float32, and the parameters it was computed
+        with. ``step`` counts steps, below 2**31; ``seconds`` is the training time since
+        the update before, also in float32, and is added up without loss;
         ``train_value`` is a number, or an array of those since then. An argument that
         is no number raises a ``TypeError``, one out of range a ``ValueError``.
       best: ``best(state, default) -> params``: the best parameters, or ``default``

@@ -48,6 +48,10 @@ def early_stopping(
     5. The rule judges. The first rule that is true stops the run for good, and the
        state holds its reason.
 
+    Values are judged in float32, whose neighbours differ by a part in 16 million. Of
+    losses near 2e8, the stopper does not tell those apart that differ by less than 16.
+    Subtract a constant from such numbers of the host: ``update(loss - 2e8, ...)``.
+
     All is a pure function of arrays. It runs inside `jit`, `scan`, `while_loop` and
     `vmap`, and in a Python loop, where an update is one dispatch that does not wait.
 
@@ -130,6 +134,7 @@ def _initial_state(config: Config, params: Any) -> EarlyStoppingState:
         "best_value": config.sign * np.inf,
         "train_seconds": 0.0,
         "value_rise": 0.0,
+        "train_seconds_rest": 0.0,
     }
     return EarlyStoppingState(
         should_stop=jnp.asarray(False),
@@ -156,6 +161,7 @@ def _restart(
         best_eval=state.best_eval,
         best_step=state.best_step,
         train_seconds=state.train_seconds,
+        train_seconds_rest=state.train_seconds_rest,
     )
 
 

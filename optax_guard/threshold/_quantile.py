@@ -16,6 +16,7 @@ from optax_guard._checks import (
 )
 from optax_guard._norms.sketch import (
     SMALLEST_IN_SKETCH,
+    factor_to_end,
     sketch_add,
     sketch_init,
     sketch_quantile,
@@ -59,13 +60,13 @@ def quantile(
 
     This is AutoClip without its unbounded history. A sketch counts norms in bins that
     grow geometrically. The threshold is at least the exact quantile of all norms before
-    clipping, and at most ``relative_error`` above, for norms from 1e-12 to 1e12. Larger
-    norms count as 1e12; norms of at most 1e-12 always pass. Zero and non-finite norms
-    do not enter, so the threshold cannot fall to zero. Norms enter unclipped and count
-    once, however large they are. After a lasting rise the threshold is at the new scale
-    once a share ``1 - q`` of all (weighted) norms is: without ``decay`` after ``(1 - q)
-    / q`` times as many updates as there were before, with it after about ``log(q) /
-    log(decay)`` updates.
+    clipping, and at most ``relative_error`` above (and 3e-5, for rounding), for norms
+    from 1e-12 to 1e12. Larger norms count as 1e12; norms of at most 1e-12 always pass.
+    Zero and non-finite norms do not enter, so the threshold cannot fall to zero. Norms
+    enter unclipped and count once, however large they are. After a lasting rise the
+    threshold is at the new scale once a share ``1 - q`` of all (weighted) norms is:
+    without ``decay`` after ``(1 - q) / q`` times as many updates as there were before,
+    with it after about ``log(q) / log(decay)`` updates.
 
     Args:
       q: Which quantile, in [0, 1]: about the share of updates that pass.
@@ -150,8 +151,9 @@ def _limits(
         state = _learn(settings, norm, norm, state)
     # The upper end of the quantile's bin, so that all norms in the bin pass unchanged:
     # the sketch cannot tell them apart.
-    value = sketch_quantile(state.limit_sketch, settings.q)
-    threshold = value * (1 + settings.relative_error / 2)
+    value = sketch_quantile(state.limit_sketch, settings.q, of_nothing=0.0)
+    to_end = factor_to_end(state.limit_sketch.shape[-1])
+    threshold = value * max(1 + settings.relative_error / 2, to_end)
     is_known = (state.norms_seen >= settings.warmup) & (state.norms_seen > 0)
     # The sketch counts smaller norms as zero.
     threshold = jnp.where(is_known, jnp.maximum(threshold, SMALLEST_IN_SKETCH), jnp.inf)
