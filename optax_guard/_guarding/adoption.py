@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_guard._checks import check_leaves, check_transformation
+from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
@@ -153,6 +155,7 @@ _OLD_FIELDS: dict[type[Any], str] = {
     GroupStats: "group_names group_num_clipped group_num_nonfinite group_norm "
     "group_clipped_norm group_threshold group_norm_mean group_norm_var group_norm_max "
     "group_sketch",
+    ClipByValueState: "stats entries_clipped update_cosine threshold",
 }
 
 
@@ -196,7 +199,8 @@ def in_new_layout(saved: Any) -> Any:
         }
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
-        zero = next(iter(known.values())) * 0  # For numbers that came later.
+        # For numbers that came later.
+        zero = jnp.zeros_like(next(iter(known.values())), jnp.int32)
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
         fields |= rows_of(cls, numbers | known)
         return fields if isinstance(x, dict) else cls(**fields)

@@ -247,10 +247,10 @@ def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
     return paths[run[0]] if len(run) == 1 else f"{paths[run[0]]} to {paths[run[-1]]}"
 
 
-def _scalars_of_clip(state: Any) -> dict[str, Any]:
-    """The state of a clip without its sketch and its threshold."""
-    own = {name: getattr(state, name) for name in _OF_CLIP if hasattr(state, name)}
-    return {"stats": state.stats._replace(norm_sketch=()), **own}
+def _scalars_of_clip(state: Any) -> Any:
+    """The state of a clip without its sketches, groups and threshold."""
+    rest = dict.fromkeys({"group_stats", "threshold"} & set(state._fields), ())
+    return state._replace(stats=state.stats._replace(norm_sketch=()), **rest)
 
 
 def _scalars_of_guard(state: GuardState) -> tuple[GuardState, NormStats]:
@@ -271,7 +271,7 @@ def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
         return part.astype(np.float32) / xp.maximum(whole, 1).astype(np.float32)
 
     for i, state in enumerate(watching):
-        stats = state["stats"]
+        stats = state.stats
         add(
             i,
             grad_norm=stats.grad_norm,
@@ -283,7 +283,7 @@ def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
             num_updates=stats.num_updates,
             clip_rate=share(stats.num_clipped, stats.num_updates),
             nonfinite_rate=share(stats.num_nonfinite, stats.num_updates),
-            **{name: state[name] for name in _OF_CLIP if name in state},
+            **{name: getattr(state, name) for name in _OF_CLIP if hasattr(state, name)},
         )
     for i, (guard, stats) in enumerate(guards):
         add(

@@ -24,7 +24,8 @@ class SkipLog(NamedTuple):
 
     Attributes:
       skipped_counts: int32[16, 8], the rows of the whole numbers.
-      skipped_values: float32[16, 8], the rows of norm and loss.
+      skipped_values: float32[16, 8], the rows of norm and loss. Where one is not finite,
+        it holds the last one in this row that was, and ``skipped_counts`` says so.
       skipped_update: int32[16], index of the step among all that the guard has seen,
         from 0; -1 after ``init``.
       skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
@@ -44,8 +45,8 @@ class SkipLog(NamedTuple):
     skipped_reason = Entry("skipped_counts", 1)
     skipped_leaf = Entry("skipped_counts", 2)
     skipped_num_leaves = Entry("skipped_counts", 3)
-    skipped_norm = Entry("skipped_values", 0, jnp.float32)
-    skipped_value = Entry("skipped_values", 1, jnp.float32)
+    skipped_norm = Entry("skipped_values", 0, jnp.float32, codes="skipped_counts")
+    skipped_value = Entry("skipped_values", 1, jnp.float32, codes="skipped_counts")
 
 
 class GuardState(NamedTuple):
@@ -159,19 +160,16 @@ def logged(
     """
     check_whole("skip_log", len(log.skipped_counts), LOG_LENGTH)
     value = jnp.array(jnp.nan) if value is None else value
-    entry = SkipLog(
-        **rows_of(
-            SkipLog,
-            {
-                "skipped_update": update,
-                "skipped_norm": as_float32(measured.norm.value),
-                "skipped_value": as_float32(value),
-                "skipped_reason": reason,
-                "skipped_leaf": measured.norm.bad_leaf,
-                "skipped_num_leaves": num_leaves,
-            },
-        )
-    )
+    numbers = {
+        "skipped_update": update,
+        "skipped_norm": as_float32(measured.norm.value),
+        "skipped_value": as_float32(value),
+        "skipped_reason": reason,
+        "skipped_leaf": measured.norm.bad_leaf,
+        "skipped_num_leaves": num_leaves,
+    }
+    everywhere = {k: jnp.broadcast_to(x, LOG_LENGTH) for k, x in numbers.items()}
+    new = SkipLog(**rows_of(SkipLog, everywhere, log))
     slots = jnp.arange(LOG_LENGTH, dtype=jnp.int32)[:, None]
     is_here = (slots == num_skipped % LOG_LENGTH) & (reason != SkipReason.NONE)
-    return jax.tree.map(lambda new, old: jnp.where(is_here, new[None], old), entry, log)
+    return jax.tree.map(lambda new, old: jnp.where(is_here, new, old), new, log)
