@@ -37,8 +37,8 @@ class ClipByValueState(NamedTuple):
     Attributes:
       stats: Statistics of the norm, a ``NormStats``.
       effect_codes: int32[8], a row of codes.
-      effect_values: float32[8], the row of share and cosine. Where one is not finite, it
-        holds the last one that was, and ``effect_codes`` says so.
+      effect_values: float32[8], the row of share and cosine. Where one is not finite,
+        it holds the last one that was, and ``effect_codes`` says so.
       threshold: Always ().
       entries_clipped: float32[], share of the floating entries that the last update
         changed, in [0, 1]; 0 after ``init``.

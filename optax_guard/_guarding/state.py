@@ -24,8 +24,9 @@ class SkipLog(NamedTuple):
 
     Attributes:
       skipped_counts: int32[16, 8], the rows of the whole numbers.
-      skipped_values: float32[16, 8], the rows of norm and loss. Where one is not finite,
-        it holds the last one in this row that was, and ``skipped_counts`` says so.
+      skipped_values: float32[16, 8], the rows of norm and loss. Where one is not
+        finite, it holds the last one in this row that was, and ``skipped_counts`` says
+        so.
       skipped_update: int32[16], index of the step among all that the guard has seen,
         from 0; -1 after ``init``.
       skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
