@@ -193,7 +193,7 @@ def _measure_units(
     groups, excluded = _units_of(config, updates)
     is_excluded = excluded[groups.leaf_of_part]
     norms = groups.norms(groups.floating(updates), mesh_axes(updates, config.axis_name))
-    total = total_norm(norms, groups.leaf_of_part)
+    total = total_norm(norms, groups.leaf_of_part, updates)
     sizes = _sizes_of_params(config, groups, excluded, params, norms.dtype)
     # A finite norm keeps a finite ratio: only an infinite ratio tells of a bad norm.
     ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)

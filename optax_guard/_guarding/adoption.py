@@ -13,6 +13,7 @@ from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
+from optax_guard._norms.marks import marks_of_leaf
 from optax_guard._norms.statistics import GroupStats, NormStats
 from optax_guard._rows import entries_of, rows_of
 from optax_guard._transformation import parts_of
@@ -198,6 +199,9 @@ def in_new_layout(saved: Any) -> Any:
             _TODAY[cls][name]: value for name, value in named.items()
         }
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
+        if cls is SkipLog:
+            first, size = values["skipped_leaf"], values["skipped_num_leaves"]
+            fields["skipped_leaves"] = marks_of_leaf(first, size)
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
         # For numbers that came later.
         zero = jnp.zeros_like(next(iter(known.values())), jnp.int32)

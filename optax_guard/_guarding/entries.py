@@ -41,10 +41,12 @@ class Told(NamedTuple):
     Attributes:
       is_lost: bool[], whether all of their entries kept their old values.
       is_partial: bool[], whether some did.
+      were_bad: bool[], whether a parameter was not finite before the step.
     """
 
     is_lost: jax.Array
     is_partial: jax.Array
+    were_bad: jax.Array
 
 
 def kept_entries(params: Any, state: Any, old_state: Any) -> Kept:
@@ -96,30 +98,56 @@ def is_any(kept: Kept) -> jax.Array:
 
 
 def told_by(
-    kept: Kept, norm: jax.Array, unchecked: frozenset[Hashable] = frozenset()
+    kept: Kept | None,
+    params: Any,
+    norm: jax.Array,
+    unchecked: frozenset[Hashable] = frozenset(),
 ) -> Told:
     """Looks at the smallest leaves. To look at all would be another read of all.
 
     Devices that share the ``norm`` share what is told: those along axes over which the
     types of leaves vary, and along the ``unchecked`` ones.
+
+    Args:
+      kept: The entries that keep their old values; ``None`` if the step is skipped.
+      params: The parameters before the step; ``None`` if they are not known.
+      norm: The global norm.
+      unchecked: Mesh axes.
     """
-    bad = sorted((x for x in kept.of_params if x is not None), key=lambda x: x.size)
-    if not bad:
-        return Told(jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.bool_))
-    most = sum(x.size for x in bad) // _LOOKED_AT
-    looked_at, total = [], 0
-    for x in bad:
+    olds = jax.tree.leaves(params)
+    found = [None] * len(olds) if kept is None else kept.of_params
+    olds = olds if len(olds) == len(found) else [None] * len(found)
+    bad = _smallest([x for x in found if x is not None])
+    old_bad = [
+        ~jnp.isfinite(x)
+        for x in _smallest([x for x in olds if x is not None and _is_looked_at(x)])
+    ]
+    counts = [_count(bad), _count(old_bad), sum(x.size for x in bad)]
+    if axes := tuple(
+        frozenset().union(*map(varying_axes, counts[:2])) - varying_axes(norm)
+        | unchecked
+    ):
+        counts = jax.lax.psum(tuple(counts), axes)
+    num_kept, num_bad, num_all = counts
+    return Told((num_kept == num_all) & (num_all > 0), num_kept > 0, num_bad > 0)
+
+
+def _smallest(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The smallest of the leaves, or a part of one."""
+    leaves = sorted(leaves, key=lambda x: x.size)
+    most = max(sum(x.size for x in leaves) // _LOOKED_AT, _MOST_ENTRIES)
+    chosen, total = [], 0
+    for x in leaves:
         total += x.size
-        if total > max(most, _MOST_ENTRIES):
+        if total > most:
             break
-        looked_at.append(x)
-    looked_at = looked_at or [_few(bad[0])]
-    counts = [jnp.sum(x, dtype=jnp.int32) for x in looked_at]
-    num_kept = sum(counts[1:], counts[0])
-    num_all: Any = sum(x.size for x in looked_at)
-    if axes := tuple(varying_axes(num_kept) - varying_axes(norm) | unchecked):
-        num_kept, num_all = jax.lax.psum((num_kept, num_all), axes)
-    return Told((num_kept == num_all) & (num_all > 0), num_kept > 0)
+        chosen.append(x)
+    return chosen or [_few(x) for x in leaves[:1]]
+
+
+def _count(leaves: list[jax.Array]) -> jax.Array:
+    counts = [jnp.sum(x, dtype=jnp.int32) for x in leaves]
+    return sum(counts[1:], counts[0]) if counts else jnp.zeros((), jnp.int32)
 
 
 def _few(x: jax.Array) -> jax.Array:
