@@ -90,7 +90,7 @@ def skipped_steps(state: Any, params: Any = None) -> list[SkippedStep]:
             f"{np.shape(total)}. Take one: `jax.tree.map(lambda x: x[i], state)`."
         )
     order = np.arange(max(0, int(total) - LOG_LENGTH), int(total)) % LOG_LENGTH
-    return [_skipped_step(log, i, params) for i in order]
+    return [_skipped_step(log, int(i), params) for i in order]
 
 
 def _skipped_step(log: Any, i: int, params: Any) -> SkippedStep:
@@ -112,7 +112,8 @@ def last_skips(state: Any, params: Any) -> list[str]:
     guards = find_states(state, GuardState)
     # With several guards, each may see only a part of the parameters.
     known = params if len(guards) == 1 else None
-    skipped = [step for guard in guards for step in skipped_steps(guard, known)]
+    single = [guard for guard in guards if not np.shape(guard.num_skipped)]
+    skipped = [step for guard in single for step in skipped_steps(guard, known)]
     lines = ["Skipped last:", *(f"  {step}" for step in skipped)]
     if bad := bad_parameters(params):
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
