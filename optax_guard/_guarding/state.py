@@ -184,9 +184,10 @@ def logged(
         "skipped_reason": reason,
         "skipped_num_leaves": num_leaves,
     }
-    everywhere = {k: jnp.broadcast_to(x, LOG_LENGTH) for k, x in numbers.items()}
-    marks = jnp.broadcast_to(measured.norm.marks.reshape(-1), log.skipped_leaves.shape)
-    new = SkipLog(**rows_of(SkipLog, everywhere, log), skipped_leaves=marks)
+    slot = num_skipped % LOG_LENGTH
+    before = jax.tree.map(lambda x: x[slot], log)
+    marks = measured.norm.marks.reshape(-1)
+    new = SkipLog(**rows_of(SkipLog, numbers, before), skipped_leaves=marks)
     slots = jnp.arange(LOG_LENGTH, dtype=jnp.int32)[:, None]
-    is_here = (slots == num_skipped % LOG_LENGTH) & (reason != SkipReason.NONE)
-    return jax.tree.map(lambda new, old: jnp.where(is_here, new, old), new, log)
+    is_here = (slots == slot) & (reason != SkipReason.NONE)
+    return jax.tree.map(lambda new, old: jnp.where(is_here, new[None], old), new, log)
