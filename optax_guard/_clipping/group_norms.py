@@ -1,5 +1,6 @@
 """Norms of groups: their total, their statistics, and the rescaling by them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,12 +26,24 @@ def check_same_groups(factory: str, names: Any, stats: GroupStats) -> None:
         )
 
 
-def total_norm(norms: jax.Array, leaf_of_part: np.ndarray, tree: Any) -> TreeNorm:
-    """The global norm of a tree from those of all parts."""
+def total_norm(
+    norms: jax.Array,
+    of_leaves: jax.Array,
+    leaves: Sequence[int] | np.ndarray,
+    tree: Any,
+) -> TreeNorm:
+    """The global norm of a tree, and its bad leaves.
+
+    Args:
+      norms: float[...], the norms of all parts.
+      of_leaves: float[n], norms of which the leaf tells.
+      leaves: For each of those the index of its leaf.
+      tree: The tree.
+    """
     if not norms.size:
         return TreeNorm(jnp.zeros((), norms.dtype), no_marks())
-    runs = leaf_of_part // run_size(len(jax.tree.leaves(tree)))
-    return TreeNorm(norm_of_norms(norms), marks_of(norms, runs))
+    runs = np.asarray(leaves) // run_size(len(jax.tree.leaves(tree)))
+    return TreeNorm(norm_of_norms(norms), marks_of(of_leaves, runs))
 
 
 def update_total(

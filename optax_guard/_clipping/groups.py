@@ -264,7 +264,7 @@ def _clip_groups(
         over = mesh_axes(updates, axis_name)
         parts = groups.norms(groups.floating(updates), over)
         norms = group_norms(parts, groups.group_of_part, state.group_stats)
-        total = total_norm(parts, groups.leaf_of_part, updates)
+        total = total_norm(parts, parts, groups.leaf_of_part, updates)
         decision = decide(factory, threshold, norms, total.value, state.threshold)
         trigger, target, is_clipped, clipped_norms, learned = decision
         new_state = make_state(
