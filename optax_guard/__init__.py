@@ -18,14 +18,11 @@ from optax_guard._clipping.value import clip_by_value
 from optax_guard._guarding.accumulation import AccumulateState as AccumulateState
 from optax_guard._guarding.accumulation import accumulate
 from optax_guard._guarding.adoption import unwrap_state, wrap_state
+from optax_guard._guarding.exhaustion import GuardExhaustedError, raise_if_exhausted
 from optax_guard._guarding.guard import guard
-from optax_guard._guarding.readout import (
-    GuardExhaustedError,
-    metrics,
-    raise_if_exhausted,
-    skipped_steps,
-)
-from optax_guard._guarding.readout import SkippedStep as SkippedStep
+from optax_guard._guarding.readout import metrics
+from optax_guard._guarding.skip_readout import SkippedStep as SkippedStep
+from optax_guard._guarding.skip_readout import skipped_steps
 from optax_guard._guarding.state import GuardState as GuardState
 from optax_guard._guarding.state import SkipLog as SkipLog
 from optax_guard._guarding.step import apply_gradients

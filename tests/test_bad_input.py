@@ -277,6 +277,9 @@ RIGHT: dict[str, set[str]] = {
     | {"vector of jax"},
     "plotting.plot_replay.replayed": set(),
     "plotting.plot_population.labels": {"[]", "[1]"},
+    # They are read only if it raises.
+    "raise_if_exhausted.state": ANYTHING,
+    "raise_if_exhausted.params": ANYTHING,
     "skipped_steps.params": ANYTHING,
     "skip.is_nonfinite.reason": ANYTHING,
     "stop.cooldown.n": FROM_ZERO,
@@ -385,6 +388,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "analysis.diagnose": {"history": ROWS},
     "analysis.table": {"history": ROWS},
     "analysis.landscape": {"loss_fn": loss_of, "params": PARAMS, "num_points": 3},
+    "analysis.frozen_moments": {"opt_state": STATE},
     "analysis.leaf_columns": {"grads": GRADS, "params": PARAMS, "new_params": GRADS},
     "analysis.replay": {"history": ROWS, "rules": {"t": RULE}},
     "analysis.suggest_max_norm": {"history": ROWS},

@@ -105,7 +105,8 @@ def missing_of_class(cls: type) -> list[str]:
     text = (inspect.getdoc(cls) or "") + "\n"
     described = entries(section(text, "Attributes")) | entries(section(text, "Args"))
     fields = set(vars(cls)["_fields"]) if issubclass(cls, tuple) else described
-    fields = fields | set(entries_of(cls))
+    fields |= {k for k, x in vars(cls).items() if isinstance(x, property)}
+    fields |= set(entries_of(cls))
     found = sorted(described ^ fields)
     for method in methods(cls):
         text = inspect.getdoc(method) or ""

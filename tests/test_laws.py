@@ -610,6 +610,57 @@ def test_non_finite_updates_teach_nothing(name, entry):
         assert og.metrics(state)["nonfinite_rate"] == 0.5
 
 
+# Gradients, and a loss, none of which a record can hold as a number of float32.
+FAULTS = {
+    "NaN": (poisoned(SMALL, math.nan), 0.5),
+    "Inf": (poisoned(SMALL, math.inf), 0.5),
+    "-Inf": (poisoned(SMALL, -math.inf), 0.5),
+    "huge": (SMALL | {"a": jnp.full(SHAPES["a"], 3e38)}, 0.5),
+    "1e38": (SMALL | {"a": jnp.full(SHAPES["a"], 1e38)}, 0.5),
+    "value NaN": (SMALL, math.nan),
+    "value -Inf": (SMALL, -math.inf),
+}
+ORDERS = {"norm of order 1": 1, "norm of order inf": math.inf, "norm of order 3": 3}
+
+
+def check_finite(state: Any) -> None:
+    """Of all that is not what the optimizer inside has kept."""
+
+    def is_inner(x: Any) -> bool:
+        return isinstance(x, LastState)
+
+    for path, x in jax.tree.leaves_with_path(state, is_leaf=is_inner):
+        assert is_inner(x) or np.all(np.isfinite(x)), jax.tree_util.keystr(path)
+
+
+@by_name
+def test_all_that_is_added_to_a_state_is_finite_and_faults_are_read_all_the_same(name):
+    step = step_of(name)
+    params = tree_of("mixed")
+    state = step.tx.init(params)
+    check_finite(state)
+    for grads, value in FAULTS.values():
+        for each, loss in ((SMALL, 0.5), (grads, value)):
+            params, state, _ = step.run(params, state, each, jnp.float32(loss))
+            check_finite(state)
+        if not FORMS[name].watches:
+            continue
+        norm = true_norm(counted(name, grads), ORDERS.get(name, 2))
+        if name in ORDERS and ORDERS[name] > 2 and math.isnan(norm):
+            norm = math.inf  # Norms by the largest entry take a NaN for an infinity.
+        with np.errstate(over="ignore"):
+            expected = np.float32(norm)
+        np.testing.assert_allclose(og.metrics(state)["grad_norm"], expected, 1e-5)
+        if found := og.find_states(state, og.GuardState):
+            if not math.isfinite(value):
+                np.testing.assert_equal(og.skipped_steps(found[0])[-1].value, value)
+            assert found[0].skip_reason != 0 or math.isfinite(norm)
+
+
+def counted(name: str, grads: Any) -> Any:
+    return {k: x for k, x in grads.items() if k != "c"} if "mask" in name else grads
+
+
 @by_name
 def test_only_guards_skip_non_finite_updates(name):
     updates, state = step_of(name).after([SMALL, poisoned(SMALL, math.nan)])

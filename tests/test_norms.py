@@ -15,7 +15,8 @@ from hypothesis import given
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard._norms import tree_norm as _norms
-from optax_guard._norms.tree_norm import leaves_of_part, tree_norm
+from optax_guard._norms.marks import first_leaf, kinds_of_runs, run_size
+from optax_guard._norms.tree_norm import tree_norm
 from tests.strategies import SHAPES, f32, magnitudes, sampled, trees, true_norm
 
 ORDERS = (1, 2, math.inf, 3, 2.5)
@@ -257,7 +258,7 @@ def test_hundreds_of_leaves_add_up():
         assert float(tree_norm(half).value) == pytest.approx(20.0, rel=1e-6, abs=0)
         result = tree_norm(leaves)
     assert float(result.value) == pytest.approx(true_norm(leaves), rel=1e-6, abs=0)
-    assert result.bad_leaf == -1
+    assert not result.marks.any()
 
 
 # Many leaves -------------------------------------------------------------------
@@ -333,24 +334,39 @@ def test_bad_leaf_among_many_is_placed_to_a_run_of_neighbours(name, bad):
         result = norm(tree, name=name)
         assert np.isnan(result.value) == np.isnan(bad)
         assert not np.isfinite(result.value)
-        run_of_leaves = leaves_of_part(tree, int(result.bad_leaf))
-        assert run_of_leaves[0] == result.bad_leaf
-        assert index in run_of_leaves
-        assert len(run_of_leaves) <= 32
+        first = bad_leaf(result, leaves)
+        assert first <= index < first + 32
+        nan, inf = kinds_of_runs(np.asarray(result.marks).reshape(-1))
+        assert (nan.sum(), inf.sum()) == ((1, 0) if np.isnan(bad) else (0, 1))
 
 
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("num_leaves", [129, 400, 128 * 32 + 1])
 def test_runs_are_no_longer_than_needed(name, num_leaves):
     leaves = [np.ones((), np.float32)] * num_leaves
-    size = max(32, math.ceil(num_leaves / 128))
-    for first in (0, size, (num_leaves - 1) // size * size):
-        run_of_leaves = leaves_of_part(leaves, first)
-        assert run_of_leaves == list(range(first, min(first + size, num_leaves)))
+    assert run_size(num_leaves) == max(32, math.ceil(num_leaves / 128))
     if num_leaves == 129:
         leaves[-1] = f32(np.nan)
         with sums_of(name), jax.disable_jit():
-            assert tree_norm(leaves).bad_leaf == 128
+            assert bad_leaf(tree_norm(leaves), leaves) == 128
+
+
+def bad_leaf(result: Any, tree: Any) -> int:
+    """The first leaf, or the first of its run, that a norm has marked."""
+    marks = np.asarray(result.marks).reshape(-1)
+    return int(first_leaf(marks, len(jax.tree.leaves(tree))))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_every_bad_leaf_is_marked_with_its_kind(name):
+    leaves = [np.ones(2, np.float32)] * 100
+    bad = {0: np.nan, 31: -np.inf, 32: np.inf, 63: np.nan, 99: np.inf}
+    for index, entry in bad.items():
+        leaves[index] = f32([1.0, entry])
+    leaves[50] = np.full(2, 3e38, np.float32)  # Its own norm overflows.
+    nan, inf = kinds_of_runs(np.asarray(norm(leaves, name=name).marks).reshape(-1))
+    assert np.flatnonzero(nan).tolist() == [0, 63]
+    assert np.flatnonzero(inf).tolist() == [31, 32, 50, 99]
 
 
 def num_reductions(tree: Any, name: str = "tpu") -> int:
@@ -392,7 +408,7 @@ def test_many_leaves_with_different_shardings_in_their_types(explicit_mesh):
     ]
     result = jax.jit(lambda leaves: tree_norm(leaves))(leaves)
     assert float(result.value) == pytest.approx(true_norm(x), rel=1e-6, abs=0)
-    assert result.bad_leaf == -1
+    assert not result.marks.any()
 
 
 @pytest.mark.usefixtures("sums")
@@ -409,7 +425,7 @@ def test_many_leaves_of_which_some_vary_over_devices(mesh):
     )
     result = mapped(list(x[0::2]), list(x[1::2]))
     assert np.isnan(result.value)
-    assert result.bad_leaf == 64
+    assert bad_leaf(result, list(x)) == 64
     x[77, 3] = 0
     # What is the same on every device counts once.
     result = mapped(list(x[0::2]), list(x[1::2]))
@@ -440,7 +456,7 @@ def test_only_floating_leaves_count(sums):
 
 def test_bad_leaf_counts_leaves_that_have_no_norm():
     tree = [np.array([1], np.int32), None, f32([1.0]), f32([np.nan])]
-    assert norm(tree).bad_leaf == 2
+    assert bad_leaf(norm(tree), tree) == 2
 
 
 @pytest.mark.parametrize(
@@ -451,8 +467,8 @@ def test_norm_of_nothing_is_zero(tree, ord):
     result = norm(tree, ord)
     assert result.value == 0
     assert result.value.dtype == jnp.float32
-    assert result.bad_leaf == -1
-    assert result.bad_leaf.dtype == jnp.int32
+    assert bad_leaf(result, tree) == -1
+    assert result.marks.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("ord", [None, 1, math.inf, 3])
@@ -472,7 +488,7 @@ def test_non_finite_entry_makes_the_norm_so_and_is_placed(sums, bad, ord):
         tree[position][-1] = bad
         result = norm(tree, ord, sums)
         assert not np.isfinite(result.value)
-        assert result.bad_leaf == position
+        assert bad_leaf(result, tree) == position
         # A maximum over devices may lose a NaN, so these orders count it as infinite.
         is_nan = np.isnan(bad) and ord in (None, 1)
         assert np.isnan(result.value) == is_nan
@@ -480,7 +496,7 @@ def test_non_finite_entry_makes_the_norm_so_and_is_placed(sums, bad, ord):
 
 def test_first_of_several_bad_leaves_is_named(sums):
     tree = [f32([1.0]), f32([np.inf]), f32([np.nan])]
-    assert norm(tree, name=sums).bad_leaf == 1
+    assert bad_leaf(norm(tree, name=sums), tree) == 1
     assert np.isnan(norm(tree, name=sums).value)
 
 
@@ -490,8 +506,7 @@ def test_128_leaves_are_told_apart():
         leaves = [np.ones((), np.float32)] * 128
         leaves[index] = f32(np.nan)
         with jax.disable_jit():
-            assert tree_norm(leaves).bad_leaf == index
-        assert leaves_of_part(leaves, index) == [index]
+            assert bad_leaf(tree_norm(leaves), leaves) == index
 
 
 def test_finite_leaves_are_not_called_bad_when_their_sum_overflows(sums):
@@ -499,7 +514,7 @@ def test_finite_leaves_are_not_called_bad_when_their_sum_overflows(sums):
     leaves = [f32([1.7e38])] * 8
     result = norm(leaves, name=sums)
     assert result.value == math.inf
-    assert result.bad_leaf == -1
+    assert not result.marks.any()
 
 
 # Derivatives -------------------------------------------------------------------
@@ -543,9 +558,9 @@ def test_split_tree_has_the_norm_of_the_whole(mesh, ord):
     )
     np.testing.assert_allclose(split(tree).value, whole.value, rtol=1e-6)
     tree["b"][5] = np.nan
-    assert split(tree).bad_leaf == 1
+    assert bad_leaf(split(tree), tree) == 1
     spread = jax.device_put(tree, NamedSharding(mesh, P("data")))
-    assert norm(spread, ord).bad_leaf == 1
+    assert bad_leaf(norm(spread, ord), tree) == 1
     tree["b"][5] = 0
     spread = jax.device_put(tree, NamedSharding(mesh, P("data")))
     np.testing.assert_allclose(

@@ -297,10 +297,16 @@ def test_exhaustion_of_a_member_of_a_population_raises():
 def test_skipped_steps_name_the_first_bad_leaf(leaf):
     state = stepped(GUARD, GOOD, bad(leaf, math.inf), value=jnp.float32(0.5))
     [row] = og.skipped_steps(state, PARAMS)
-    expected = og.SkippedStep(1, math.inf, 0.5, og.SkipReason.NONFINITE, PATHS[leaf])
+    finite = [PATHS[i] for i in (leaf - 1, leaf + 1) if i in range(3)]
+    around = {PATHS[leaf]: "Inf", **dict.fromkeys(finite, "finite")}
+    leaves = tuple(sorted(around.items()))
+    expected = og.SkippedStep(
+        1, math.inf, 0.5, og.SkipReason.NONFINITE, PATHS[leaf], leaves
+    )
     assert row == expected
     # Without parameters there are no names.
-    assert og.skipped_steps(state) == [expected._replace(leaf=leaf)]
+    nameless = expected._replace(leaf=leaf, leaves=((leaf, "Inf"),))
+    assert og.skipped_steps(state) == [nameless]
 
 
 def test_nothing_skipped_is_an_empty_list():
@@ -377,11 +383,9 @@ def test_leaf_among_very_many_is_named_as_a_run_that_holds_it():
     params = {f"{i:03}": jnp.zeros(()) for i in range(300)}
     state: Any = GUARD.init(params)
     # As a step would leave it; compiling one of 600 reductions takes long.
-    log = replace_entries(
-        state.skip_log,
-        skipped_leaf=jnp.full(16, 150),
-        skipped_num_leaves=jnp.full(16, 300),
-    )
+    log = replace_entries(state.skip_log, skipped_num_leaves=jnp.full(16, 300))
+    run = 150 // 32
+    log = log._replace(skipped_leaves=log.skipped_leaves.at[:, 0].set(1 << run))
     state = replace_entries(state._replace(skip_log=log), num_skipped=1)
     leaf = og.skipped_steps(state, params)[0].leaf
     assert isinstance(leaf, str)

@@ -10,7 +10,7 @@ PACKAGE = Path(str(optax_guard.__file__)).parent
 # Ground floor first; rooms in one set do not import each other. `debug` comes between
 # `_records` and `loops`.
 ROOMS = (
-    {"_checks", "_wrong_guesses"},
+    {"_checks", "_codes", "_wrong_guesses"},
     {"_public"},
     {"_trees", "_transformation", "_rows"},
     {"_norms"},

@@ -1,5 +1,6 @@
 """Norms of groups: their total, their statistics, and the rescaling by them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from optax_guard._clipping.parts import Factors, rescaled
 from optax_guard._norms.axis_norms import norm_of_norms, ratio
 from optax_guard._norms.groups import Groups
+from optax_guard._norms.marks import marks_of, no_marks, run_size
 from optax_guard._norms.mesh_axes import local_part
 from optax_guard._norms.statistics import GroupStats, NormStats, update_stats
 from optax_guard._norms.tree_norm import TreeNorm
@@ -24,13 +26,24 @@ def check_same_groups(factory: str, names: Any, stats: GroupStats) -> None:
         )
 
 
-def total_norm(norms: jax.Array, leaf_of_part: np.ndarray) -> TreeNorm:
-    """The global norm from those of all parts."""
+def total_norm(
+    norms: jax.Array,
+    of_leaves: jax.Array,
+    leaves: Sequence[int] | np.ndarray,
+    tree: Any,
+) -> TreeNorm:
+    """The global norm of a tree, and its bad leaves.
+
+    Args:
+      norms: float[...], the norms of all parts.
+      of_leaves: float[n], norms of which the leaf tells.
+      leaves: For each of those the index of its leaf.
+      tree: The tree.
+    """
     if not norms.size:
-        return TreeNorm(jnp.zeros((), norms.dtype), jnp.full((), -1, jnp.int32))
-    is_bad = ~jnp.isfinite(norms)
-    first = jnp.asarray(leaf_of_part, jnp.int32)[jnp.argmax(is_bad)]
-    return TreeNorm(norm_of_norms(norms), jnp.where(jnp.any(is_bad), first, -1))
+        return TreeNorm(jnp.zeros((), norms.dtype), no_marks())
+    runs = np.asarray(leaves) // run_size(len(jax.tree.leaves(tree)))
+    return TreeNorm(norm_of_norms(norms), marks_of(of_leaves, runs))
 
 
 def update_total(

@@ -275,7 +275,7 @@ def _clip_groups(
         parts = groups.norms(groups.floating(updates), over)
         num_groups = len(state.group_stats.group_counts)
         norms = norms_of_groups(parts, groups.group_of_part, num_groups)
-        total = total_norm(parts, groups.leaf_of_part)
+        total = total_norm(parts, parts, groups.leaf_of_part, updates)
         unit = unit_of_groups(factory, threshold, params, groups, num_groups, axis_name)
         decision = decide(
             factory, threshold, norms, total.value, state.threshold, unit=unit

@@ -193,7 +193,8 @@ def _measure_units(
     groups, excluded = _units_of(config, updates)
     is_excluded = excluded[groups.leaf_of_part]
     norms = groups.norms(groups.floating(updates), mesh_axes(updates, config.axis_name))
-    total = total_norm(norms, groups.leaf_of_part)
+    leaf_norms = _of_leaves(groups, norm_of_norms, norms)
+    total = total_norm(norms, leaf_norms, groups.indices, updates)
     sizes = _sizes_of_params(config, groups, excluded, params, norms.dtype)
     # A finite norm keeps a finite ratio: only an infinite ratio tells of a bad norm.
     ratios = jnp.minimum(ratio(norms, sizes), jnp.finfo(norms.dtype).max)
@@ -213,7 +214,7 @@ def _measure_units(
             state.stats, total, norms, clipped_norms, limits, is_clipped
         ),
         group_stats=_update_leaves(
-            state, groups, norms, clipped_norms, limits, is_clipped
+            state, groups, leaf_norms, norms, clipped_norms, limits, is_clipped
         ),
         units_clipped=jnp.sum(is_clipped.astype(jnp.float32))
         / float(max(1, np.sum(~is_excluded))),
@@ -243,18 +244,14 @@ def _sizes_of_params(
 def _update_leaves(
     state: ClipByUnitNormState,
     groups: Groups,
+    before: jax.Array,
     norms: jax.Array,
     clipped_norms: jax.Array,
     limits: jax.Array,
     is_clipped: jax.Array,
 ) -> GroupStats:
-    """Adds one update to the statistics of the leaves."""
-
-    def of_leaves(f: Callable[[jax.Array], jax.Array], units: jax.Array) -> jax.Array:
-        parts = [f(pick(units, m).reshape(-1)) for m in groups.members]
-        return jnp.stack(parts) if parts else jnp.zeros((0,), units.dtype)
-
-    before = of_leaves(norm_of_norms, norms)
+    """Adds one update to the statistics of the leaves, whose norms are ``before``."""
+    of_leaves = functools.partial(_of_leaves, groups)
     is_any = of_leaves(jnp.any, is_clipped)
     smallest = functools.partial(jnp.min, initial=jnp.inf)
     margins = of_leaves(smallest, margin_of(norms, limits))
@@ -266,3 +263,11 @@ def _update_leaves(
         jnp.where(jnp.isfinite(margins), before * margins, jnp.inf),
         is_any,
     )
+
+
+def _of_leaves(
+    groups: Groups, f: Callable[[jax.Array], jax.Array], units: jax.Array
+) -> jax.Array:
+    """For each leaf ``f`` of the vector of its units."""
+    parts = [f(pick(units, m).reshape(-1)) for m in groups.members]
+    return jnp.stack(parts) if parts else jnp.zeros((0,), units.dtype)

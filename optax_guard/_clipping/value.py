@@ -21,25 +21,38 @@ from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.statistics import NormStats, init_stats, update_stats
 from optax_guard._norms.tree_norm import tree_norm
 from optax_guard._public import answers_wrong_calls
+from optax_guard._rows import Entry, rows_of
 from optax_guard._trees import as_float, map_inexact
+
+
+def _entry(index: int) -> Entry:
+    return Entry("effect_values", index, jnp.float32, codes="effect_codes")
 
 
 class ClipByValueState(NamedTuple):
     """State of ``clip_by_value``.
 
+    Share and cosine are attributes, and share two arrays.
+
     Attributes:
       stats: Statistics of the norm, a ``NormStats``.
+      effect_codes: int32[8], a row of codes.
+      effect_values: float32[8], the row of share and cosine. Where one is not finite,
+        it holds the last one that was, and ``effect_codes`` says so.
+      threshold: Always ().
       entries_clipped: float32[], share of the floating entries that the last update
         changed, in [0, 1]; 0 after ``init``.
       update_cosine: float32[], cosine of the angle between the last updates before and
         after clipping: 1 is no turn; NaN if they were not finite; 1 after ``init``.
-      threshold: Always ().
     """
 
     stats: NormStats
-    entries_clipped: jax.Array
-    update_cosine: jax.Array
+    effect_codes: jax.Array
+    effect_values: jax.Array
     threshold: Any
+
+    entries_clipped = _entry(0)
+    update_cosine = _entry(1)
 
 
 @answers_wrong_calls
@@ -99,8 +112,7 @@ def clip_by_value(
         del params
         return ClipByValueState(
             stats=init_stats(),
-            entries_clipped=jnp.zeros((), jnp.float32),
-            update_cosine=jnp.ones((), jnp.float32),
+            **rows_of(ClipByValueState, {"entries_clipped": 0.0, "update_cosine": 1.0}),
             threshold=(),
         )
 
@@ -123,8 +135,13 @@ def clip_by_value(
             bounds(norm.value.dtype)[1],
             effect.entries_clipped > 0,
         )
+        numbers = {
+            "entries_clipped": effect.entries_clipped,
+            "update_cosine": effect.cosine,
+        }
+        rows = rows_of(ClipByValueState, numbers, state)
         return Measurement(norm, jnp.isfinite(norm.value), ()), ClipByValueState(
-            stats, effect.entries_clipped, effect.cosine, ()
+            stats, **rows, threshold=()
         )
 
     def rescale(updates: optax.Updates, measured: Measurement) -> optax.Updates:

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from optax_guard._checks import check_leaves, check_transformation
+from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
+from optax_guard._norms.marks import marks_of_leaf
 from optax_guard._norms.statistics import GroupStats, NormStats
 from optax_guard._rows import entries_of, rows_of
 from optax_guard._transformation import parts_of
@@ -154,6 +156,7 @@ _OLD_FIELDS: dict[type[Any], str] = {
     GroupStats: "group_names group_num_clipped group_num_nonfinite group_norm "
     "group_clipped_norm group_threshold group_norm_mean group_norm_var group_norm_max "
     "group_sketch",
+    ClipByValueState: "stats entries_clipped update_cosine threshold",
 }
 
 
@@ -196,8 +199,12 @@ def in_new_layout(saved: Any) -> Any:
             _TODAY[cls][name]: value for name, value in named.items()
         }
         fields = {name: values[name] for name in values.keys() & set(cls._fields)}
+        if cls is SkipLog:
+            first, size = values["skipped_leaf"], values["skipped_num_leaves"]
+            fields["skipped_leaves"] = marks_of_leaf(first, size)
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
-        zero = np.zeros_like(next(iter(known.values())))  # For what came later.
+        # For numbers that came later.
+        zero = jnp.zeros_like(next(iter(known.values())), jnp.int32)
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
         fields |= rows_of(cls, numbers | known)
         if cls is GuardState:  # It came later, and was not there.

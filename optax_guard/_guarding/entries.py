@@ -21,6 +21,9 @@ from optax_guard._trees import is_inexact
 _LOOKED_AT = 1024
 # At most so many entries of a leaf, if the smallest leaf is larger than that share.
 _MOST_ENTRIES = 1024
+# One reduction counts two kinds of entries: those of the second kind count as so many.
+_BAD_BITS = 16
+_BAD = 1 << _BAD_BITS
 
 
 class Kept(NamedTuple):
@@ -41,10 +44,12 @@ class Told(NamedTuple):
     Attributes:
       is_lost: bool[], whether all of their entries kept their old values.
       is_partial: bool[], whether some did.
+      were_bad: bool[], whether a parameter was not finite before the step.
     """
 
     is_lost: jax.Array
     is_partial: jax.Array
+    were_bad: jax.Array
 
 
 def kept_entries(params: Any, state: Any, old_state: Any) -> Kept:
@@ -96,30 +101,74 @@ def is_any(kept: Kept) -> jax.Array:
 
 
 def told_by(
-    kept: Kept, norm: jax.Array, unchecked: frozenset[Hashable] = frozenset()
+    kept: Kept | None,
+    params: Any,
+    norm: jax.Array,
+    unchecked: frozenset[Hashable] = frozenset(),
 ) -> Told:
     """Looks at the smallest leaves. To look at all would be another read of all.
 
     Devices that share the ``norm`` share what is told: those along axes over which the
     types of leaves vary, and along the ``unchecked`` ones.
+
+    Args:
+      kept: The entries that keep their old values; ``None`` if the step is skipped.
+      params: The parameters before the step; ``None`` if they are not known.
+      norm: The global norm.
+      unchecked: Mesh axes.
     """
-    bad = sorted((x for x in kept.of_params if x is not None), key=lambda x: x.size)
-    if not bad:
-        return Told(jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.bool_))
-    most = sum(x.size for x in bad) // _LOOKED_AT
-    looked_at, total = [], 0
-    for x in bad:
+    looked_at = _smallest(_flags(kept, params))
+    num_kept, num_bad = _counts(looked_at)
+    num_all: Any = 0 if kept is None else sum(x.size for x in looked_at)
+    vary = varying_axes(num_kept) | varying_axes(num_bad)
+    if axes := tuple(vary - varying_axes(norm) | unchecked):
+        counts = num_kept, num_bad, num_all
+        num_kept, num_bad, num_all = jax.lax.psum(counts, axes)
+    return Told((num_kept == num_all) & (num_all > 0), num_kept > 0, num_bad > 0)
+
+
+def _flags(kept: Kept | None, params: Any) -> list[jax.Array]:
+    """Of each entry, 1 if it keeps its old value, and _BAD if that was not finite."""
+    olds = jax.tree.leaves(params)
+    found = [None] * len(olds) if kept is None else kept.of_params
+    if len(olds) != len(found):
+        olds = [None] * len(found)
+    flags = []
+    for bad, old in zip(found, olds, strict=True):
+        parts = [] if bad is None else [bad.astype(jnp.int32)]
+        if old is not None and is_inexact(old) and _is_looked_at(old):
+            parts.append(jnp.where(jnp.isfinite(old), 0, jnp.int32(_BAD)))
+        if parts:
+            flags.append(sum(parts[1:], parts[0]))
+    return flags
+
+
+def _smallest(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The smallest of the leaves, or a part of one."""
+    leaves = sorted(leaves, key=lambda x: x.size)
+    most = max(sum(x.size for x in leaves) // _LOOKED_AT, _MOST_ENTRIES)
+    chosen, total = [], 0
+    for x in leaves:
         total += x.size
-        if total > max(most, _MOST_ENTRIES):
+        if total > most:
             break
-        looked_at.append(x)
-    looked_at = looked_at or [_few(bad[0])]
-    counts = [jnp.sum(x, dtype=jnp.int32) for x in looked_at]
-    num_kept = sum(counts[1:], counts[0])
-    num_all: Any = sum(x.size for x in looked_at)
-    if axes := tuple(varying_axes(num_kept) - varying_axes(norm) | unchecked):
-        num_kept, num_all = jax.lax.psum((num_kept, num_all), axes)
-    return Told((num_kept == num_all) & (num_all > 0), num_kept > 0)
+        chosen.append(x)
+    return chosen or [_few(x) for x in leaves[:1]]
+
+
+def _counts(flags: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """How many entries keep their old value, and how many old ones are not finite."""
+    if sum(x.size for x in flags) < _BAD // 2:
+        both = _sum_all(flags)
+        return both & (_BAD - 1), both >> _BAD_BITS
+    # Otherwise a sum of both could be too large for int32.
+    kept, bad = [x & (_BAD - 1) for x in flags], [x >> _BAD_BITS for x in flags]
+    return _sum_all(kept), _sum_all(bad)
+
+
+def _sum_all(arrays: list[jax.Array]) -> jax.Array:
+    sums = [jnp.sum(x, dtype=jnp.int32) for x in arrays]
+    return sum(sums[1:], sums[0]) if sums else jnp.zeros((), jnp.int32)
 
 
 def _few(x: jax.Array) -> jax.Array:

@@ -24,13 +24,14 @@ class EntryStep(NamedTuple):
         state. ``kept`` is parameters and state before the step, or the state alone.
       keep: ``keep(grads, *kept)`` gives the results of a step that is not taken.
       find: ``find(results, kept)`` gives the ``Kept`` of a step.
-      tell: ``tell(found)`` gives the records of it.
+      tell: ``tell(found)`` gives the records of it; of ``None`` those of a step that is
+        not taken.
     """
 
     take: Callable[..., tuple[Any, Any]]
     keep: Callable[..., tuple[Any, Any]]
     find: Callable[[tuple[Any, Any], tuple[Any, ...]], Kept]
-    tell: Callable[[Kept], Told]
+    tell: Callable[[Kept | None], Told]
 
     def masked(self, is_taken: Any, grads: Any, *kept: Any) -> tuple[Any, Told]:
         """The step by a selection: of all entries, and of each."""
@@ -40,14 +41,12 @@ class EntryStep(NamedTuple):
         first, state = (with_old_entries(*trees, is_taken) for trees in each)
         return (first, state), self.tell(found)
 
-    def untouched(self, told: Told, grads: Any, *kept: Any) -> tuple[Any, Told]:
-        return self.keep(grads, *kept), jax.tree.map(jnp.zeros_like, told)
+    def untouched(self, grads: Any, *kept: Any) -> tuple[Any, Told]:
+        return self.keep(grads, *kept), self.tell(None)
 
     def by_branch(self, is_taken: jax.Array, grads: Any, *kept: Any) -> Any:
         """The step by a branch, with the selection of each entry inside of it."""
-        take = functools.partial(self.masked, True)
-        told = jax.eval_shape(take, grads, *kept)[1]
-        branches = [functools.partial(self.untouched, told), take]
+        branches = [self.untouched, functools.partial(self.masked, True)]
         return lax.switch(is_taken.astype(jnp.int32), branches, grads, *kept)
 
     def looked_at_first(self, is_taken: jax.Array, grads: Any, *kept: Any) -> Any:
@@ -85,7 +84,7 @@ def take_entries(
     is_taken: jax.Array,
     take: Callable[..., tuple[Any, Any]],
     find: Callable[[tuple[Any, Any], tuple[Any, ...]], Kept],
-    tell: Callable[[Kept], Told],
+    tell: Callable[[Kept | None], Told],
     grads: Any,
     kept: tuple[Any, ...],
     *,

@@ -200,8 +200,9 @@ def _update(
         would_be = jax.tree.map(added, new_updates, params)
         return kept_entries(would_be, inner_state, *kept)
 
+    kept = (state.wrapped_state,)
     new_updates, state = _guarded(
-        config, judged, state, take, find, updates, (state.wrapped_state,)
+        config, judged, state, params, take, find, updates, kept
     )
     if config.bound is None:
         return new_updates, state
@@ -235,28 +236,31 @@ def _apply_gradients(
     def find(results: tuple[Any, Any], kept: tuple[Any, ...]) -> Kept:
         return kept_entries(*results, kept[-1])
 
-    return _guarded(
-        config, judged, state, take, find, grads, (params, state.wrapped_state)
-    )
+    kept = (params, state.wrapped_state)
+    return _guarded(config, judged, state, params, take, find, grads, kept)
 
 
 def _guarded(
     config: GuardConfig,
     judged: Judged,
     state: GuardState,
+    params: optax.Params | None,
     take: Callable[..., tuple[Any, Any]],
     find: Callable[..., Kept],
     grads: optax.Updates,
     kept: tuple[Any, ...],
 ) -> tuple[Any, GuardState]:
     norm = judged.measured.norm.value
-    counted = grads if config.mask is True else hide(config.mask, grads)
+    counted, old = grads, params
+    if config.mask is not True:
+        counted = hide(config.mask, grads)
+        old = None if params is None else hide(config.mask, params)
     unchecked = unchecked_axes(counted, config.clip.axis_name)
     (first, inner_state), told = take_entries(
         judged.reason == SkipReason.NONE,
         take,
         find,
-        lambda found: told_by(found, norm, unchecked),
+        lambda found: told_by(found, old, norm, unchecked),
         grads,
         kept,
         # Without a clip, `inner` may read the gradients in the same pass as the guard.

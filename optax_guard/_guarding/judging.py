@@ -17,7 +17,7 @@ from optax_guard._norms.mesh_axes import varying_axes
 from optax_guard._norms.statistics import NormStats, as_float32
 from optax_guard._rows import rows_of
 from optax_guard._trees import dtype_of, increment, is_inexact
-from optax_guard.skip import Signals, SkipReason, SkipRule
+from optax_guard.skip import Signals, SkipReason, SkipRule, is_nonfinite
 
 # Float32 cannot hold the square of more.
 _LARGEST_TO_SQUARE = math.sqrt(float(jnp.finfo(jnp.float32).max))
@@ -206,6 +206,8 @@ def recorded(
         is_lost = is_taken & told.is_lost
         is_partial = is_taken & told.is_partial & ~told.is_lost
         reason = jnp.where(is_lost, jnp.int32(SkipReason.NONFINITE_UPDATE), reason)
+        is_of_params = told.were_bad & (is_lost | is_nonfinite(reason))
+        reason = jnp.where(is_of_params, jnp.int32(SkipReason.NONFINITE_PARAMS), reason)
     is_skipped = reason != SkipReason.NONE
     streak = jnp.where(is_skipped, increment(state.skip_streak), 0)
     by_rule = next_rule_streak(config.rules, reason, state.rule_streak)

@@ -41,7 +41,9 @@ def running_mean(
 ) -> jax.Array:
     """The mean of ``num`` values with ``new``; the first replaces the old mean."""
     weight = jnp.maximum(num, 1).astype(mean.dtype)
-    moved = jnp.where(num <= 1, new, mean + (new - mean) / weight)
+    # Halves, because the difference of two finite numbers may not be finite.
+    difference = (new * 0.5 - mean * 0.5) / weight * 2.0
+    moved = jnp.where(num <= 1, new, mean + difference)
     return jnp.where(is_dropped, mean, moved)
 
 

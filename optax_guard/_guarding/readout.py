@@ -1,8 +1,7 @@
-"""Reading the state: scalars to log, and the last skipped steps."""
+"""Reading the state: scalars to log."""
 
 import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,10 @@ from optax_guard._clipping.units import ClipByUnitNormState
 from optax_guard._clipping.value import ClipByValueState
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.nesting import warn_if_nested
-from optax_guard._guarding.state import LOG_LENGTH, GuardState
+from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.update_bound import UpdateBoundState
 from optax_guard._norms.statistics import NormStats
-from optax_guard._norms.tree_norm import leaves_of_part
-from optax_guard._trees import find_states, only_state, path_names
-from optax_guard.skip import SkipReason
+from optax_guard._trees import find_states
 
 # Every state that carries a `NormStats` as `stats`.
 _WATCHING = (
@@ -33,49 +30,6 @@ _WATCHING = (
 )
 # Scalars that the states of some clips have beside it.
 _OF_CLIP = ("entries_clipped", "update_cosine", "units_clipped")
-
-_ADVICE = {
-    SkipReason.NONFINITE_UPDATE: (
-        "The gradients were finite, and the optimizer made non-finite parameters or "
-        "moments of them. Those entries kept their old values. Look at its learning "
-        "rate and its schedule, and at `eps`, which float16 rounds to 0."
-    ),
-    SkipReason.OVERFLOW: (
-        "Parameters and optimizer state are those of the last good step. The gradients "
-        "are too large for float32: clip them by `guard(tx, clip=1.0)`."
-    ),
-}
-_OTHER_ADVICE = (
-    "Parameters and optimizer state are those of the last good step. Look at "
-    "`skipped_steps(opt_state, params)` for the leaf and the steps, and at the batches "
-    "of those steps; a lower learning rate or threshold helps only if the gradients "
-    "were growing before. If the parameters hold a NaN themselves, it was there "
-    "before the guard, or something else has written it."
-)
-
-
-class GuardExhaustedError(RuntimeError):
-    """The guard has skipped too many steps in a row; see ``raise_if_exhausted``."""
-
-
-class SkippedStep(NamedTuple):
-    """One skipped step, on the host.
-
-    Attributes:
-      update: Index of the step among all that the guard has seen, from 0.
-      grad_norm: Its global norm before clipping, in units of the gradient.
-      value: Its loss; NaN if ``value=`` was not given to ``update``.
-      reason: Why it was skipped.
-      leaf: Path of the first leaf whose gradient's norm is not finite, or of a run of
-        neighbours that holds it; its index among the gradients if they are not known to
-        be those of the parameters; ``None`` if all were finite.
-    """
-
-    update: int
-    grad_norm: float
-    value: float
-    reason: SkipReason
-    leaf: str | int | None
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -151,95 +105,6 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     return _compiled_scalars(*scalars)
 
 
-def skipped_steps(state: Any, params: Any = None) -> list[SkippedStep]:
-    """The last skipped steps, at most 16, oldest first. Waits for the device.
-
-    Args:
-      state: An optimizer state with one guard in it, a ``TrainState`` or an
-        ``nnx.Optimizer``.
-      params: The parameters that the guard was initialised with, to name leaves by
-        their path; taken from ``state.params`` if it has them.
-
-    Returns:
-      A list of ``SkippedStep``.
-
-    Raises:
-      ValueError: If there is not exactly one guard in ``state``.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, optax_guard as og
-      >>> params = {"head": {"bias": jnp.zeros(1), "kernel": jnp.zeros(2)}}
-      >>> grads = {"head": {"bias": jnp.ones(1), "kernel": jnp.array([1.0, jnp.inf])}}
-      >>> tx = og.guard(optax.sgd(0.1))
-      >>> updates, state = tx.update(grads, tx.init(params))
-      >>> [(r.update, r.reason.name, r.leaf) for r in og.skipped_steps(state, params)]
-      [(0, 'NONFINITE', 'head/kernel')]
-    """
-    guard_state = only_state("state", state, GuardState)
-    params = getattr(state, "params", None) if params is None else params
-    log, total = jax.device_get((guard_state.skip_log, guard_state.num_skipped))
-    if np.shape(total):
-        raise ValueError(
-            "`state` must be that of one run, got a population of shape "
-            f"{np.shape(total)}. Take one: `jax.tree.map(lambda x: x[i], state)`."
-        )
-    order = np.arange(max(0, int(total) - LOG_LENGTH), int(total)) % LOG_LENGTH
-    return [
-        SkippedStep(
-            update=int(log.skipped_update[i]),
-            grad_norm=float(log.skipped_norm[i]),
-            value=float(log.skipped_value[i]),
-            reason=SkipReason(int(log.skipped_reason[i])),
-            leaf=_leaf_name(
-                int(log.skipped_leaf[i]), int(log.skipped_num_leaves[i]), params
-            ),
-        )
-        for i in order
-    ]
-
-
-def raise_if_exhausted(metrics: Mapping[str, Any]) -> None:
-    """Raises if the guard has skipped too many steps in a row. Waits for the device.
-
-    Args:
-      metrics: The dict that ``metrics(state)`` returned.
-
-    Raises:
-      GuardExhaustedError: If a ``guard_exhausted`` in it is true.
-      ValueError: If there is none.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, optax_guard as og
-      >>> tx = og.guard(optax.sgd(0.1), max_consecutive_skips=1)
-      >>> updates, state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))
-      >>> og.raise_if_exhausted(og.metrics(state))
-      Traceback (most recent call last):
-      ...
-      optax_guard.GuardExhaustedError: The guard skipped the last 1 step(s)...
-    """
-    if not isinstance(metrics, Mapping):
-        raise TypeError(
-            "`metrics` must be the dict that `optax_guard.metrics` returns for a "
-            f"state, got a `{type(metrics).__name__}`."
-        )
-    flags = {k: v for k, v in metrics.items() if k.startswith("guard_exhausted")}
-    if not flags:
-        raise ValueError(
-            "`metrics` must hold `guard_exhausted`, as `optax_guard.metrics` returns "
-            f"it for an optimizer with a guard, got the keys {sorted(metrics)}."
-        )
-    for name, flag in flags.items():
-        if np.any(flag):
-            suffix = name.removeprefix("guard_exhausted")
-            worst = np.argmax(metrics["skip_streak" + suffix])
-            reason = SkipReason(int(np.ravel(metrics["skip_reason" + suffix])[worst]))
-            streak = int(np.ravel(metrics["skip_streak" + suffix])[worst])
-            raise GuardExhaustedError(
-                f"The guard skipped the last {streak} step(s) in a row, the last for "
-                f"{reason.name}. {_ADVICE.get(reason, _OTHER_ADVICE)}"
-            )
-
-
 def _is_on_this_host(leaf: Any) -> bool:
     """Whether the numbers can be read here and now."""
     if not is_concrete(leaf):
@@ -249,21 +114,10 @@ def _is_on_this_host(leaf: Any) -> bool:
     )
 
 
-def _leaf_name(index: int, num_leaves: int, params: Any) -> str | int | None:
-    if index < 0:
-        return None
-    paths = path_names(params)
-    if len(paths) != num_leaves:
-        # A part of the parameters, as under a mask: which part is not known here.
-        return index
-    run = leaves_of_part(params, index)
-    return paths[run[0]] if len(run) == 1 else f"{paths[run[0]]} to {paths[run[-1]]}"
-
-
-def _scalars_of_clip(state: Any) -> dict[str, Any]:
-    """The state of a clip without its sketch and its threshold."""
-    own = {name: getattr(state, name) for name in _OF_CLIP if hasattr(state, name)}
-    return {"stats": state.stats._replace(norm_sketch=()), **own}
+def _scalars_of_clip(state: Any) -> Any:
+    """The state of a clip without its sketches, groups and threshold."""
+    rest = dict.fromkeys({"group_stats", "threshold"} & set(state._fields), ())
+    return state._replace(stats=state.stats._replace(norm_sketch=()), **rest)
 
 
 def _scalars_of_guard(state: GuardState) -> tuple[GuardState, NormStats]:
@@ -289,7 +143,7 @@ def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
         return part.astype(np.float32) / xp.maximum(whole, 1).astype(np.float32)
 
     for i, state in enumerate(watching):
-        stats = state["stats"]
+        stats = state.stats
         add(
             i,
             grad_norm=stats.grad_norm,
@@ -301,7 +155,7 @@ def _as_scalars(xp: Any, watching: Any, guards: Any, accumulating: Any) -> dict:
             num_updates=stats.num_updates,
             clip_rate=share(stats.num_clipped, stats.num_updates),
             nonfinite_rate=share(stats.num_nonfinite, stats.num_updates),
-            **{name: state[name] for name in _OF_CLIP if name in state},
+            **{name: getattr(state, name) for name in _OF_CLIP if hasattr(state, name)},
         )
     for i, (guard, stats) in enumerate(guards):
         add(

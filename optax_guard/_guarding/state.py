@@ -11,6 +11,7 @@ from optax_guard._checks import check_whole
 from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
 from optax_guard._guarding.update_bound import first_bound
+from optax_guard._norms.marks import NUM_WORDS, first_leaf
 from optax_guard._norms.statistics import as_float32
 from optax_guard._rows import Entry, empty_rows, replace_entries, rows_of
 from optax_guard.skip import SkipReason, SkipRule
@@ -21,11 +22,19 @@ LOG_LENGTH = 16
 class SkipLog(NamedTuple):
     """The last 16 skipped steps, in a ring: entry ``i`` is skipped step ``i mod 16``.
 
-    The vectors are attributes, and share two arrays with a row for each step.
+    The vectors are attributes, and share two arrays with a row for each step; a third
+    has a bit for each leaf.
 
     Attributes:
       skipped_counts: int32[16, 8], the rows of the whole numbers.
-      skipped_values: float32[16, 8], the rows of norm and loss.
+      skipped_values: float32[16, 8], the rows of norm and loss. Where one is not
+        finite, it holds the last one in this row that was, and ``skipped_counts`` says
+        so.
+      skipped_leaves: int32[16, 8], the leaves of its gradients that are not finite: bit
+        ``i % 32`` of word ``i // 32`` is set if leaf ``i`` holds a NaN; of word ``4 + i
+        // 32``, if it holds an infinity or its norm overflows; of both, if it is not
+        known which. Of more than 128 leaves, a run of neighbours shares a bit: 32, or
+        1/128 of all. Zeros after ``init``.
       skipped_update: int32[16], index of the step among all that the guard has seen,
         from 0; -1 after ``init``.
       skipped_norm: float32[16], its global norm before clipping; 0 after ``init``.
@@ -33,20 +42,27 @@ class SkipLog(NamedTuple):
         ``init``.
       skipped_reason: int32[16], a ``SkipReason``; 0 after ``init``.
       skipped_leaf: int32[16], index among the leaves of its gradients of the first
-        whose norm is not finite, -1 if there was none; -1 after ``init``.
+        whose norm is not finite, or of the first of its run; -1 if there was none, and
+        after ``init``.
       skipped_num_leaves: int32[16], how many leaves its gradients had; 0 after
         ``init``.
     """
 
     skipped_counts: jax.Array
     skipped_values: jax.Array
+    skipped_leaves: jax.Array
 
     skipped_update = Entry("skipped_counts", 0)
     skipped_reason = Entry("skipped_counts", 1)
-    skipped_leaf = Entry("skipped_counts", 2)
-    skipped_num_leaves = Entry("skipped_counts", 3)
-    skipped_norm = Entry("skipped_values", 0, jnp.float32)
-    skipped_value = Entry("skipped_values", 1, jnp.float32)
+    skipped_num_leaves = Entry("skipped_counts", 2)
+    skipped_norm = Entry("skipped_values", 0, jnp.float32, codes="skipped_counts")
+    skipped_value = Entry("skipped_values", 1, jnp.float32, codes="skipped_counts")
+
+    @property
+    def skipped_leaf(self) -> jax.Array:
+        if isinstance(self.skipped_leaves, jax.ShapeDtypeStruct):
+            return self.skipped_update  # It has the same shape and dtype.
+        return first_leaf(self.skipped_leaves, self.skipped_num_leaves)
 
 
 class GuardState(NamedTuple):
@@ -142,9 +158,11 @@ def first_state(
 def empty_log() -> SkipLog:
     """The log after ``init``."""
     return replace_entries(
-        SkipLog(**empty_rows(SkipLog, (LOG_LENGTH,))),
+        SkipLog(
+            **empty_rows(SkipLog, (LOG_LENGTH,)),
+            skipped_leaves=jnp.zeros((LOG_LENGTH, 2 * NUM_WORDS), jnp.int32),
+        ),
         skipped_update=jnp.full(LOG_LENGTH, -1),
-        skipped_leaf=jnp.full(LOG_LENGTH, -1),
     )
 
 
@@ -171,19 +189,17 @@ def logged(
     """
     check_whole("skip_log", len(log.skipped_counts), LOG_LENGTH)
     value = jnp.array(jnp.nan) if value is None else value
-    entry = SkipLog(
-        **rows_of(
-            SkipLog,
-            {
-                "skipped_update": update,
-                "skipped_norm": as_float32(measured.norm.value),
-                "skipped_value": as_float32(value),
-                "skipped_reason": reason,
-                "skipped_leaf": measured.norm.bad_leaf,
-                "skipped_num_leaves": num_leaves,
-            },
-        )
-    )
+    numbers = {
+        "skipped_update": update,
+        "skipped_norm": as_float32(measured.norm.value),
+        "skipped_value": as_float32(value),
+        "skipped_reason": reason,
+        "skipped_num_leaves": num_leaves,
+    }
+    slot = num_skipped % LOG_LENGTH
+    before = jax.tree.map(lambda x: x[slot], log)
+    marks = measured.norm.marks.reshape(-1)
+    new = SkipLog(**rows_of(SkipLog, numbers, before), skipped_leaves=marks)
     slots = jnp.arange(LOG_LENGTH, dtype=jnp.int32)[:, None]
-    is_here = (slots == num_skipped % LOG_LENGTH) & (reason != SkipReason.NONE)
-    return jax.tree.map(lambda new, old: jnp.where(is_here, new[None], old), entry, log)
+    is_here = (slots == slot) & (reason != SkipReason.NONE)
+    return jax.tree.map(lambda new, old: jnp.where(is_here, new[None], old), new, log)

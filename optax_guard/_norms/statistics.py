@@ -27,8 +27,9 @@ class NormStats(NamedTuple):
     skipped. The scalars are attributes, and share two arrays.
 
     Attributes:
-      norm_counts: int32[8], the row of the three counts.
-      norm_values: float32[8], the row of the six norms.
+      norm_counts: int32[8], the row of the three counts, and of codes.
+      norm_values: float32[8], the row of the six norms. Where a norm is not finite, it
+        holds the last one that was, and ``norm_counts`` says so.
       norm_sketch: int32[1408], how many finite norms before clipping fell into each of
         1408 bins, for ``norm_quantile``: 5.6 kB, relative error at most 2 % for norms
         from 1e-12 to 1e12; a norm outside counts as 0 or as 1e12; zeros after ``init``.
@@ -55,9 +56,9 @@ class NormStats(NamedTuple):
     num_updates = Entry("norm_counts", 0)
     num_clipped = Entry("norm_counts", 1)
     num_nonfinite = Entry("norm_counts", 2)
-    grad_norm = Entry("norm_values", 0, jnp.float32)
-    clipped_norm = Entry("norm_values", 1, jnp.float32)
-    clip_threshold = Entry("norm_values", 2, jnp.float32)
+    grad_norm = Entry("norm_values", 0, jnp.float32, codes="norm_counts")
+    clipped_norm = Entry("norm_values", 1, jnp.float32, codes="norm_counts")
+    clip_threshold = Entry("norm_values", 2, jnp.float32, codes="norm_counts")
     norm_mean = Entry("norm_values", 3, jnp.float32)
     norm_var = Entry("norm_values", 4, jnp.float32)
     norm_max = Entry("norm_values", 5, jnp.float32)
@@ -78,12 +79,12 @@ def update_stats(
 ) -> NormStats:
     """Adds one update. A non-finite norm is counted, and enters no other statistic."""
     num_updates = increment(stats.num_updates)
-    before = {name: getattr(stats, name) for name in _OF_GROUP}
+    before = {name: getattr(stats, name) for name in _LASTING}
     new = _updated(
         before, num_updates, grad_norm, clipped_norm, clip_threshold, is_clipped
     )
     return NormStats(
-        **rows_of(NormStats, {"num_updates": num_updates, **new}),
+        **rows_of(NormStats, {"num_updates": num_updates, **new}, stats),
         norm_sketch=sketch_add(stats.norm_sketch, new["grad_norm"]),
     )
 
@@ -133,8 +134,8 @@ class GroupStats(NamedTuple):
         the parameters, with ``None`` for a group, ``(None, ..., None)`` for the layers
         of a stacked leaf and ``()`` for a leaf that is not floating. For labelled
         groups it is a dict from label to ``None``.
-      group_counts: int32[G, 8], the rows of the two counts.
-      group_values: float32[G, 8], the rows of the six norms.
+      group_counts: int32[G, 8], the rows of the two counts, and of codes.
+      group_values: float32[G, 8], the rows of the six norms, as ``norm_values``.
       group_sketch: int32[G, 1408], for ``norm_quantile``; zeros after ``init``;
         ``None`` without ``record_quantiles``.
       group_num_clipped: int32[G], updates in which the group was clipped; 0 after
@@ -159,9 +160,9 @@ class GroupStats(NamedTuple):
 
     group_num_clipped = Entry("group_counts", 0)
     group_num_nonfinite = Entry("group_counts", 1)
-    group_norm = Entry("group_values", 0, jnp.float32)
-    group_clipped_norm = Entry("group_values", 1, jnp.float32)
-    group_threshold = Entry("group_values", 2, jnp.float32)
+    group_norm = Entry("group_values", 0, jnp.float32, codes="group_counts")
+    group_clipped_norm = Entry("group_values", 1, jnp.float32, codes="group_counts")
+    group_threshold = Entry("group_values", 2, jnp.float32, codes="group_counts")
     group_norm_mean = Entry("group_values", 3, jnp.float32)
     group_norm_var = Entry("group_values", 4, jnp.float32)
     group_norm_max = Entry("group_values", 5, jnp.float32)
@@ -178,6 +179,8 @@ _OF_GROUP = {
     "norm_var": "group_norm_var",
     "norm_max": "group_norm_max",
 }
+# The numbers that an update takes from those before it.
+_LASTING = ("num_clipped", "num_nonfinite", "norm_mean", "norm_var", "norm_max")
 
 
 def init_group_stats(names: Any, has_sketch: bool) -> GroupStats:
@@ -196,11 +199,12 @@ def update_group_stats(
     is_clipped: jax.Array,
 ) -> GroupStats:
     """Adds one update, as ``update_stats`` does; ``num_updates`` does not count it."""
-    before = {name: getattr(stats, of_group) for name, of_group in _OF_GROUP.items()}
+    before = {name: getattr(stats, _OF_GROUP[name]) for name in _LASTING}
     new = _updated(
         before, increment(num_updates), norm, clipped_norm, threshold, is_clipped
     )
-    rows = rows_of(GroupStats, {_OF_GROUP[name]: x for name, x in new.items()})
+    numbers = {_OF_GROUP[name]: x for name, x in new.items()}
+    rows = rows_of(GroupStats, numbers, stats)
     sketch = stats.group_sketch
     if sketch is not None:
         sketch = sketch_add(sketch, new["grad_norm"])

@@ -18,13 +18,11 @@ from optax_guard._norms.leaf_runs import (
     add_pairwise,
     add_up,
     combine,
-    earliest,
-    first_bad,
-    first_true,
+    joined,
     parts_of,
-    run_size,
     values_by_run,
 )
+from optax_guard._norms.marks import marks_of, no_marks, of_unknown_kind
 from optax_guard._norms.mesh_axes import AxisName, Names, mesh_axes
 from optax_guard._norms.two_scales import (
     SCALES,
@@ -39,18 +37,17 @@ _SMALLEST_PLAIN_SUM = 2.0**-60
 
 
 class TreeNorm(NamedTuple):
-    """A norm of a tree, and its first leaf that is not finite.
+    """A norm of a tree, and its leaves that are not finite.
 
     Attributes:
       value: float[], the norm; float32, or float64 if a leaf is.
-      bad_leaf: int32[], index among ``jax.tree.leaves`` of the first leaf whose own
-        norm is not finite, because of an entry or because it overflows; -1 if there is
-        none. In a tree of more than 128 leaves it is the index of the first floating
-        leaf in a run of neighbours, 32 or 1/128 of the tree, that holds the bad leaf.
+      marks: int32[2, 4], the runs of leaves whose own norm is not finite, because of an
+        entry or because it overflows; see ``marks.py``. In a tree of at most 128
+        leaves each is a run; in a larger one a run has 32 neighbours, or 1/128 of all.
     """
 
     value: jax.Array
-    bad_leaf: jax.Array
+    marks: jax.Array
 
 
 def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNorm:
@@ -69,25 +66,17 @@ def tree_norm(tree: Any, ord: Any = None, axis_name: AxisName = None) -> TreeNor
     leaves = [jnp.asarray(all_leaves[i]) for i in indices]
     paths = path_names(tree)
     if not leaves:
-        return TreeNorm(jnp.zeros((), jnp.float32), jnp.full((), -1, jnp.int32))
+        return TreeNorm(jnp.zeros((), jnp.float32), no_marks())
     parts = parts_of(mesh_axes(tree, axis_name), indices, len(all_leaves))
     if ord is None or ord == 2:
-        value, bad = _euclidean(leaves, parts, roles_of(paths[i] for i in indices))
+        value, marks = _euclidean(leaves, parts, roles_of(paths[i] for i in indices))
     elif ord == 1:
-        value, bad = _sum_norm(leaves, parts)
+        value, marks = _sum_norm(leaves, parts)
     elif ord == np.inf:
-        value, bad = _max_norm(leaves, parts)
+        value, marks = _max_norm(leaves, parts)
     else:
-        value, bad = _power_norm(leaves, parts, ord)
-    return TreeNorm(value, bad)
-
-
-def leaves_of_part(tree: Any, first: int) -> list[int]:
-    """Indices of the leaves that a ``bad_leaf`` of ``first`` stands for."""
-    leaves = jax.tree.leaves(tree)
-    size = run_size(len(leaves))
-    end = first // size * size + size
-    return [i for i, x in enumerate(leaves[:end]) if i >= first and is_inexact(x)]
+        value, marks = _power_norm(leaves, parts, ord)
+    return TreeNorm(value, marks)
 
 
 # Jitted for callers outside of `jit`: there, every call would compile its branches.
@@ -97,11 +86,11 @@ def _euclidean(
     leaves: list[jax.Array], parts: tuple[Part, ...], roles: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
-    sums, bad = [], []
+    sums, marks = [], []
     for part in parts:
         # Two reductions over one operand are one fusion on TPU and GPU. On CPU they
         # cost many times one reduction; there a rare second look is cheap.
-        *own, own_bad = lax.platform_dependent(
+        *own, own_marks = lax.platform_dependent(
             *part.of(leaves),
             cpu=functools.partial(_squares_cpu, dtype, part.runs),
             cuda=functools.partial(
@@ -111,12 +100,12 @@ def _euclidean(
                 _squares, dtype, part.runs, tuple(part.of(roles))
             ),
         )
-        # The mark of a bad leaf travels in the same all-reduce.
-        of_all, own_bad = add_up(part, tuple(own), own_bad)
+        # The marks of bad leaves travel in the same all-reduce.
+        of_all, own_marks = add_up(part, tuple(own), own_marks)
         sums.append(of_all)
-        bad.append(own_bad)
+        marks.append(own_marks)
     small, big = map(add_pairwise, zip(*sums, strict=True))
-    return root_of_sums(small, big, dtype), earliest(bad)
+    return root_of_sums(small, big, dtype), joined(marks)
 
 
 @_euclidean.defjvp
@@ -126,7 +115,7 @@ def _euclidean_jvp(
     # The derivative of the sums is 0 * inf if one of them overflows or vanishes. The
     # derivative of the norm is the unit vector, and by convention zero at zero.
     (leaves,), (dots,) = primals, tangents
-    value, bad = _euclidean(leaves, parts, roles)
+    value, marks = _euclidean(leaves, parts, roles)
     usable = jnp.isfinite(value) & (value > 0)
     length = jnp.where(usable, value, 1.0)
 
@@ -140,7 +129,7 @@ def _euclidean_jvp(
     slope = add_pairwise(
         [_psum(add_pairwise(part.of(slopes)), part.axes) for part in parts]
     )
-    return (value, bad), (slope, np.zeros((), jax.dtypes.float0))
+    return (value, marks), (slope, np.zeros(marks.shape, jax.dtypes.float0))
 
 
 def _psum(x: jax.Array, axes: Names) -> jax.Array:
@@ -154,7 +143,7 @@ def _squares(
     *leaves: jax.Array,
     in_pairs: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sum of squares of entries scaled up, and down; the first bad leaf."""
+    """The sum of squares of entries scaled up, and down; the marks of bad leaves."""
     up, down = not_folded(dtype, *SCALES[dtype])
     members = values_by_run(list(zip(roles, leaves, strict=True)), runs)
     groups = [alike(run) for run in members]
@@ -163,7 +152,7 @@ def _squares(
             add_pairwise([_sum_pairs(x, dtype, up, down) for x in g]) for g in groups
         ]
         total = add_pairwise(pairs)
-        return total.real, total.imag, first_bad([x.imag for x in pairs], runs)
+        return total.real, total.imag, _marks([x.imag for x in pairs], runs)
 
     def sums(scale: jax.Array) -> list[jax.Array]:
         return [
@@ -171,7 +160,7 @@ def _squares(
         ]
 
     totals = sums(down)
-    return add_pairwise(sums(up)), add_pairwise(totals), first_bad(totals, runs)
+    return add_pairwise(sums(up)), add_pairwise(totals), _marks(totals, runs)
 
 
 def _squares_cpu(
@@ -187,7 +176,7 @@ def _squares_cpu(
     def enough(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         del leaves
         # A constant would not vary over the devices of `shard_map` as `rescaled` does.
-        none = jnp.where(too_small, 0, -1).astype(jnp.int32)
+        none = jnp.where(too_small, no_marks(), no_marks())
         return total * up * up, total * down * down, none
 
     def rescaled(*leaves: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -196,7 +185,7 @@ def _squares_cpu(
         return (
             jnp.where(too_small, total, jnp.inf),
             jnp.where(too_small, 0.0, total),
-            first_true(~jnp.isfinite(sums), runs),
+            marks_of(sums, runs),
         )
 
     second_look = too_small | ~jnp.isfinite(total)
@@ -207,16 +196,21 @@ def _sum_norm(
     leaves: list[jax.Array], parts: tuple[Part, ...]
 ) -> tuple[jax.Array, jax.Array]:
     dtype = accumulator_dtype(leaves)
-    sums, bad = [], []
+    sums, marks = [], []
     for part in parts:
         each = [jnp.sum(jnp.abs(x).astype(dtype)) for x in part.of(leaves)]
         runs = [add_pairwise(run) for run in values_by_run(each, part.runs)]
-        (total,), own_bad = add_up(
-            part, (add_pairwise(runs),), first_bad(runs, part.runs)
+        (total,), own_marks = add_up(
+            part, (add_pairwise(runs),), _marks(runs, part.runs)
         )
         sums.append(total)
-        bad.append(own_bad)
-    return add_pairwise(sums), earliest(bad)
+        marks.append(own_marks)
+    return add_pairwise(sums), joined(marks)
+
+
+def _marks(of_runs: list[jax.Array], runs: Runs) -> jax.Array:
+    """The marks from one value for each run."""
+    return marks_of(jnp.stack(of_runs), tuple(dict.fromkeys(runs)))
 
 
 def _max_norm(
@@ -228,14 +222,14 @@ def _max_norm(
         # The largest of several devices' values may leave out a NaN, but no infinity.
         return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x).astype(dtype))
 
-    largest, bad = [], []
+    largest, marks = [], []
     for part in parts:
         each = [jnp.max(size(x), initial=0.0) for x in part.of(leaves)]
         runs = [combine(jnp.maximum, run) for run in values_by_run(each, part.runs)]
         of_all = combine(jnp.maximum, runs)
         largest.append(lax.pmax(of_all, part.axes) if part.axes else of_all)
-        bad.append(add_up(part, (), first_bad(runs, part.runs))[1])
-    return combine(jnp.maximum, largest), earliest(bad)
+        marks.append(add_up(part, (), _marks(runs, part.runs))[1])
+    return combine(jnp.maximum, largest), of_unknown_kind(joined(marks))
 
 
 def _power_norm(
@@ -243,14 +237,14 @@ def _power_norm(
 ) -> tuple[jax.Array, jax.Array]:
     # Any other power needs the largest entry first: a second read, for few users.
     dtype = accumulator_dtype(leaves)
-    largest, bad = _max_norm(leaves, parts)
+    largest, marks = _max_norm(leaves, parts)
     usable = jnp.isfinite(largest) & (largest > 0)
     # The norm does not depend on its unit, so neither does the derivative.
     unit = lax.stop_gradient(jnp.where(usable, largest, 1.0))
     sums = [jnp.sum((jnp.abs(x).astype(dtype) / unit) ** ord) for x in leaves]
     total = add_pairwise([_psum(add_pairwise(p.of(sums)), p.axes) for p in parts])
     root = jnp.where(usable, total, 1.0) ** (1 / ord)
-    return jnp.where(usable, unit * root, largest), bad
+    return jnp.where(usable, unit * root, largest), marks
 
 
 def _sum_squares(alike: Sequence[jax.Array], dtype: Any, scale: Any) -> jax.Array:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optax_guard._checks import check_iterable, check_kind
-from optax_guard._guarding.readout import SkippedStep
+from optax_guard._guarding.skip_readout import SkippedStep
 from optax_guard._records.facts import FactReader
 from optax_guard._records.findings import Evidence, Finding, FindingCode, Severity
 from optax_guard._records.readers import rename

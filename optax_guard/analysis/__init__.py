@@ -5,6 +5,8 @@ from optax_guard._records.diagnosis import Diagnosis, diagnose
 from optax_guard._records.findings import Finding as Finding
 from optax_guard._records.findings import FindingCode as FindingCode
 from optax_guard._records.findings import Severity as Severity
+from optax_guard._records.frozen_moments import FrozenMoment as FrozenMoment
+from optax_guard._records.frozen_moments import frozen_moments
 from optax_guard._records.history import History
 from optax_guard._records.suggest import Suggestion as Suggestion
 from optax_guard._records.suggest import suggest_max_norm
@@ -22,6 +24,7 @@ __all__ = [
     "Diagnosis",
     "History",
     "diagnose",
+    "frozen_moments",
     "landscape",
     "leaf_columns",
     "replay",
@@ -33,6 +36,7 @@ __all__ = [
 _STATES = [
     "Finding",
     "FindingCode",
+    "FrozenMoment",
     "Landscape",
     "Replayed",
     "Severity",

@@ -3,13 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from optax_guard._guarding.readout import (
-    GuardExhaustedError,
-    raise_if_exhausted,
-    skipped_steps,
-)
-from optax_guard._guarding.state import GuardState
-from optax_guard._trees import find_states
+from optax_guard._guarding.exhaustion import GuardExhaustedError, raise_if_exhausted
 from optax_guard.stop._rule import StopReason
 
 # With these reasons, training went wrong. With the others it is done.
@@ -29,9 +23,9 @@ def why_gone_bad(flags: Mapping[str, Any], state: Any) -> str | None:
     if not exhaustion:
         return None
     try:
-        raise_if_exhausted(exhaustion)
+        raise_if_exhausted(exhaustion, state)
     except GuardExhaustedError as error:
-        return "\n".join([str(error), *_last_skips(state)])
+        return str(error)
     return None
 
 
@@ -47,18 +41,3 @@ def is_over(flags: Mapping[str, Any], state: Any) -> bool:
 def flags_of_guard(totals: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics that tell whether a guard is exhausted."""
     return {k: v for k, v in totals.items() if k.startswith(_EXHAUSTION)}
-
-
-def _last_skips(state: Any) -> list[str]:
-    guards = find_states(state, GuardState)
-    # With several guards, each may see only a part of the parameters.
-    params = state.params if len(guards) == 1 else None
-    return [
-        "Skipped last:",
-        *(
-            f"  update {r.update}: {r.reason.name}, norm {r.grad_norm:.4g}, loss "
-            f"{r.value:.4g}" + (f", first in {r.leaf}" if r.leaf is not None else "")
-            for guard in guards
-            for r in skipped_steps(guard, params)
-        ),
-    ]

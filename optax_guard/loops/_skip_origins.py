@@ -16,7 +16,11 @@ from optax_guard.skip import SkipReason
 
 # A search takes seconds, and a run whose steps are bad all the time has one cause.
 _MOST_SEARCHES = 5
-_NONFINITE = (SkipReason.NONFINITE, SkipReason.NONFINITE_VALUE)
+_NONFINITE = (
+    SkipReason.NONFINITE,
+    SkipReason.NONFINITE_VALUE,
+    SkipReason.NONFINITE_PARAMS,
+)
 
 
 @dataclasses.dataclass

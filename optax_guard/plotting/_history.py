@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_guard._checks import check_iterable, check_kind, check_positive
-from optax_guard._guarding.readout import SkippedStep
+from optax_guard._guarding.skip_readout import SkippedStep
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.readers import Row
 from optax_guard._records.rows import as_rows

@@ -22,6 +22,9 @@ class SkipReason(enum.IntEnum):
         square, which Adam and its kin accumulate.
       NONFINITE_UPDATE: The optimizer made non-finite parameters or moments of finite
         gradients, and all entries that are looked at kept their old values.
+      NONFINITE_PARAMS: Gradients, loss or update are not finite, and neither were the
+        parameters before the step. Of these the smallest leaves are looked at, at most
+        1/1024 of all entries, or a part of one leaf.
     """
 
     NONE = 0
@@ -31,6 +34,7 @@ class SkipReason(enum.IntEnum):
     SPIKE = 4
     OVERFLOW = 5
     NONFINITE_UPDATE = 6
+    NONFINITE_PARAMS = 7
 
 
 def is_nonfinite(reason: jax.Array) -> jax.Array:
@@ -51,7 +55,8 @@ def is_nonfinite(reason: jax.Array) -> jax.Array:
       True
     """
     is_of_gradients = (reason == SkipReason.NONFINITE) | (reason == SkipReason.OVERFLOW)
-    return is_of_gradients | (reason == SkipReason.NONFINITE_VALUE)
+    is_of_others = reason == SkipReason.NONFINITE_VALUE
+    return is_of_gradients | is_of_others | (reason == SkipReason.NONFINITE_PARAMS)
 
 
 class Signals(NamedTuple):

@@ -40,7 +40,8 @@ class EarlyStoppingState(NamedTuple):
         at first.
       value_rise: How much worse the last value is than the best, float32, as a share of
         the best's magnitude; 0 at first, at a best, and if it is not finite.
-      train_seconds_rest: What rounding to float32 took from ``train_seconds``, float32; 0 at first.
+      train_seconds_rest: The rest of that sum, which float32 cannot hold beside it,
+        float32; 0 at first.
       stop_reason: `StopReason` of the stop, int32; 0 (RUNNING) until then.
       stopped_at: Evaluation at which it fired, int32; -1 until then.
     """
