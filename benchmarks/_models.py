@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from benchmarks import _text_run
+from benchmarks._digits import load_digits
 from optax_guard._cli.demo_text import load_text
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -60,9 +61,7 @@ def text_model(kind: str, settings: _text_run.Settings) -> Model:
 
 def perceptron(depth: int, width: int) -> Model:
     """`depth` hidden layers of tanh, those after the first stacked, on 8 x 8 digits."""
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
+    digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = (digits.data[order] / 16).astype(np.float32)
     labels = digits.target[order].astype(np.int32)

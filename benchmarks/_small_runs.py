@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
+from benchmarks._digits import load_digits
 from optax_guard._cli.demo_text import load_text
 
 CONTEXT, EMBEDDING, HIDDEN = 6, 12, 64

@@ -29,9 +29,9 @@ import optax
 from flax.training.early_stopping import EarlyStopping
 from flax.training.train_state import TrainState
 from jax.tree_util import Partial
-from sklearn.datasets import load_digits
 
 import optax_guard as og
+from benchmarks._digits import load_digits
 from optax_guard.flax import fit
 from optax_guard.loops import train_on_device, train_population
 
