@@ -286,7 +286,7 @@ def measure(
                     ),
                     "healthy_steps_skipped": int(run.healthy_skipped),
                     "corrupt_steps_taken": int(run.corrupt_taken),
-                    "num_rewinds": run.num_rewinds,
+                    "num_rewinds": int(run.num_rewinds),
                     "finite_params": is_finite(run.params),
                     "finite_moments": finite and math.isfinite(sizes[0]),
                     "second_moment_ratio": sizes[0] / sizes[1],
@@ -331,6 +331,8 @@ def judge(
     """Each goal with the medians that were found, and whether it is met."""
     lines = []
     for (name, fault), goal in GOALS.items():
+        if name not in results:  # Without the runs of `fit`.
+            continue
         seen = results[name][fault]
         found = Goal(
             statistics.median(seen["peak_excursion"]),
@@ -423,12 +425,17 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed, short runs")
     size.add_argument("--full", action="store_true", help="long runs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="processes for the runs of `fit`, which need Orbax; 0: leave them out",
+    )
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL if args.full else Settings()
     started = time.monotonic()
-    runs = study(settings, contenders(settings.learning_rate), args.jobs)
+    runs = study(settings, contenders(settings.learning_rate), args.jobs or None)
     results = {name: measure(run, settings) for name, run in runs.items()}
     show(results)
     goals = judge(results)

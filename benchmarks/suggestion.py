@@ -213,8 +213,10 @@ def measure(
 
 
 def summarize(settings_of: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Over settings, of those in which something trains."""
+    """Over settings, of those in which something trains; empty if there is none."""
     settings_of = [x for x in settings_of if any(x["trains"])]
+    if not settings_of:
+        return {}
 
     def of_all(name: str) -> dict[str, float]:
         rows = [setting["contenders"][name] for setting in settings_of]
@@ -275,6 +277,7 @@ def judge(summary: dict[str, Any]) -> list[dict[str, Any]]:
             "is_met": rows["suggested"][goal] <= most,
         }
         for optimizer, rows in summary.items()
+        if rows
         for goal, most in GOALS.items()
     ]
 

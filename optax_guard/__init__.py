@@ -18,6 +18,7 @@ from optax_guard._clipping.value import clip_by_value
 from optax_guard._guarding.accumulation import AccumulateState as AccumulateState
 from optax_guard._guarding.accumulation import accumulate
 from optax_guard._guarding.adoption import unwrap_state, wrap_state
+from optax_guard._guarding.auto import auto
 from optax_guard._guarding.exhaustion import GuardExhaustedError, raise_if_exhausted
 from optax_guard._guarding.guard import guard
 from optax_guard._guarding.readout import metrics
@@ -47,6 +48,7 @@ __all__ = [
     "accumulate",
     "adagc",
     "apply_gradients",
+    "auto",
     "autoclip",
     "clip_by_global_norm",
     "clip_by_group_norm",

@@ -375,6 +375,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "opt_state": STATE,
         "grads": GRADS,
     },
+    "auto": {"inner": SGD},
     "guard": {"inner": SGD},
     "leaf_norms": {"state": LEAVES},
     "norm_quantile": {"state": LEAVES, "q": 0.5},

@@ -538,7 +538,12 @@ def test_a_run_cut_anywhere_and_resumed_is_the_same():
 @settings(max_examples=30, deadline=None)
 @given(
     values=st.lists(
-        st.one_of(st.floats(width=32), st.integers(-3, 3).map(float), st.just(NAN)),
+        st.one_of(
+            # XLA takes subnormal numbers for 0.
+            st.floats(width=32, allow_subnormal=False),
+            st.integers(-3, 3).map(float),
+            st.just(NAN),
+        ),
         max_size=12,
     ),
     cut=st.integers(0, 12),

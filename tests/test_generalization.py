@@ -255,7 +255,7 @@ def test_average_wins_if_it_gains_with_both_patiences_on_all_tasks():
         curves[f"val_loss_{number}"] = np.array([[9.0, 1.0, 0.5]] * 3)
     # The last evaluation is not seen by the one that chooses by validation.
     seen = generalization.Stops(np.full(3, 1), np.full(3, 1), np.full(3, True))
-    stops = {("patience", n, "raw"): seen for n in (5, 10)}
+    stops = {("patience", n, "raw"): seen for n in (5.0, 10.0)}
     rows = generalization.measure_averages(curves, stops, "test_loss")
     assert all(row["percent_gained"][0] == pytest.approx(10) for row in rows)
     late = seen._replace(stopped=np.full(3, 2))

@@ -229,6 +229,7 @@ FORMS = product() | {
     ),
     # Here parameters and updates are about as long, as for units.
     "guard with a bound by leaf": Form("guard", with_bound_by_leaf, 1.0),
+    "auto": Form("auto", lambda: og.auto(LAST)),
     "accumulate": Form(
         "accumulate",
         lambda c: og.accumulate(og.guard(LAST, clip=c), 1),

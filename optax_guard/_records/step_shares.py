@@ -42,8 +42,11 @@ class StepNorms(NamedTuple):
 
     def part(self, of_rows: slice) -> "StepNorms":
         """The norms of some rows."""
-        *columns, width = self
-        return StepNorms(*(column[of_rows] for column in columns), width)
+        return self._replace(
+            num_steps=self.num_steps[of_rows],
+            largest=self.largest[of_rows],
+            others=self.others[of_rows],
+        )
 
     def share_above(self, x: float) -> float:
         """The estimated share of steps with a norm above ``x``."""
