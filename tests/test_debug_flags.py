@@ -59,7 +59,7 @@ def flags(contexts: list[Callable[[], Any]]) -> Iterator[None]:
 # Under its bound, above it, and under it again.
 GRADS = [grads_of_norm(norm, seed=i) for i, norm in enumerate((0.5, 20.0, 0.3))]
 # The threshold of these is infinite, and is in the state.
-WITHOUT_A_THRESHOLD = {"record", "guard", "zclip"}
+WITHOUT_A_THRESHOLD: set[str] = set()
 # Every factory, threshold and scope; `make test-all` takes every form.
 SHORT = (FORMS.keys() - product().keys()) | {
     *(named("norm", threshold, "alone") for threshold in THRESHOLDS),

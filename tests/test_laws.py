@@ -642,7 +642,9 @@ def test_all_that_is_added_to_a_state_is_finite_and_faults_are_read_all_the_same
     check_finite(state)
     for grads, value in FAULTS.values():
         for each, loss in ((SMALL, 0.5), (grads, value)):
-            params, state, _ = step.run(params, state, each, jnp.float32(loss))
+            loss = jnp.float32(loss)
+            with jax.transfer_guard("disallow"):  # As in `Step.after`: one program.
+                params, state, _ = step.run(params, state, each, loss)
             check_finite(state)
         if not FORMS[name].watches:
             continue
@@ -665,7 +667,7 @@ def counted(name: str, grads: Any) -> Any:
 @by_name
 def test_only_guards_skip_non_finite_updates(name):
     updates, state = step_of(name).after([SMALL, poisoned(SMALL, math.nan)])
-    is_guard = FORMS[name].factory in ("guard", "accumulate")
+    is_guard = FORMS[name].factory in ("guard", "auto", "accumulate")
     zeros = jax.tree.map(jnp.zeros_like, SMALL)
     if is_guard or name == "norm zero":
         assert same_bits(updates, zeros)
@@ -797,8 +799,13 @@ def bounded(form: Form, tree: Any, number: float | None) -> np.ndarray:
 
 # A guard has the derivatives of its clip, and all guards have theirs alike. `make test`
 # takes every threshold in one scope, and every scope with one threshold.
+# The preset takes no number, and bounds by the parameters, which here are gradients.
 @over(
-    {n: form for n, form in FORMS.items() if n in ONE_GUARD or "guard of" not in n},
+    {
+        n: form
+        for n, form in FORMS.items()
+        if n != "auto" and (n in ONE_GUARD or "guard of" not in n)
+    },
     short=OTHERS | {n for n in product() if "norm by" in n or "by a number" in n},
 )
 def test_numbers_may_be_traced_and_derivatives_are_finite(form):

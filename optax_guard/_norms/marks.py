@@ -39,11 +39,11 @@ def marks_of(values: jax.Array, runs: Sequence[int] | np.ndarray) -> jax.Array:
       values: float[n].
       runs: For each value the number of its run.
     """
-    number = jnp.asarray(np.asarray(runs, np.int32))
+    number = jnp.asarray(np.asarray(runs, np.int32))[None]
     is_of_word = number // _BITS == jnp.arange(NUM_WORDS, dtype=jnp.int32)[:, None]
     bits = jnp.where(is_of_word, jnp.left_shift(jnp.int32(1), number % _BITS), 0)
     kinds = jnp.stack([jnp.isnan(values), jnp.isinf(values)])
-    return lax.reduce_or(jnp.where(kinds[:, None], bits, 0), (2,))
+    return lax.reduce_or(jnp.where(kinds[:, None], bits[None], 0), (2,))
 
 
 def marks_of_leaf(leaf: Any, num_leaves: Any) -> jax.Array:
@@ -61,12 +61,13 @@ def of_unknown_kind(marks: jax.Array) -> jax.Array:
 
 def unpacked(words: Any) -> Any:
     """The bits of words along a new last axis; of NumPy's arrays by NumPy."""
-    return (words[..., None] >> _PLACES) & 1
+    return (words[..., None] >> _PLACES.reshape((1,) * words.ndim + (_BITS,))) & 1
 
 
 def packed(bits: jax.Array) -> jax.Array:
     """The words of bools along the last axis."""
     powers = jnp.left_shift(jnp.int32(1), _PLACES)
+    powers = powers.reshape((1,) * (bits.ndim - 1) + (_BITS,))
     return jnp.sum(jnp.where(bits, powers, 0), axis=-1, dtype=jnp.int32)
 
 
