@@ -616,8 +616,8 @@ FAULTS = {
     "NaN": (poisoned(SMALL, math.nan), 0.5),
     "Inf": (poisoned(SMALL, math.inf), 0.5),
     "-Inf": (poisoned(SMALL, -math.inf), 0.5),
-    "huge": (SMALL | {"a": jnp.full(SHAPES["a"], 3e38)}, 0.5),
-    "1e38": (SMALL | {"a": jnp.full(SHAPES["a"], 1e38)}, 0.5),
+    "huge": (SMALL | {"a": jnp.full(SHAPES["a"], 3e38, jnp.float32)}, 0.5),
+    "1e38": (SMALL | {"a": jnp.full(SHAPES["a"], 1e38, jnp.float32)}, 0.5),
     "value NaN": (SMALL, math.nan),
     "value -Inf": (SMALL, -math.inf),
 }
