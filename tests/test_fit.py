@@ -493,7 +493,7 @@ def test_exhausted_guard_raises_and_names_the_last_skipped_steps():
         )
     message = str(caught.value)
     assert "skipped the last 3 step(s) in a row" in message
-    assert "update 5: NONFINITE, norm nan, loss nan, first in w" in message
+    assert "update 5: NONFINITE, norm nan, loss nan; NaN in w" in message
     assert rows == [3, 6]
 
 

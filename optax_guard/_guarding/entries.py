@@ -21,9 +21,6 @@ from optax_guard._trees import is_inexact
 _LOOKED_AT = 1024
 # At most so many entries of a leaf, if the smallest leaf is larger than that share.
 _MOST_ENTRIES = 1024
-# One reduction counts two kinds of entries: those of the second kind count as so many.
-_BAD_BITS = 16
-_BAD = 1 << _BAD_BITS
 
 
 class Kept(NamedTuple):
@@ -117,30 +114,19 @@ def told_by(
       norm: The global norm.
       unchecked: Mesh axes.
     """
-    looked_at = _smallest(_flags(kept, params))
-    num_kept, num_bad = _counts(looked_at)
-    num_all: Any = 0 if kept is None else sum(x.size for x in looked_at)
+    found = [] if kept is None else [x for x in kept.of_params if x is not None]
+    olds = [x for x in jax.tree.leaves(params) if _counts(x)]
+    bad = _smallest(found)
+    # Two reductions for each leaf: XLA for GPUs fuses them with others, and would make
+    # a kernel of one that counts both.
+    num_kept = _sum_all(bad)
+    num_bad = _sum_all([~jnp.isfinite(x) for x in _smallest(olds)])
+    num_all: Any = sum(x.size for x in bad)
     vary = varying_axes(num_kept) | varying_axes(num_bad)
     if axes := tuple(vary - varying_axes(norm) | unchecked):
         counts = num_kept, num_bad, num_all
         num_kept, num_bad, num_all = jax.lax.psum(counts, axes)
     return Told((num_kept == num_all) & (num_all > 0), num_kept > 0, num_bad > 0)
-
-
-def _flags(kept: Kept | None, params: Any) -> list[jax.Array]:
-    """Of each entry, 1 if it keeps its old value, and _BAD if that was not finite."""
-    olds = jax.tree.leaves(params)
-    found = [None] * len(olds) if kept is None else kept.of_params
-    if len(olds) != len(found):
-        olds = [None] * len(found)
-    flags = []
-    for bad, old in zip(found, olds, strict=True):
-        parts = [] if bad is None else [bad.astype(jnp.int32)]
-        if old is not None and is_inexact(old) and _is_looked_at(old):
-            parts.append(jnp.where(jnp.isfinite(old), 0, jnp.int32(_BAD)))
-        if parts:
-            flags.append(sum(parts[1:], parts[0]))
-    return flags
 
 
 def _smallest(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -156,14 +142,9 @@ def _smallest(leaves: list[jax.Array]) -> list[jax.Array]:
     return chosen or [_few(x) for x in leaves[:1]]
 
 
-def _counts(flags: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """How many entries keep their old value, and how many old ones are not finite."""
-    if sum(x.size for x in flags) < _BAD // 2:
-        both = _sum_all(flags)
-        return both & (_BAD - 1), both >> _BAD_BITS
-    # Otherwise a sum of both could be too large for int32.
-    kept, bad = [x & (_BAD - 1) for x in flags], [x >> _BAD_BITS for x in flags]
-    return _sum_all(kept), _sum_all(bad)
+def _counts(x: Any) -> bool:
+    """Whether it is a parameter that a mask has not hidden."""
+    return is_inexact(x) and _is_looked_at(x)
 
 
 def _sum_all(arrays: list[jax.Array]) -> jax.Array:

@@ -64,9 +64,11 @@ def guard(
     step is computed twice: once to look. If all entries of the smallest leaves (at most
     1/1024 of all entries, or a part of one leaf) kept their old values, the step counts
     as skipped, as ``NONFINITE_UPDATE``, although counts inside ``inner`` advance. If
-    some did, ``num_partial`` counts it. Gradients whose norm after clipping is above
-    1.8e19 are skipped as ``OVERFLOW``. Without a clip, smaller ones are taken, and a
-    gradient of 1e10 already freezes Adam for thousands of steps: give a clip.
+    some did, ``num_partial`` counts it. If parameters in these leaves were not finite
+    before the step, a non-finite step counts as ``NONFINITE_PARAMS``. Gradients whose
+    norm after clipping is above 1.8e19 are skipped as ``OVERFLOW``. Without a clip,
+    smaller ones are taken, and a gradient of 1e10 already freezes Adam for thousands of
+    steps: give a clip. ``analysis.frozen_moments`` finds the leaves that are frozen.
 
     A non-finite step is never applied. After ``max_consecutive_skips`` of them without
     a step that was taken, the guard sets ``guard_exhausted``, and

@@ -6,9 +6,11 @@ from itertools import groupby
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
+from optax_guard._guarding.readout import is_on_this_host
 from optax_guard._norms.marks import MAX_RUNS, kinds_of_runs, run_size
 from optax_guard._trees import is_inexact, path_names
 
@@ -102,10 +104,13 @@ def _names(block: list[Verdict]) -> str:
 
 
 def bad_parameters(params: Any) -> list[str]:
-    """Names of the parameters that are not finite. Reads all of them, and waits."""
+    """Names of the parameters that are not finite. Reads all of them, and waits.
+
+    Those that are split over several processes are left out.
+    """
     leaves = jax.tree.leaves(params)
     return [
         name
-        for i, name in enumerate(path_names(params))
-        if is_inexact(leaves[i]) and not bool(jax.numpy.isfinite(leaves[i]).all())
+        for x, name in zip(leaves, path_names(params), strict=True)
+        if is_inexact(x) and is_on_this_host(x) and not bool(jnp.isfinite(x).all())
     ]

@@ -96,7 +96,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     )
     leaves, treedef = jax.tree.flatten(scalars)
     rows = {id(leaf): leaf for leaf in leaves}
-    if all(map(_is_on_this_host, rows.values())):
+    if all(map(is_on_this_host, rows.values())):
         # Copies: the buffers may be donated.
         read = (np.array(x)[()] for x in jax.device_get(list(rows.values())))
         by_id = dict(zip(rows, read, strict=True))
@@ -105,7 +105,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     return _compiled_scalars(*scalars)
 
 
-def _is_on_this_host(leaf: Any) -> bool:
+def is_on_this_host(leaf: Any) -> bool:
     """Whether the numbers can be read here and now."""
     if not is_concrete(leaf):
         return False
