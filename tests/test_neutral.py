@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from benchmarks._digits import load_digits
+from benchmarks._layers import by_layer
 from benchmarks._update_bound import bound_update
 from benchmarks.neutral import _analysis, _published, _runs, _tasks
 from benchmarks.neutral._analysis import Cell
@@ -21,7 +22,6 @@ from benchmarks.neutral._contenders import CONTENDERS
 from benchmarks.neutral._runs import (
     QUICK,
     Size,
-    by_layer,
     members_of,
     optimizers_of,
     scores_of,
@@ -125,23 +125,25 @@ def test_stable_adam_slows_down_where_a_gradient_outgrows_its_moments():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("by_leaf", [True, False])
-def test_update_is_bounded_relative_to_the_parameters(by_leaf):
+@pytest.mark.parametrize("scope", ["leaf", "tree", "joint", "sum"])
+def test_update_is_bounded_relative_to_the_parameters(scope):
     params = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2), "c": jnp.ones(1)}
     updates = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([0.0, 9.0]), "c": jnp.ones(1)}
     rms = math.sqrt(26 / 5)
     found = play(
-        bound_update(0.1, 0.06, by_leaf=by_leaf),
+        bound_update(scope, 0.1, 0.06),
         jax.tree.map(lambda x: jnp.stack([x] * 4), updates),
         params,
     )
     for i, tau in enumerate([0.1, 0.1 / math.sqrt(2), 0.06, 0.06]):
-        limits = {"a": 5 * tau, "b": tau * rms * math.sqrt(2), "c": tau * rms}
-        norms = {"a": 1.0, "b": 9.0, "c": 1.0}
+        ratios = {"a": 1 / 5, "b": 9 / (rms * math.sqrt(2)), "c": 1 / rms}
+        of_all = {
+            "tree": math.sqrt(83 / 26),
+            "joint": math.sqrt(sum(r * r for r in ratios.values())),
+            "sum": sum(ratios.values()),
+        }
         for name in params:
-            factor = limits[name] / norms[name]
-            if not by_leaf:
-                factor = tau * math.sqrt(26) / math.sqrt(83)
+            factor = tau / of_all.get(scope, ratios[name])
             np.testing.assert_allclose(
                 found[name][i], min(1, factor) * updates[name], rtol=1e-5
             )

@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.neutral._analysis import Cells, Table, cells_of, read, tabulate
+from benchmarks.neutral._analysis import (
+    Cells,
+    Table,
+    cells_of,
+    read,
+    searched,
+    tabulate,
+    trains,
+)
+from benchmarks.neutral._contenders import SECOND
 
 REFERENCE = "fixed clip"
 OURS = "ours, by leaf", "ours, by tree"
@@ -41,8 +50,6 @@ def rows_of(table: Table) -> list[str]:
 
 def by_task(cells: Cells) -> list[str]:
     """Markdown: for each task the progress after 12 tries, and the width."""
-    from benchmarks.neutral._analysis import searched, trains
-
     tasks = list(dict.fromkeys(task for of in cells.values() for task in of))
     rows = ["| contender | " + " | ".join(tasks) + " |", "|---" + "|---:" * len(tasks)]
     rows[1] += "|"
@@ -57,15 +64,20 @@ def by_task(cells: Cells) -> list[str]:
     return rows
 
 
-def main_comparisons(optimizer: str, table: Table) -> list[str]:
+def main_comparisons(heading: str, table: Table) -> list[str]:
+    """Those of the round that the contenders tell."""
+    is_first = not set(SECOND) <= set(table.measures)
+    pairs = [(name, REFERENCE) for name in (OURS if is_first else SECOND)]
+    if not is_first:
+        pairs += [(name, OURS[0]) for name in SECOND]
     rows = []
-    for name in OURS:
+    for name, other in pairs:
         for measure in MAIN:
-            low, high = table.interval(name, measure, REFERENCE)
-            gain = table.seen(name, measure) - table.seen(REFERENCE, measure)
+            low, high = table.interval(name, measure, other)
+            gain = table.seen(name, measure) - table.seen(other, measure)
             told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
             rows.append(
-                f"* {optimizer}, {name}, {measure}: {gain:+.3f} "
+                f"* {heading}, {name} above {other}, {measure}: {gain:+.3f} "
                 f"[{low:+.3f}, {high:+.3f}], {told}"
             )
     return rows
@@ -85,7 +97,7 @@ def plot(tables: dict[tuple[str, int], Table], steps: int, path: pathlib.Path) -
             ax = axes[i, j]
             seen = np.array([table.seen(name, measure) for name in names])
             ends = np.array([table.interval(name, measure) for name in names]).T
-            colors = ["C3" if name in OURS else "C0" for name in names]
+            colors = ["C3" if name.startswith("ours") else "C0" for name in names]
             ax.hlines(range(len(names)), ends[0], ends[1], colors, linewidth=2)
             ax.scatter(seen, range(len(names)), c=colors, s=25, zorder=3)
             ax.set_yticks(range(len(names)), names, fontsize=9)
@@ -108,8 +120,8 @@ def make_table(folder: pathlib.Path) -> None:
     steps = min(length for _, length in tables)
     print("\nMain comparisons\n")
     for (optimizer, length), table in tables.items():
-        if length == steps:
-            print("\n".join(main_comparisons(optimizer, table)))
+        heading = f"{optimizer}, {length} steps"
+        print("\n".join(main_comparisons(heading, table)))
     for (optimizer, length), table in tables.items():
         print(f"\n{optimizer}, {length} steps, {', '.join(table.tasks)}\n")
         print("\n".join(rows_of(table)))
