@@ -26,6 +26,7 @@ from benchmarks.neutral._runs import (
     optimizers_of,
     scores_of,
 )
+from benchmarks.neutral._tasks import TASKS
 
 DATA = Path(__file__).parent / "data"
 DIGESTS = ["8f26b2bd9d135c25", "8ba4f891220f5e4c"]
@@ -265,7 +266,7 @@ def test_search_is_the_mean_over_all_searches():
 def test_widths_count_decades_and_progress_counts_from_nothing():
     lines = [
         {
-            "task": "t",
+            "task": "RNN",
             "contender": name,
             "optimizer": "SGD",
             "steps": 200,
@@ -281,10 +282,12 @@ def test_widths_count_decades_and_progress_counts_from_nothing():
         }.items()
     ]
     cells = _analysis.cells_of(lines)["SGD", 200]
-    np.testing.assert_allclose(cells["a"]["t"].test[0], [[1, 1], [0.75, 0.25], [0, 0]])
-    np.testing.assert_allclose(cells["a"]["t"].tuning[0, :, 0], [0.5, 0, 0])
-    assert _analysis.trains(cells["a"]["t"], 0).tolist() == [2.0, 1.0]
-    assert _analysis.trains(cells["b"]["t"], 0).tolist() == [2.0, 2.0]
+    np.testing.assert_allclose(
+        cells["a"]["RNN"].test[0], [[1, 1], [0.75, 0.25], [0, 0]]
+    )
+    np.testing.assert_allclose(cells["a"]["RNN"].tuning[0, :, 0], [0.5, 0, 0])
+    assert _analysis.trains(cells["a"]["RNN"], 0).tolist() == [2.0, 1.0]
+    assert _analysis.trains(cells["b"]["RNN"], 0).tolist() == [2.0, 2.0]
     table = _analysis.tabulate(cells)
     assert table.seen("a", "width") == pytest.approx(1.5)
     assert table.seen("a", "near") == 1.0  # Where the mean is 1; b's is 0.9.
@@ -297,8 +300,8 @@ def test_bootstrap_is_paired_and_draws_tasks_and_seeds():
     rng = np.random.default_rng(0)
     base = rng.random((3, 1, 4, 12))
     cells = {
-        "a": {str(i): cell(x, x) for i, x in enumerate(base)},
-        "b": {str(i): cell(x, x + 0.1) for i, x in enumerate(base)},
+        "a": {task: cell(x, x) for task, x in zip(TASKS, base, strict=False)},
+        "b": {task: cell(x, x + 0.1) for task, x in zip(TASKS, base, strict=False)},
     }
     table = _analysis.tabulate(cells)
     # Seeds and tasks differ a lot, but b is 0.1 above a in each.
