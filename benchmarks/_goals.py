@@ -13,6 +13,7 @@ over those cells of model, scale and learning rate in which the unclipped one is
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ import optax
 
 import optax_guard as og
 from benchmarks import _text_run
-from benchmarks._update_bound import bound_update
+from benchmarks._layers import by_layer
+from benchmarks._update_bound import NUMBERS, Scope, bound_update
 
 HEALTHY = 0.05  # Nats above the sweep's best.
 SLOWDOWN = 0.04
@@ -30,18 +32,26 @@ REGRET = {"SGD": 0.05, "Adam": 0.03}
 EXCURSION = 0.01
 
 
-def _bounded(**options: Any) -> Any:
+def _bounded(scope: Scope, layer_axis: Callable[[str], int | None]) -> Any:
     """Of a threshold that it needs not and an optimizer: clipped at 1, and bounded."""
 
     def kind(max_norm: Any, inner: Any) -> Any:
         del max_norm
         clip = optax.clip_by_global_norm(1.0)
-        return optax.chain(clip, inner, bound_update(**options))
+        bound: Any = bound_update(scope)
+        if scope in ("joint", "sum"):
+            bound = by_layer(bound, layer_axis)
+        return optax.chain(clip, inner, bound)
 
     return kind
 
 
-BOUNDS = {"bound by leaf": _bounded(), "bound by tree": _bounded(by_leaf=False)}
+BOUNDS = [f"bound, {scope}" for scope in NUMBERS]
+
+
+def bounds_of(layer_axis: Callable[[str], int | None]) -> dict[str, Any]:
+    """The bounds, as kinds; those that add up ratios see the layers of a stack."""
+    return {f"bound, {scope}": _bounded(scope, layer_axis) for scope in NUMBERS}
 
 
 def slowdown(settings: list[dict[str, Any]], name: str) -> float:
@@ -64,8 +74,10 @@ def bad_batches(seeds: int, first_seed: int) -> dict[str, dict[str, float]]:
     contenders = {
         "optax 1": og.guard(adamw, clip=1.0),
         **{
-            name: og.guard(optax.chain(adamw, bound_update(by_leaf=leaf)), clip=1.0)
-            for name, leaf in zip(BOUNDS, (True, False), strict=True)
+            f"bound, {scope}": og.guard(
+                optax.chain(adamw, bound_update(scope)), clip=1.0
+            )
+            for scope in NUMBERS
         },
     }
     faults = [fault.batches(settings.half) for fault in FAULTS.values()]

@@ -37,16 +37,20 @@ class Model(NamedTuple):
 
 
 def text_model(kind: str, settings: _text_run.Settings) -> Model:
-    """A model of characters: `"rnn"`, `"lstm"` or `"transformer"`."""
+    """A model of characters: `"rnn"`, `"lstm"`, `"[deep ]transformer"`."""
     text = load_text()
     held_out = _text_run.held_out_windows(text.validation, settings)
     size = len(text.characters)
     counts = np.bincount(text.train, minlength=size)
     # Each once more, for those that only the held-out part has.
     surprise = -np.log((counts + 1) / np.sum(counts + 1))
-    init, loss_of = {"rnn": _rnn, "lstm": _lstm, "transformer": _transformer}[kind](
-        settings, size
-    )
+    kinds = {
+        "rnn": _rnn,
+        "lstm": _lstm,
+        "transformer": _transformer,
+        "deep transformer": functools.partial(_transformer, depth=12),
+    }
+    init, loss_of = kinds[kind](settings, size)
     return Model(
         init=init,
         loss_of=loss_of,
@@ -148,9 +152,9 @@ def _rnn(settings: _text_run.Settings, vocabulary: int) -> Any:
     return init, loss_of
 
 
-def _transformer(settings: _text_run.Settings, vocabulary: int) -> Any:
-    """Two blocks of two heads, normalised before each; norms have no parameters."""
-    width, depth, heads = settings.width, 2, 2
+def _transformer(settings: _text_run.Settings, vocabulary: int, depth: int = 2) -> Any:
+    """Blocks of two heads, normalised before each; norms have no parameters."""
+    width, heads = settings.width, 2
 
     def init(key: jax.Array) -> Any:
         blocks, rest = jax.random.split(key)

@@ -1,18 +1,34 @@
-"""A bound on the update relative to the parameters, to be chained after an optimizer.
+"""Bounds on the update relative to the parameters, to be chained after an optimizer.
 
-    |u| <= tau_t * max(|theta|, RMS(theta) * sqrt(n)),
-    tau_t = max(floor, start / sqrt(t)), t from 1,
+The ratio of a leaf of n entries is r = |u| / max(|theta|, RMS(theta) * sqrt(n)), RMS
+over all parameters, so that leaves of zeros can still move. At each step, t from 1,
+tau = max(floor, start / sqrt(t)), and what is bounded is, by scope,
 
-for each leaf of n entries, or for the whole tree; RMS over all parameters, so that
-leaves of zeros can still move.
+* leaf: each ratio, by a factor for each leaf;
+* tree: |u| / |theta| of the whole tree;
+* joint: the root of the sum of all ratios squared;
+* sum: the sum of all ratios, which is about how much all layers together can change
+  what a network computes (Bernstein et al., "On the distance between two neural
+  networks and the stability of learning", 2020).
+
+All but the first scale the whole update by one factor.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+Scope = Literal["leaf", "tree", "joint", "sum"]
+# Start and floor of each.
+NUMBERS: dict[Scope, tuple[float, float]] = {
+    "leaf": (0.1, 0.01),
+    "tree": (0.1, 0.01),
+    "joint": (0.2, 0.01),
+    "sum": (0.5, 0.025),
+}
 
 
 class UpdateBoundState(NamedTuple):
@@ -20,9 +36,11 @@ class UpdateBoundState(NamedTuple):
 
 
 def bound_update(
-    start: Any = 0.1, floor: Any = 0.01, *, by_leaf: bool = True
+    scope: Scope = "leaf", start: Any = None, floor: Any = None
 ) -> optax.GradientTransformation:
     """Scales updates down to the bound; those that are not finite pass."""
+    start = NUMBERS[scope][0] if start is None else start
+    floor = NUMBERS[scope][1] if floor is None else floor
 
     def init(params: Any) -> UpdateBoundState:
         del params
@@ -34,21 +52,25 @@ def bound_update(
         whole = optax.tree.norm(params)
         size = sum(x.size for x in jax.tree.leaves(params))
 
-        def leaf(u: jax.Array, p: jax.Array) -> jax.Array:
-            share = math.sqrt(p.size / size)
-            limit = tau * jnp.maximum(optax.tree.norm(p), whole * share)
-            return u * _factor(optax.tree.norm(u), limit)
+        def ratio(u: jax.Array, p: jax.Array) -> jax.Array:
+            least = whole * math.sqrt(p.size / size)
+            return optax.tree.norm(u) / jnp.maximum(optax.tree.norm(p), least)
 
-        if by_leaf:
-            updates = jax.tree.map(leaf, updates, params)
+        if scope == "tree":
+            ratios = optax.tree.norm(updates) / whole
         else:
-            factor = _factor(optax.tree.norm(updates), tau * whole)
-            updates = jax.tree.map(lambda u: u * factor, updates)
-        return updates, UpdateBoundState(seen)
+            ratios = jax.tree.map(ratio, updates, params)
+        if scope == "leaf":
+            scaled = jax.tree.map(lambda u, r: u * _factor(r, tau), updates, ratios)
+        else:
+            order = 1 if scope == "sum" else 2
+            factor = _factor(optax.tree.norm(ratios, ord=order), tau)
+            scaled = jax.tree.map(lambda u: u * factor, updates)
+        return scaled, UpdateBoundState(seen)
 
     return optax.GradientTransformation(init, update)
 
 
-def _factor(norm: jax.Array, limit: jax.Array) -> jax.Array:
-    is_above = norm > limit
-    return jnp.where(is_above, limit / jnp.where(is_above, norm, 1.0), 1.0)
+def _factor(ratio: jax.Array, tau: jax.Array) -> jax.Array:
+    is_above = ratio > tau
+    return jnp.where(is_above, tau / jnp.where(is_above, ratio, 1.0), 1.0)

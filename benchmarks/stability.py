@@ -169,7 +169,7 @@ def kinds_of(model: _models.Model) -> dict[str, Callable[[Any, Any], Any]]:
         return lambda max_norm, inner: optax.chain(clip(max_norm), inner)
 
     clips = {name: before(clip) for name, clip in clips_of(model).items()}
-    return clips | _goals.BOUNDS
+    return clips | _goals.bounds_of(model.layer_axis)
 
 
 def make_inputs(model: _models.Model, settings: Settings) -> tuple[Any, ...]:

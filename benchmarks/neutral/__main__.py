@@ -22,9 +22,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, help="the folder to write to")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--part", choices=["A", "B"])
+    what.add_argument("--part", choices=["A", "B", "C"])
     what.add_argument("--quick", action="store_true", help="a dry run on a CPU")
     what.add_argument("--table", type=pathlib.Path, help="the folder of both parts")
+    parser.add_argument("--round", type=int, choices=[1, 2], default=1)
     parser.add_argument(
         "--seconds", type=float, default=470, help="begin nothing new after these"
     )
@@ -47,7 +48,7 @@ def main() -> None:
         sys.exit("JAX finds only a CPU. `--quick` is a dry run on it.")
     from benchmarks.neutral._study import run_part
 
-    run_part(args.part, out, args.seconds)
+    run_part(args.part, args.round, out, args.seconds)
 
 
 if __name__ == "__main__":

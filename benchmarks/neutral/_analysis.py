@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.neutral._tasks import TASKS
+
 REPLICATES = 10_000
 TRAINS, NEAR = 0.5, 0.95
 SEARCHES = 12, 4, 52
@@ -159,7 +161,7 @@ class Table(NamedTuple):
 
 def tabulate(cells: Cells) -> Table:
     """All measures of those contenders that ran on all tasks."""
-    tasks = list(dict.fromkeys(task for of in cells.values() for task in of))
+    tasks = [task for task in TASKS if any(task in of for of in cells.values())]
     complete = {name: of for name, of in cells.items() if set(of) == set(tasks)}
     num_seeds = next(iter(next(iter(complete.values())).values())).test.shape[-1]
     draws = draw(len(tasks), num_seeds)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks._layers import by_layer
 from benchmarks.neutral._contenders import Contender, Run, sgd_or_adam
 from benchmarks.neutral._tasks import BATCH, Task
 
@@ -20,17 +21,20 @@ class Size(NamedTuple):
 
     tuning_seeds: int = 4
     test_seeds: int = 12
+    first_test_seed: int = 1000
     rates: int = 13
     evaluations: int = 20
     steps: tuple[int, ...] = (200, 1000)
 
 
+# By round.
+SIZES = {1: Size(), 2: Size(first_test_seed=2000)}
 QUICK = Size(tuning_seeds=1, test_seeds=1, rates=2, evaluations=5, steps=(5,))
 
 
 def seeds_of(size: Size) -> np.ndarray:
     """Those for tuning, then those for the test."""
-    test = 1000 + np.arange(size.test_seeds)
+    test = size.first_test_seed + np.arange(size.test_seeds)
     return np.concatenate([np.arange(size.tuning_seeds), test])
 
 
@@ -61,32 +65,6 @@ def members_of(contender: Contender, size: Size) -> dict[str, np.ndarray]:
         "learning_rate": rates.astype(np.float32)[at[0], at[2]],
         "seed": at[3].astype(np.int32),
     }
-
-
-def by_layer(tx: Any, layer_axis: Callable[[str], int | None]) -> Any:
-    """Shows a transformation each layer of a stack as a leaf of its own."""
-    tx = optax.with_extra_args_support(tx)
-
-    def apart(tree: Any) -> Any:
-        def leaf(path: Any, x: jax.Array) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return x if layer_axis(name) is None else tuple(x)
-
-        return jax.tree_util.tree_map_with_path(leaf, tree)
-
-    def together(like: Any, tree: Any) -> Any:
-        def leaf(_: Any, x: Any) -> jax.Array:
-            return jnp.stack(x) if isinstance(x, tuple) else x
-
-        return jax.tree.map(leaf, like, tree)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        new, state = tx.update(apart(updates), state, apart(params), **extra)
-        return together(updates, new), state
-
-    return optax.GradientTransformationExtraArgs(
-        lambda params: tx.init(apart(params)), update
-    )
 
 
 def make_runs(

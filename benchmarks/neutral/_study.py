@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.neutral._contenders import CONTENDERS, Contender
+from benchmarks.neutral._contenders import CONTENDERS, SECOND, Contender
 from benchmarks.neutral._runs import (
     QUICK,
+    SIZES,
     Size,
     inputs_of,
     lower,
@@ -103,28 +104,31 @@ def short(scores: np.ndarray) -> Any:
     return float(f"{scores:.5g}") if math.isfinite(scores) else None
 
 
-def programs_of(tasks: tuple[str, ...], size: Size) -> list[Program]:
+def programs_of(
+    tasks: tuple[str, ...], size: Size, contenders: dict[str, Contender]
+) -> list[Program]:
     """Each contender on each task; if quick, on one task only, in turns."""
     made = {name: TASKS[name]() for name in tasks}
     inputs = {name: inputs_of(task, size) for name, task in made.items()}
     return [
         Program(task, made[task], name, contender, inputs[task])
-        for i, (name, contender) in enumerate(CONTENDERS.items())
+        for i, (name, contender) in enumerate(contenders.items())
         for j, task in enumerate(tasks)
         if size is not QUICK or i % len(tasks) == j
     ]
 
 
-def run_part(part: str | None, out: pathlib.Path, seconds: float) -> None:
-    """Runs a part, or, if it is None, a few steps of everything."""
-    size = Size() if part else QUICK
+def run_part(part: str | None, number: int, out: pathlib.Path, seconds: float) -> None:
+    """Runs a part of a round, or, if it is None, a few steps of everything."""
+    size = SIZES[number] if part else QUICK
+    contenders = CONTENDERS if part and number == 1 else CONTENDERS | SECOND
     tasks = PARTS[part] if part else tuple(TASKS)
     out.mkdir(parents=True, exist_ok=True)
     study = Study(out / f"neutral_{part or 'quick'}.jsonl", size, seconds)
     print(f"seeds {seeds_of(size).tolist()}, {jax.devices()[0].device_kind}")
     waiting: list[tuple[Program, Future[Any]]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for program in programs_of(tasks, size):
+        for program in programs_of(tasks, size, contenders):
             lowered = lower(program.task, program.contender, size, program.inputs)
             waiting.append((program, pool.submit(study.compile, program, lowered)))
         print(f"{study.seconds():6} all lowered")

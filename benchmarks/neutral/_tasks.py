@@ -194,8 +194,10 @@ TASKS = {
     "LSTM": functools.partial(_text, "lstm"),
     "transformer": functools.partial(_text, "transformer"),
     "policy": _policy,
+    "deep transformer": functools.partial(_text, "deep transformer"),
 }
 PARTS = {
     "A": ("RNN", "perceptron", "convolutional"),
     "B": ("LSTM", "transformer", "policy"),
+    "C": ("deep transformer",),  # Of the second round only.
 }

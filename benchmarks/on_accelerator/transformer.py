@@ -64,6 +64,7 @@ COLORS = {
     BASE: "#E69F00",
     "guard(clip=1.0)": "#0072B2",
     "guard(clip=1.0, skip=spike())": "#009E73",
+    "auto": "#CC79A7",
 }
 
 
@@ -143,6 +144,7 @@ def optimizers(size: Size) -> dict[str, Any]:
         "guard(clip=1.0, skip=spike())": og.guard(
             adamw(), clip=1.0, skip=og.skip.spike()
         ),
+        "auto": og.auto(adamw()),
     }
 
 
