@@ -176,4 +176,4 @@ def test_bad_batches_leave_no_trace_in_trees_of_haiku():
     assert same_bits(trained[:2], expected[:2])
     assert not same_bits(trained[0], params)
     assert same_bits(og.unwrap_state(trained[2]), og.unwrap_state(expected[2]))
-    assert og.skipped_steps(trained[2], params)[0].leaf == "mlp/~/linear_0/b"
+    assert og.skipped_steps(trained[2], params)[0].leaf == "mlp/~/linear_0/w"

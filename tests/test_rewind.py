@@ -153,7 +153,7 @@ def test_exhausted_guard_goes_back_before_there_is_a_best(tmp_path):
     """And so does a value that is not finite, without a guard's help."""
     values = {2: 0.5, 4: 2.0, 6: 1.0}
     with pytest.warns(
-        UserWarning, match=r"(?s)to the checkpoint of step 0.*times 1 and .*first in w"
+        UserWarning, match=r"(?s)to the checkpoint of step 0.*times 1 and .*NaN in w"
     ):
         result = run(
             tmp_path,

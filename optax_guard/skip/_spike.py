@@ -76,8 +76,8 @@ def spike(
     skips nothing.
 
     Values of skipped steps do not enter the window, so a row of bad batches that look
-    plausible cannot hide itself. Such a row and a lasting rise of the loss look alike;
-    only their length tells them apart. After ``max_consecutive`` skipped steps the rule
+    plausible cannot hide itself. Such a row, a lasting rise of the loss, and parameters
+    that one step has damaged look alike; only their length tells them apart. After ``max_consecutive`` skipped steps the rule
     lets the next finite step through and empties its windows, so it learns the new
     level. A lasting rise therefore costs ``max_consecutive`` healthy steps. Of a longer
     row of bad batches the rest is taken: `optax_guard.loops.Rewind` with ``max_rise``
