@@ -77,11 +77,12 @@ def spike(
 
     Values of skipped steps do not enter the window, so a row of bad batches that look
     plausible cannot hide itself. Such a row, a lasting rise of the loss, and parameters
-    that one step has damaged look alike; only their length tells them apart. After ``max_consecutive`` skipped steps the rule
-    lets the next finite step through and empties its windows, so it learns the new
-    level. A lasting rise therefore costs ``max_consecutive`` healthy steps. Of a longer
-    row of bad batches the rest is taken: `optax_guard.loops.Rewind` with ``max_rise``
-    is for that. (`benchmarks/README.md`, "Bad batches".)
+    that one step has damaged look alike; only their length tells them apart. After
+    ``max_consecutive`` skipped steps the rule lets the next finite step through and
+    empties its windows, so it learns the new level. A lasting rise therefore costs
+    ``max_consecutive`` healthy steps. Of a longer row of bad batches the rest is taken:
+    `optax_guard.loops.Rewind` with ``max_rise`` is for that. (`benchmarks/README.md`,
+    "Bad batches".)
 
     OLMo-core and MaxText's rule is ``spike(sigma, window, watch=("grad_norm",
     "value"), skipped="enter", min_deviation=0, min_history=max(2, window // 2) - 1)``.
