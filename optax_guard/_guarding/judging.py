@@ -110,7 +110,17 @@ def is_lost_in_rounding(stats: NormStats, tree: Any) -> jax.Array:
     # distance is at least half of epsilon times the number.
     coarsest = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
     # Strictly smaller, because zeros have not vanished.
-    return stats.clipped_norm < stats.grad_norm * (coarsest / 4)
+    return _finite_norm_after(stats) < NormStats.grad_norm.kept_in(stats).last * (
+        coarsest / 4
+    )
+
+
+def _finite_norm_after(stats: NormStats) -> jax.Array:
+    """The norm after clipping in a step whose gradients are finite.
+
+    To decode it would make a NaN, which alarms a debugger of NaNs.
+    """
+    return NormStats.clipped_norm.kept_in(stats).last
 
 
 class Judged(NamedTuple):
@@ -186,7 +196,7 @@ def _is_too_large(measured: Measurement, stats: NormStats) -> jax.Array:
     """Whether float32 cannot hold the square of the norm after clipping."""
     if measured.norm.value.dtype == jnp.float64:
         return jnp.zeros((), jnp.bool_)
-    return stats.clipped_norm > _LARGEST_TO_SQUARE
+    return _finite_norm_after(stats) > _LARGEST_TO_SQUARE
 
 
 def recorded(
