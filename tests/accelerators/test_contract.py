@@ -338,6 +338,9 @@ def is_moment(x: Any, case: Case) -> bool:
 
 class TestManyLeaves:
     def test_global_scope_is_one_read_and_two_all_reduces(self, platform):
+        """One test, so that the step is compiled once: that takes most of a minute."""
+        if platform == "h100":
+            cost("adamw", Case(platform))  # The compiler's own start.
         case = Case(platform, leaves=400)
         measured = cost(GUARDED, case)
         # Plain AdamW makes 7.02 and Optax's clip 8.04 on v5e: small arrays are padded.
@@ -347,6 +350,18 @@ class TestManyLeaves:
         assert measured.conditionals == 0
         assert measured.host_transfers == 0
         assert is_donated(measured, case)
+        if platform == "v5e":
+            # Optax's clip takes a minute to compile.
+            most = recorded()[OPTAX_CLIP, case].temp_bytes + 2e6
+            assert measured.temp_bytes <= most
+            return
+        plain = cost("adamw", case)
+        assert measured.fusions <= 2 * plain.fusions
+        # Optax's clip, which takes more than that, takes a minute to compile.
+        assert measured.temp_bytes <= plain.temp_bytes + 2e6
+        # To choose between old and new state already takes twice AdamW's time, and to
+        # choose for each entry twice that.
+        assert measured.compile_seconds <= 6 * plain.compile_seconds
 
     @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
     def test_leaf_scope_is_a_few_all_reduces(self, platform):
@@ -356,13 +371,6 @@ class TestManyLeaves:
         assert measured.other_collectives == 0
         assert measured.conditionals == 0
         assert measured.host_transfers == 0
-
-    @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
-    def test_temporaries_are_no_more_than_those_of_a_norm(self, platform):
-        case = Case(platform, leaves=400)
-        # Optax's clip takes a minute to compile.
-        most = recorded()[OPTAX_CLIP, case].temp_bytes + 2e6
-        assert cost(GUARDED, case).temp_bytes <= most
 
     @pytest.mark.parametrize("platform", [on("v5e")], indirect=True)
     def test_a_stacked_vector_of_sums_is_several_all_reduces(self, platform):
@@ -378,18 +386,6 @@ class TestManyLeaves:
         clip = optax.GradientTransformation(lambda params: optax.EmptyState(), stacked)
         variant = Variant(lambda: optax.chain(clip, adamw()))
         assert cost_of(variant, Case(platform, leaves=200)).all_reduces > 1
-
-    @pytest.mark.parametrize("platform", [on("h100")], indirect=True)
-    def test_global_scope_takes_at_most_twice_the_kernels_of_adamw(self, platform):
-        cost("adamw", Case(platform))  # The compiler's own start.
-        case = Case(platform, leaves=400)
-        plain, guarded = cost("adamw", case), cost(GUARDED, case)
-        assert guarded.fusions <= 2 * plain.fusions
-        # Optax's clip, which takes more than that, takes a minute to compile.
-        assert guarded.temp_bytes <= plain.temp_bytes + 2e6
-        # To choose between old and new state already takes twice AdamW's time, and to
-        # choose for each entry twice that.
-        assert guarded.compile_seconds <= 6 * plain.compile_seconds
 
     @pytest.mark.parametrize("are_named", [True, False])
     def test_leaves_sharded_differently_stay_where_they_are(self, platform, are_named):
