@@ -115,7 +115,7 @@ def told_by(
       unchecked: Mesh axes.
     """
     found = [] if kept is None else [x for x in kept.of_params if x is not None]
-    olds = [x for x in jax.tree.leaves(params) if _counts(x)]
+    olds = [x for x in jax.tree.leaves(params) if _is_looked_at(x)]
     bad = _smallest(found)
     # Two reductions for each leaf: XLA for GPUs fuses them with others, and would make
     # a kernel of one that counts both.
@@ -140,11 +140,6 @@ def _smallest(leaves: list[jax.Array]) -> list[jax.Array]:
             break
         chosen.append(x)
     return chosen or [_few(x) for x in leaves[:1]]
-
-
-def _counts(x: Any) -> bool:
-    """Whether it is a parameter that a mask has not hidden."""
-    return is_inexact(x) and _is_looked_at(x)
 
 
 def _sum_all(arrays: list[jax.Array]) -> jax.Array:
