@@ -98,7 +98,9 @@ def guard(
         float32 cannot hold is not applied. The norm must be known before anything is
         written: compiled for v5e and H100, a step of float32 has 11.0 and 11.6 passes
         over the parameters instead of 8.0, one of bfloat16 13.0 and 12.0, and the
-        updates are a temporary array.
+        updates are a temporary array. An H100 took 1.4 to 2.5 times as long for the
+        step of the optimizer, 1.5 % of a whole step of a transformer. A CPU took 3.3
+        times AdamW's time instead of 2.5.
       max_consecutive_skips: Non-finite steps that are too many if none was taken in
         between; a whole number of at least 1, may be traced. Steps that a rule skips do
         not count.
