@@ -644,21 +644,26 @@ def test_complex_entries_are_kept_for_either_part():
     # A rate that is infinite in one part of one entry, and finite elsewhere.
     rates = jnp.array([1.0, complex(1.0, math.inf), complex(math.inf, 1.0)])
     inner = optax.stateless(lambda g, p: jax.tree.map(lambda x: -rates * x, g))
-    params = {"z": jnp.full(3, 1 + 2j), "one": jnp.ones(1)}
+    params: Any = {"z": jnp.full(3, 1 + 2j), "one": jnp.ones(1)}
     grads = {"z": jnp.full(3, 0.5 + 0j), "one": jnp.zeros(1)}
     tx: Any = og.guard(optax.masked(inner, {"z": True, "one": False}))
-    new, state = og.apply_gradients(tx, params, tx.init(params), grads=grads)
+    after: Any = og.apply_gradients(tx, params, tx.init(params), grads=grads)
+    new, state = after
     np.testing.assert_array_equal(new["z"], [0.5 + 2j, 1 + 2j, 1 + 2j])
     assert (state.num_partial, state.num_skipped) == (1, 0)
 
 
 def test_number_that_was_infinite_before_is_that_of_the_optimizer():
     # As a line search starts: from infinity it may go to any other number.
+    def update(g: Any, state: Any, params: Any = None) -> Any:
+        del state, params
+        return g, jnp.full(2, -math.inf)
+
     inner = optax.GradientTransformation(
-        lambda params: jnp.array([math.inf, 0.0]),
-        lambda g, state, params=None: (g, jnp.full(2, -math.inf)),
+        lambda params: jnp.array([math.inf, 0.0]), update
     )
     tx: Any = og.guard(inner)
     params = jnp.ones(3)
-    _, state = og.apply_gradients(tx, params, tx.init(params), grads=jnp.ones(3))
+    after: Any = og.apply_gradients(tx, params, tx.init(params), grads=jnp.ones(3))
+    state = after[1]
     np.testing.assert_array_equal(state.wrapped_state, [-math.inf, 0.0])
