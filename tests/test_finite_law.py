@@ -655,9 +655,9 @@ def test_complex_entries_are_kept_for_either_part():
 
 def test_number_that_was_infinite_before_is_that_of_the_optimizer():
     # As a line search starts: from infinity it may go to any other number.
-    def update(g: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         del state, params
-        return g, jnp.full(2, -math.inf)
+        return updates, jnp.full(2, -math.inf)
 
     inner = optax.GradientTransformation(
         lambda params: jnp.array([math.inf, 0.0]), update
