@@ -461,7 +461,18 @@ def step_of(name: str) -> Step:
 
 
 def over_names(names: Iterable[str]) -> pytest.MarkDecorator:
-    cases = [case(name, id=name, is_short=name in SHORT) for name in names]
+    cases = [
+        pytest.param(
+            name,
+            id=name,
+            # A compiled step is kept, so the tests of a form share a process.
+            marks=[
+                pytest.mark.xdist_group(name),
+                *([] if name in SHORT else [pytest.mark.full]),
+            ],
+        )
+        for name in names
+    ]
     return pytest.mark.parametrize("name", cases)
 
 

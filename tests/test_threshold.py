@@ -251,6 +251,8 @@ RULES = {
         1.2, warmup=WARMUP, warmup_max_norm=None
     ),
 }
+# What a rule has played is kept, so its tests share a process.
+NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RULES]
 FOLLOWS = {name: rule for name, rule in RULES.items() if "quantile" not in name}
 NOISE = np.exp(0.1 * np.random.default_rng(0).normal(size=400)).astype(np.float32)
 FAULTS = [math.nan, math.inf, 1e30, 1e-30, 0.0]
@@ -313,7 +315,7 @@ def steps_to_recover(name, key, first):
     return max(0, *(np.arange(1, 401) * is_off)) - first if is_off.any() else 0
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_nonfinite_is_kept_and_nothing_is_frozen(name):
     for key, (clipped, trigger, last) in played(name).items():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(last))
@@ -325,7 +327,7 @@ def test_nothing_nonfinite_is_kept_and_nothing_is_frozen(name):
             assert (clipped[-100:] > 0.5 * norms[-100:])[ordinary[-100:]].all()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_single_bad_norm_is_forgotten(name):
     for fault in FAULTS:
         for phase in PHASES:
@@ -334,14 +336,14 @@ def test_single_bad_norm_is_forgotten(name):
             assert steps <= (0 if phase > WARMUP else 2 * WARMUP), (fault, phase)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_bad_norms_after_one_another_are_forgotten(name):
     for first in FAULTS:
         for second in FAULTS:
             assert steps_to_recover(name, ("pair", first, second), 202) <= 0
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_run_of_bad_norms_is_survived(name):
     # These keep a large norm until the 40 are less than a tenth of the weight.
     most = {"quantile": 160, "quantile forgets": 110}.get(name, 2 * WARMUP)
@@ -413,7 +415,7 @@ def test_forgetting_quantile_follows_a_lasting_rise():
     assert played("quantile forgets")["rise at 200"][1][200 + 8] > 4
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_constant_norms_always_pass(name):
     for value in CONSTANTS:
         if value < 1 or name not in ("zscore capped", "relative"):
@@ -446,14 +448,14 @@ def test_no_variance_is_no_lock():
     assert same_bits(played("zscore")["slow rise"][0], SEQUENCES["slow rise"])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_spike_is_clipped_in_steady_state(name):
     clipped, trigger, _ = played(name)["spikes"]
     assert clipped[[200, 250]].max() < 2
     assert trigger[250] < 2
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_zero_norm_is_no_news(name):
     trigger = played(name)["zeros between"][1]
     is_new = SEQUENCES["zeros between"] > 0
