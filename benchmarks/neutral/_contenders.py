@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from benchmarks import _peers
@@ -35,27 +33,6 @@ class Contender(NamedTuple):
     settings: tuple[tuple[float, ...], ...]
     meaning: str
     is_for_sgd: bool = True
-
-
-def sgd_or_adam(is_adam: Any, learning_rate: Any) -> optax.GradientTransformation:
-    """Either, by a traced choice: most of the time here goes into compiling."""
-    both = optax.trace(decay=0.9), optax.scale_by_adam()
-
-    def init(params: Any) -> Any:
-        return tuple(each.init(params) for each in both)
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        del params
-        (by_sgd, sgd), (by_adam, adam) = (
-            each.update(updates, of_each)
-            for each, of_each in zip(both, state, strict=True)
-        )
-        steps = jax.tree.map(
-            lambda a, b: -learning_rate * jnp.where(is_adam, a, b), by_adam, by_sgd
-        )
-        return steps, (sgd, adam)
-
-    return optax.GradientTransformation(init, update)
 
 
 def _before(rule: Callable[..., Any]) -> Callable[..., Any]:

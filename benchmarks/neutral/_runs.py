@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 from benchmarks._layers import by_layer
-from benchmarks.neutral._contenders import Contender, Run, sgd_or_adam
+from benchmarks.neutral._contenders import Contender, Run
 from benchmarks.neutral._tasks import BATCH, Task
+from benchmarks.stability import sgd_or_adam
 
 # The lowest and highest learning rate of each.
 OPTIMIZERS = {"SGD": (0.003, 3.0), "Adam": (0.0003, 0.3)}

@@ -26,9 +26,10 @@ def wrap_state(
 ) -> Any:
     """Puts the optimizer state of a run into a guard.
 
-    Guard, clip and thresholds start afresh. The state of the optimizer inside is
-    ``old_opt_state``. On clean data below the threshold the run goes on as it would
-    have without the guard.
+    Guard, clip and thresholds start afresh, but ``threshold.relative_to_params`` in
+    ``max_update`` counts on from the optimizer's ``count``. The state of the optimizer
+    inside is ``old_opt_state``. On clean data below the threshold the run goes on as it
+    would have without the guard.
 
     Args:
       tx: The ``guard``, or the ``accumulate`` around one, from now on.

@@ -46,8 +46,9 @@ def relative_to_params(
     with large steps.
 
     Args:
-      ratio: The ratio :math:`r` in the long run. A healthy step of Adam changes
-        parameters by a ratio of about 0.001.
+      ratio: The ratio :math:`r` in the long run. Adam moves each parameter by about the
+        learning rate, so its own ratio is that rate divided by the root mean square of
+        the parameters.
       start: The ratio :math:`s` at the first update; it falls as :math:`1/\sqrt t` to
         ``ratio``. For a constant bound, make it equal to ``ratio``.
       min_rms: The smallest root mean square that is assumed of the parameters, in
