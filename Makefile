@@ -66,7 +66,7 @@ QUICK := OPTAX_GUARD_TEST_CODEGEN=quick
 CACHE := OPTAX_GUARD_TEST_CACHE=$(abspath .cache/jax)
 PYTEST = $(CACHE) $(abspath $(PY)) -m pytest -n $(WORKERS) --dist loadgroup
 # pyproject.toml selects the short tier. This selects both tiers.
-BOTH := -m 'not multihost'
+BOTH := -m 'not multihost and not soak'
 
 .PHONY: test
 test: .venv/installed  ## run the short tier: the tests of a change, within five minutes
@@ -75,7 +75,7 @@ test: .venv/installed  ## run the short tier: the tests of a change, within five
 # `make test-all` is `make test` and `make test-rest`, or the tests that ARGS names.
 .PHONY: test-all test-rest
 ifeq ($(ARGS),)
-test-all: test test-rest  ## run all tests: studies, the whole law table, the wheel
+test-all: test test-rest  ## run both tiers: studies, every optimizer, the wheel
 else
 test-all: .venv/installed
 	$(QUICK) $(PYTEST) $(BOTH) $(ARGS)
@@ -192,8 +192,9 @@ coverage: .venv/installed-mutants  ## lines and branches of the core that its te
 	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/%s.py,' $(CORE))"
 
 .PHONY: soak
-soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`
+soak: .venv/installed  ## a million steps, fifty kills, every optimizer in every dtype
 	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 $(BOTH) tests/test_soak.py tests/test_faults.py
+	$(QUICK) $(PYTEST) -m soak
 
 # Executed notebooks go to OUT; `make notebooks OUT=notebooks` renews the committed ones.
 # Side by side, because most of the time is compilation, on one core; a cell that raises

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import doctest
+import gc
 import inspect
 import os
 from importlib.metadata import version
@@ -74,6 +75,12 @@ import pytest  # noqa: E402 - as JAX, which its plugins import
 
 from tests.strategies import in_force  # noqa: E402 - imports JAX
 from tests.tiers import is_full  # noqa: E402 - beside the line above
+
+# Traces are full of objects that live long: looking through them for cycles as often as
+# Python does by default takes a tenth of the time.
+gc.set_threshold(100_000, 50, 50)
+# No test reads the stack of Python from a compiled program.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 _find_module = doctest.DocTestFinder._from_module  # pyright: ignore
 

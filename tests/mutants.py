@@ -30,7 +30,10 @@ from cosmic_ray.work_item import (
 CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 PYTEST = f"{sys.executable} -m pytest -x -q -n 0 -p no:cacheprovider"
 # The marks that a tier selects.
-TIERS = {"short": "not multihost and not full", "full": "not multihost"}
+TIERS = {
+    "short": "not multihost and not full and not soak",
+    "full": "not multihost and not soak",
+}
 
 
 class Count(NamedTuple):

@@ -7,7 +7,7 @@ parameters and the state before it: NumPy finds which of its entries must be kep
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -372,6 +372,8 @@ def check_optimizer(name: str, dtype: str) -> None:
 
 # Optax alone raises a `TypeError` if gradients have another dtype than parameters.
 ONE_DTYPE = {"galore", "lbfgs", "mechanize", "novograd"}
+# In every dtype, whatever comes of the turns below.
+ALL = {"adamw", "lion", "muon", "sgd momentum"}
 SHORT = [
     ("adam", "f32"),
     ("adamw", "f16"),
@@ -386,17 +388,19 @@ def test_what_was_finite_stays_finite(optimizer, dtype):
     check_optimizer(optimizer, dtype)
 
 
+def rest() -> Iterator[Any]:
+    """All others: one of each optimizer is of the full tier, in turns of the dtypes."""
+    for i, optimizer in enumerate(OPTIMIZERS):
+        dtypes = [d for d in DTYPES if d != "mixed" or optimizer not in ONE_DTYPE]
+        for dtype in dtypes:
+            if (optimizer, dtype) not in SHORT:
+                is_one = optimizer in ALL or dtype == dtypes[i % len(dtypes)]
+                marks = pytest.mark.full if is_one else pytest.mark.soak
+                yield pytest.param(optimizer, dtype, marks=marks)
+
+
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("optimizer", "dtype"),
-    [
-        (optimizer, dtype)
-        for optimizer in OPTIMIZERS
-        for dtype in DTYPES
-        if (optimizer, dtype) not in SHORT
-        and not (dtype == "mixed" and optimizer in ONE_DTYPE)
-    ],
-)
+@pytest.mark.parametrize(("optimizer", "dtype"), list(rest()))
 def test_what_was_finite_stays_finite_with_every_optimizer(optimizer, dtype):
     check_optimizer(optimizer, dtype)
 

@@ -256,7 +256,7 @@ TYPICAL = {
 
 ONE_GUARD = {"guard of norm by a number", "guard of norm by zscore"}
 # `make test` runs of the product only these: every pair of a scope, a threshold and an
-# action is among them.
+# action is among them. `make soak` runs the rest.
 OTHERS = FORMS.keys() - product().keys()
 SHORT = (
     OTHERS | ONE_GUARD | {named(*row) for row in all_pairs(SCOPES, THRESHOLDS, ACTIONS)}
@@ -264,7 +264,7 @@ SHORT = (
 
 
 def case(*values: Any, id: str, is_short: bool) -> Any:
-    return pytest.param(*values, id=id, marks=[] if is_short else pytest.mark.full)
+    return pytest.param(*values, id=id, marks=[] if is_short else pytest.mark.soak)
 
 
 def over(
@@ -468,7 +468,7 @@ def over_names(names: Iterable[str]) -> pytest.MarkDecorator:
             # A compiled step is kept, so the tests of a form share a process.
             marks=[
                 pytest.mark.xdist_group(name),
-                *([] if name in SHORT else [pytest.mark.full]),
+                *([] if name in SHORT else [pytest.mark.soak]),
             ],
         )
         for name in names
@@ -1010,7 +1010,11 @@ def losses_off(is_jitted: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "name", [case(k, id=k, is_short=k not in ("guard", "value")) for k in ON]
+    "name",
+    [
+        pytest.param(k, marks=[pytest.mark.full] if k in ("guard", "value") else [])
+        for k in ON
+    ],
 )
 def test_on_clean_data_losses_on_and_off_are_identical(name):
     # One operation at a time, because a compiler that fuses more rounds less.

@@ -52,6 +52,10 @@ def cases(data, *, peer_wrong=False):
     return params
 
 
+# Long loops are slow without any optimisation.
+OPTIMISED = {"xla_backend_optimization_level": 1}
+
+
 @functools.cache
 def runner(tx):
     """Rows of norms to clipped norms, thresholds and last states, in one loop."""
@@ -64,7 +68,7 @@ def runner(tx):
         state, (clipped, trigger) = jax.lax.scan(step, start(tx, jnp.zeros(1)), norms)
         return clipped, trigger, state.threshold
 
-    return jax.jit(jax.vmap(run))
+    return jax.jit(jax.vmap(run), compiler_options=OPTIMISED)
 
 
 @functools.cache
@@ -76,7 +80,10 @@ def player(tx):
         stats = state.stats.clip_threshold
         return state, (updates[0], stats, state.threshold)
 
-    return jax.jit(lambda x: jax.lax.scan(step, start(tx, jnp.zeros(1)), x)[1])
+    return jax.jit(
+        lambda x: jax.lax.scan(step, start(tx, jnp.zeros(1)), x)[1],
+        compiler_options=OPTIMISED,
+    )
 
 
 def play(tx, norms):
@@ -487,7 +494,9 @@ def column_player(rule, num_columns):
         return state, (clipped, state)
 
     start = rule.start((num_columns,))
-    return jax.jit(lambda norms: jax.lax.scan(step, start, norms)[1])
+    return jax.jit(
+        lambda norms: jax.lax.scan(step, start, norms)[1], compiler_options=OPTIMISED
+    )
 
 
 def test_entries_of_an_array_are_independent():
@@ -592,7 +601,8 @@ def test_numbers_may_be_traced_and_batched():
         [0.5, 0.9],
         [1.1, 1.3],
     ]
-    batched = jax.jit(jax.vmap(last))(*map(jnp.array, settings))
+    run = jax.jit(jax.vmap(last), compiler_options=OPTIMISED)
+    batched = run(*map(jnp.array, settings))
     for i in range(2):
         alone = last(*(s[i] for s in settings))
         np.testing.assert_allclose(batched[i], alone, 1e-6)

@@ -33,7 +33,6 @@ FULL: dict[str, set[str] | None] = {
         "test_run_that_is_cut_and_resumed_is_the_run_in_one",
     },
     # Programs that take seconds to compile, or to run without optimisation.
-    "test_finite_law": {"test_what_was_finite_stays_finite_with_every_optimizer"},
     "test_clipping": {"test_kernels_of_a_value_clip_do_not_grow_with_its_sums"},
     "test_loops": {
         "test_member_alone_is_the_member_among_others_and_none_touches_another"

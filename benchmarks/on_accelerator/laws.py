@@ -34,7 +34,7 @@ SUITES = {
 def arguments_of(suite: str, quick: bool) -> list[str]:
     """What pytest is called with."""
     found = [
-        *(*SUITES[suite], "-m", "accelerator and not full"),
+        *(*SUITES[suite], "-m", "accelerator and not full and not soak"),
         # Plugins that write to the folder, or time what is not asked for.
         *("-p", "no:cacheprovider", "-p", "no:benchmark"),
     ]
