@@ -146,7 +146,7 @@ def test_end_tells_why_it_stopped_and_what_was_restored(ran):
     assert again is not None
     assert float(again[1]) == pytest.approx(float(stop.best_value), abs=1e-4)
     assert "skipped 2 step(s): step 7 (norm" in printed
-    assert "NORM_ABOVE), step 12 (norm nan, NONFINITE)" in printed
+    assert "NORM_ABOVE), step 12 (norm nan, NONFINITE: NaN in " in printed
     assert "Corrupt batches came at steps 7, 12." in printed
 
 

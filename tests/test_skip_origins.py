@@ -51,6 +51,8 @@ def test_first_bad_batch_of_an_interval_is_explained(capsys):
         assert origin.first_bad == (1,)
     printed = capsys.readouterr().out
     assert "Step 4 was skipped. Inf from `log` in the forward pass at" in printed
+    gradients = [line for line in printed.splitlines() if "Its gradients" in line]
+    assert gradients == ["  Its gradients: Inf in the only leaf."] * 2
 
 
 def test_steps_are_counted_from_those_of_the_state_that_was_given():

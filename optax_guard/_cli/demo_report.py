@@ -11,6 +11,7 @@ import jax
 import optax_guard as og
 from optax_guard._cli.demo_task import Recipe
 from optax_guard._cli.demo_text import Text
+from optax_guard._guarding.leaf_report import as_text
 from optax_guard._records.progress import Progress
 from optax_guard.loops._result import FitResult
 
@@ -85,7 +86,8 @@ def conclude(
         f"{restored_loss:.4f}."
     )
     skipped = ", ".join(
-        f"step {r.update} (norm {r.grad_norm:.3g}, {r.reason.name})"
+        f"step {r.update} (norm {r.grad_norm:.3g}, "
+        f"{': '.join(filter(None, [r.reason.name, as_text(r.leaves)]))})"
         for r in og.skipped_steps(guarded.state)
     )
     _print(

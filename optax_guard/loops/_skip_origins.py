@@ -9,6 +9,8 @@ import numpy as np
 import optax
 
 from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.leaf_report import as_text
+from optax_guard._guarding.skip_readout import skipped_steps
 from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
 from optax_guard.debug import NonfiniteOrigin, explain_step
@@ -72,13 +74,26 @@ class SkipOrigins:
         batch = self.batch_at(first + data_offset)
         origin = explain_step(self.train_step, state, batch)
         self.found.append((first, origin))
-        print(f"Step {first} was skipped. {_as_text(origin)}", flush=True)
+        words = f"Step {first} was skipped. {_as_text(origin)}"
+        if leaves := _leaves_of(state, first - step):
+            words += f"\n  Its gradients: {leaves}."
+        print(words, flush=True)
 
 
 def _as_text(origin: NonfiniteOrigin | None) -> str:
     if origin is None:
         return "With the parameters at hand, its batch is finite: it does not recur."
     return str(origin)
+
+
+def _leaves_of(state: Any, ago: int) -> str:
+    """The bad leaves of a step, which is counted back from the last; or empty."""
+    for guard in find_states(state, GuardState):
+        update = int(guard.clip_state.stats.num_updates) + ago
+        for skipped in skipped_steps(guard, getattr(state, "params", None)):
+            if skipped.update == update:
+                return as_text(skipped.leaves)
+    return ""
 
 
 def _nonfinite_steps(state: Any, step: int) -> list[int]:
