@@ -133,9 +133,14 @@ def outermost_states(
 
 
 def states_with(tree: Any, name: str) -> list[Any]:
-    """Finds all states that have an attribute of that name, as ``find_states`` does."""
+    """Finds all states that have an attribute of that name, as ``find_states`` does.
+
+    One that only reads it through, of the state inside, is not meant.
+    """
     return _find(
-        tree, lambda x: isinstance(x, tuple) and hasattr(x, name), within_found=True
+        tree,
+        lambda x: isinstance(x, tuple) and hasattr(type(x), name),
+        within_found=True,
     )
 
 

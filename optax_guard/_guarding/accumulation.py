@@ -18,6 +18,7 @@ from optax_guard._guarding.mean_gradient import (
 )
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
+from optax_guard._guarding.transparency import attribute_inside
 from optax_guard._norms.statistics import as_float32
 from optax_guard._public import answers_wrong_calls
 from optax_guard._rows import Entry, empty_rows, rows_of
@@ -29,7 +30,8 @@ from optax_guard.skip import SkipReason, is_nonfinite
 class AccumulateState(NamedTuple):
     """State of ``accumulate``. The micro-batches that make one step are a group.
 
-    The counts and the mean loss are attributes, and share two arrays.
+    The counts and the mean loss are attributes, and share two arrays. An attribute that
+    it does not have is that of ``guard_state``, and so of the optimizer's state.
 
     Attributes:
       micro_counts: int32[8], the row of the six counts.
@@ -47,6 +49,10 @@ class AccumulateState(NamedTuple):
       value_mean: float32[], mean loss of the good micro-batches of the group at hand,
         or, if it has none yet, of the group before; 0 after ``init``.
       value_mean_rest: float32[], what rounding took from it; 0 after ``init``.
+      mini_step: ``group_seen``, by its name in ``optax.MultiStepsState``.
+      gradient_step: ``num_groups``, by its name there.
+      count: As that of ``guard_state``.
+      index: As that of ``guard_state``.
     """
 
     micro_counts: jax.Array
@@ -62,6 +68,26 @@ class AccumulateState(NamedTuple):
     drop_reason = Entry("micro_counts", 5)
     value_mean = Entry("micro_values", 0, jnp.float32)
     value_mean_rest = Entry("micro_values", 1, jnp.float32)
+
+    @property
+    def mini_step(self) -> jax.Array:
+        return self.group_seen
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        return self.num_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return attribute_inside(self, name, self.guard_state)
+
+    # A tuple has methods of these names, so they would not be looked for inside.
+    @property
+    def count(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return attribute_inside(self, "count", self.guard_state)
+
+    @property
+    def index(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return attribute_inside(self, "index", self.guard_state)
 
 
 @answers_wrong_calls

@@ -136,7 +136,9 @@ def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
                 f"{given[i]!r} of {path_names(tree)[i]!r}. To only watch that group, "
                 "give it an infinite threshold."
             )
-    if unused := [label for label in known if label not in given]:
+    unused = [label for label in known if label not in given]
+    # Without leaves it may be the placeholder of `optax.tree.map_params`.
+    if leaves and unused:
         raise ValueError(
             f"`labels` must use every label of `max_norms`, got no leaf for {unused}."
         )
