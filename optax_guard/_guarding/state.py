@@ -12,6 +12,7 @@ from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
 from optax_guard._guarding.transparency import attribute_inside
 from optax_guard._guarding.update_bound import first_bound
+from optax_guard._models import trained
 from optax_guard._norms.marks import NUM_WORDS, first_leaf
 from optax_guard._norms.statistics import as_float32
 from optax_guard._rows import Entry, empty_rows, replace_entries, rows_of
@@ -170,7 +171,7 @@ def first_state(
     return GuardState(
         **empty_rows(GuardState),
         skip_log=empty_log(),
-        clip_state=config.clip.init(params),
+        clip_state=config.clip.init(trained(params)),
         rule_states=start_rules(config.rules),
         wrapped_state=inner_state,
         bound_state=()
