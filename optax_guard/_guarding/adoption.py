@@ -94,9 +94,9 @@ def wrap_state(
         )
     wrapped = parts.wrap_state(params, state)
     groups = outermost_states(old_opt_state, optax.MultiStepsState)
-    if isinstance(wrapped, AccumulateState) and len(groups) == 1:
-        if not outermost_states(expected, optax.MultiStepsState):
-            return replace_entries(wrapped, num_groups=groups[0].gradient_step)
+    is_removed = groups and not outermost_states(expected, optax.MultiStepsState)
+    if isinstance(wrapped, AccumulateState) and is_removed:
+        return replace_entries(wrapped, num_groups=groups[0].gradient_step)
     return wrapped
 
 

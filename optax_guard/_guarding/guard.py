@@ -125,12 +125,13 @@ def guard(
     Returns:
       A transformation whose state is a ``GuardState``. ``value=`` and all other extra
       arguments of ``update`` go on to ``inner`` as they are. ``loss=`` is read as
-      ``value=`` is: one real number, of any dtype, of shape () or (1,). Under ``jax.shard_map`` and
-      ``jax.pmap``, gradients that are split over devices need a clip with
-      ``axis_name`` (to only measure, ``record_norm(axis_name=...)``). Average ``value``
-      by ``jax.lax.pmean``, so that it is the same on all devices. All devices then
-      reach one verdict. In ``in_specs`` and ``out_specs`` only the ``wrapped_state`` of
-      the state is split, as it is without a guard; all else has ``PartitionSpec()``.
+      ``value=`` is: one real number, of any dtype, of shape () or (1,). Under
+      ``jax.shard_map`` and ``jax.pmap``, gradients that are split over devices need a
+      clip with ``axis_name`` (to only measure, ``record_norm(axis_name=...)``). Average
+      ``value`` by ``jax.lax.pmean``, so that it is the same on all devices. All devices
+      then reach one verdict. In ``in_specs`` and ``out_specs`` only the
+      ``wrapped_state`` of the state is split, as it is without a guard; all else has
+      ``PartitionSpec()``.
 
     Raises:
       TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.

@@ -26,7 +26,8 @@ def warn_if_nested(state: Any, *, is_of_one: bool = False) -> None:
     """Warns once per process if a guard is inside of what a bad step spoils.
 
     That is state outside of it which changes on a skipped step, or the accumulator of
-    ``optax.MultiSteps``. It looks at types, so that under `jit` it costs nothing after tracing.
+    ``optax.MultiSteps``. It looks at types, so that under `jit` it costs nothing after
+    tracing.
 
     Args:
       state: An optimizer state, or a state that holds one.

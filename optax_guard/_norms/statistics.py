@@ -132,9 +132,9 @@ class GroupStats(NamedTuple):
 
     Attributes:
       group_names: Names the groups, and is part of the structure, not a tree in the
-        state. For leaves it is like the parameters, with ``None`` for a group, ``(None, ..., None)`` for the layers
-        of a stacked leaf and ``()`` for a leaf that is not floating. For labelled
-        groups it is a dict from label to ``None``.
+        state. For leaves it is like the parameters, with ``None`` for a group,
+        ``(None, ..., None)`` for the layers of a stacked leaf and ``()`` for a leaf
+        that is not floating. For labelled groups it is a dict from label to ``None``.
       group_counts: int32[G, 8], the rows of the two counts, and of codes.
       group_values: float32[G, 8], the rows of the six norms, as ``norm_values``.
       group_sketch: int32[G, 1408], for ``norm_quantile``; zeros after ``init``;
