@@ -1,7 +1,6 @@
 """States are good citizens: read through, mapped like parameters, and partitioned."""
 
 import copy
-import functools
 import pickle
 from typing import Any
 
@@ -48,7 +47,7 @@ def test_attributes_that_nobody_has_are_none():
             assert not hasattr(state, name)
     # Nor is the method of a tuple of states the count of an optimizer.
     assert not hasattr(og.guard(optax.adam(0.1)).init(PARAMS), "count")
-    with pytest.raises(AttributeError, match="`GuardState` has no .* `hyperparms`"):
+    with pytest.raises(AttributeError, match=r"`GuardState` has no .* `hyperparms`"):
         _ = GUARDED.init(PARAMS).hyperparms
 
 
@@ -119,29 +118,24 @@ def transformations_of(scope: str) -> list[Any]:
 
 @pytest.mark.parametrize("scope", CLIPS)
 def test_trees_like_the_parameters_are_mapped_with_their_specs(scope):
-    for tx in transformations_of(scope):
+    txs = transformations_of(scope)
+    accumulated = txs[-1]
+    for tx in txs:
         state = jax.eval_shape(tx.init, PARAMS)
         found = optax.tree.map_params(
             tx, lambda _, spec: spec, state, SPECS, transform_non_params=lambda _: P()
         )
         assert jax.tree.structure(found) == jax.tree.structure(state)
-        expected = {"mu", "nu", "grad_mean"} & {
-            key.name
-            for path, _ in jax.tree.leaves_with_path(state)
-            for key in path[:5]
-            if hasattr(key, "name")
-        }
-        for path, spec in jax.tree.leaves_with_path(found):
-            names = {key.name for key in path if hasattr(key, "name")}
-            is_like = names & {"mu", "nu", "grad_mean"}
-            last = path[-1]
-            wanted = {"a": P("x"), "c": P("y")}[last.key] if is_like else P()
-            assert spec == wanted, path
-        assert expected >= {"mu", "nu"}
+        num_like = 2 if tx is not accumulated else 3
+        assert jax.tree.leaves(found).count(P("x")) == num_like
+        assert jax.tree.leaves(found).count(P("y")) == num_like
+        assert optax.tree.get(found, "mu") == optax.tree.get(found, "nu") == SPECS
+        if tx is accumulated:
+            assert found.grad_mean == SPECS
         # Without specs, all else stays.
         marked = optax.tree.map_params(tx, lambda _: "here", state)
         assert jax.tree.structure(marked) == jax.tree.structure(state)
-        assert jax.tree.leaves(marked).count("here") == 2 * len(expected)
+        assert jax.tree.leaves(marked).count("here") == 2 * num_like
 
 
 def test_boxes_of_flax_give_the_specs_of_their_moments():
@@ -190,4 +184,3 @@ def test_names_of_no_groups_fit_all_others_and_others_only_their_own():
     assert none == one
     assert none == two
     assert one != two
-    assert functools.reduce(lambda a, b: a == b, [one, one])

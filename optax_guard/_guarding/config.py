@@ -13,6 +13,7 @@ from optax_guard._guarding.state import GuardConfig
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._transformation import parts_of, with_extra_args
 from optax_guard.stop._state import EarlyStopping
+from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
 
 
@@ -49,9 +50,10 @@ def checked_config(
 
 
 def _check_inner(inner: Any) -> None:
-    methods = (getattr(inner, name, None) for name in ("init", "update"))
-    # A stopper has them too.
-    if isinstance(inner, EarlyStopping) or not all(map(callable, methods)):
+    # A stopper and a threshold have such methods too, for other things.
+    is_other = isinstance(inner, EarlyStopping | Threshold)
+    names = ("init", "update")
+    if is_other or not all(callable(getattr(inner, name, None)) for name in names):
         raise TypeError(
             "`inner` must be an optax transformation such as `optax.adamw(1e-3)`, got "
             f"{inner!r} of type {type(inner).__name__}."
