@@ -265,8 +265,18 @@ def check_whole(name: str, length: int, wanted: int) -> None:
         )
 
 
-def check_part(factory: str, part: str, state: Any, make: Callable[[], Any]) -> None:
-    """Raises unless a part of a state has the structure and shapes of ``make()``."""
+def check_part(
+    factory: str, part: str, state: Any, make: Callable[[], Any], reason: str
+) -> None:
+    """Raises unless a part of a state has the structure and shapes of ``make()``.
+
+    Args:
+      factory: Name of the transformation.
+      part: The part, in words.
+      state: The part of the state.
+      make: Makes one that fits.
+      reason: Why it may not fit, a sentence.
+    """
     expected = jax.eval_shape(make)
     outlines = [
         (jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)])
@@ -276,5 +286,5 @@ def check_part(factory: str, part: str, state: Any, make: Callable[[], Any]) -> 
         got, wanted = (f"{structure} of {shapes}" for structure, shapes in outlines)
         raise ValueError(
             f"`state` of `{factory}` must be that of its {part}, {wanted}, got {got}. "
-            "A state made before the configuration was changed does not fit."
+            f"{reason}"
         )

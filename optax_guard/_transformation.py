@@ -1,6 +1,7 @@
 """Transformations that carry their parts."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,24 +34,43 @@ def parts_of(tx: optax.GradientTransformation, kind: type[P]) -> P | None:
     return parts if isinstance(parts, kind) else None
 
 
-def cached(function: Callable[..., Any]) -> Callable[..., Any]:
+def cached(
+    function: Callable[..., Any], check: Callable[[dict[str, Any]], None] | None = None
+) -> Callable[..., Any]:
     """``function``, compiled once for callers outside of ``jit``.
 
     Run operation by operation, a function with branches compiles them at every call.
     Inside ``jit`` this changes nothing. With arguments that JAX cannot trace, such as
-    the functions that a line search takes, the function runs as it is.
+    the functions that a line search takes, the function runs as it is. ``check`` is
+    given the keyword arguments as the caller gave them.
     """
     compiled = jax.jit(function, inline=True)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if "value" in kwargs:
-            kwargs["value"] = in_range("value", kwargs["value"])
+        if check is not None:
+            check(kwargs)
+        for name in kwargs.keys() & {"value", "loss"}:
+            kwargs[name] = in_range(name, kwargs[name])
         if all(map(_is_array, jax.tree.leaves((args, kwargs)))):
             return compiled(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call
+
+
+def with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation, which takes extra arguments and passes on those it knows.
+
+    It may be any object with ``init`` and ``update``, such as ``optax.MultiSteps``.
+    """
+    if isinstance(tx, optax.GradientTransformation):
+        return optax.with_extra_args_support(tx)
+    kinds = {p.kind for p in inspect.signature(tx.update).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    plain = optax.GradientTransformation(tx.init, tx.update)
+    return optax.with_extra_args_support(plain)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial, default_registry
 
-from optax_guard._checks import check_kind, is_concrete, python_number
+from optax_guard._checks import check_kind, is_concrete, is_flag, python_number
 
 # Leaves ----------------------------------------------------------------------------
 
@@ -20,7 +21,10 @@ def dtype_of(leaf: Any) -> Any:
 
 def is_inexact(leaf: Any) -> bool:
     """Whether ``leaf`` is real or complex floating. Only such leaves have gradients."""
-    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+    # A model may hold functions, and types such as `jnp.float32`, which has a dtype.
+    if isinstance(leaf, type) or not hasattr(leaf, "dtype"):
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def map_inexact(f: Callable[[Any], Any], tree: Any) -> Any:
@@ -40,7 +44,8 @@ def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
     Args:
       name: The argument's name, for the error.
       setting: A function from the name of a leaf to its value, or a tree prefix of
-        ``tree`` with values as leaves, such as a single value.
+        ``tree`` with values as leaves, such as a single value. A tree that is callable,
+        as a module of Equinox is, is a tree.
       tree: Parameters or updates.
 
     Returns:
@@ -49,7 +54,7 @@ def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
     Raises:
       ValueError: If ``setting`` is a tree and no tree prefix of ``tree``.
     """
-    if callable(setting):
+    if is_function(setting):
         return [setting(path) for path in path_names(tree)]
     if setting is None:
         return [None] * len(jax.tree.leaves(tree))
@@ -63,6 +68,19 @@ def for_each_leaf(name: str, setting: Any, tree: Any) -> list[Any]:
             f"`{name}` must be a function of a leaf's path or a tree prefix of the "
             f"parameters: {error}"
         ) from error
+
+
+def is_function(setting: Any) -> bool:
+    """Whether a setting is to be called, and is no tree of values that is callable."""
+    if not callable(setting):
+        return False
+    leaves = jax.tree.leaves(setting)
+    return not leaves or not all(map(_is_value, leaves))
+
+
+def _is_value(x: Any) -> bool:
+    """Whether it is a setting of a leaf: a flag, a label, an axis or a spec."""
+    return isinstance(x, int | str | PartitionSpec) or is_flag(x)
 
 
 # Differences between two trees -----------------------------------------------------
@@ -133,9 +151,14 @@ def outermost_states(
 
 
 def states_with(tree: Any, name: str) -> list[Any]:
-    """Finds all states that have an attribute of that name, as ``find_states`` does."""
+    """Finds all states that have an attribute of that name, as ``find_states`` does.
+
+    One that only reads it through, of the state inside, is not meant.
+    """
     return _find(
-        tree, lambda x: isinstance(x, tuple) and hasattr(x, name), within_found=True
+        tree,
+        lambda x: isinstance(x, tuple) and hasattr(type(x), name),
+        within_found=True,
     )
 
 

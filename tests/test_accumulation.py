@@ -406,6 +406,7 @@ def test_keep_if_skipped_undoes_dropped_micro_batches_and_skipped_groups():
     assert kept(tx, batches) == [bool(x) for x in expected]
 
 
+@pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
 def test_a_verdict_inside_multi_steps_counts_only_for_the_call_that_made_it():
     guard = og.guard(optax.sgd(1.0), skip=og.skip.norm_above(10.0))
     tx: Any = optax.MultiSteps(guard, 2).gradient_transformation()

@@ -107,6 +107,73 @@ def test_a_clip_of_optax_around_is_left_out():
     assert same_bits(found, parts.init(weights))
 
 
+TRACE = optax.sgd(0.1, momentum=0.5)
+CLIP = optax.clip_by_global_norm(1e3)
+HALF = {"b": True, "w": False}
+LABELS = {"b": "x", "w": "y"}
+
+
+def injected(*before: Any) -> Any:
+    def build(learning_rate):
+        return optax.chain(*before, optax.sgd(learning_rate, momentum=0.5))
+
+    # A chain of one is a tuple of one.
+    return optax.inject_hyperparams(build)(0.1)
+
+
+def parts(*before: Any) -> Any:
+    return optax.partition({"x": optax.chain(*before, TRACE), "y": CLIP}, LABELS)
+
+
+# The optimizer of an old run, and that in the guard.
+OLD: dict[str, tuple[Any, Any]] = {
+    "chain": (optax.chain(CLIP, TRACE), TRACE),
+    "masked clip": (optax.chain(optax.masked(CLIP, HALF), TRACE), TRACE),
+    "injected clip": (
+        optax.chain(optax.inject_hyperparams(optax.clip)(max_delta=1.0), TRACE),
+        TRACE,
+    ),
+    "clip of this library": (optax.chain(og.clip_by_value(1.0), TRACE), TRACE),
+    "injected, as before": (injected(CLIP), injected()),
+    "injected": (injected(CLIP), TRACE),
+    "if finite": (optax.apply_if_finite(optax.chain(CLIP, TRACE), 5), TRACE),
+    "clip, if finite": (optax.chain(CLIP, optax.apply_if_finite(TRACE, 5)), TRACE),
+    "mask": (
+        optax.masked(optax.chain(CLIP, TRACE), HALF),
+        optax.masked(TRACE, HALF),
+    ),
+    "partition": (parts(CLIP), parts()),
+    "micro-batches": (optax.MultiSteps(optax.chain(CLIP, TRACE), 2), TRACE),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_what_was_around_an_optimizer_is_left_out_and_its_moments_stay(name):
+    before, inside = OLD[name]
+    old = jax.tree.map(lambda x: x + 3, before.init(params()))
+    tx = og.guard(inside, clip=1e3)
+    if name == "micro-batches":
+        tx = og.accumulate(tx, 2)
+    state = og.wrap_state(tx, params(), old)
+    assert types_of(state) == types_of(tx.init(params()))
+    trace = optax.tree.get(state, "trace")
+    assert same_bits(trace["b"], jnp.float32(3))
+    if name == "micro-batches":
+        # A function for `every_k` counts on.
+        assert (state.gradient_step, state.mini_step) == (3, 0)
+
+
+def test_an_old_state_dict_of_flax_is_restored_by_its_own_target_first():
+    serialization = pytest.importorskip("flax.serialization")
+    old, guarded = optax.chain(CLIP, TRACE), og.guard(TRACE, clip=1e3)
+    saved = serialization.to_state_dict(old.init(params()))
+    with pytest.raises(ValueError, match="The field names"):
+        serialization.from_state_dict(guarded.init(params()), saved)
+    state = serialization.from_state_dict(old.init(params()), saved)
+    state = og.wrap_state(guarded, params(), state)
+    assert types_of(state) == types_of(guarded.init(params()))
+
+
 def test_arrays_are_taken_over_and_no_two_leaves_share_one():
     weights, state = unguarded(3)
     wrapped = og.wrap_state(ACCUMULATED, weights, state)

@@ -194,10 +194,10 @@ def test_a_traced_order_is_refused(build):
             TypeError,
             "`inner` must be .*adamw",
         ),
-        "MultiSteps": (
-            lambda: loose.guard(optax.MultiSteps(SGD, 2)),
+        "stopper as inner": (
+            lambda: loose.guard(og.early_stopping(og.stop.patience(2))),
             TypeError,
-            r"`inner` must be .*MultiSteps.*`gradient_transformation\(\)`",
+            "`inner` must be .*EarlyStopping",
         ),
         "clip of optax": (
             lambda: loose.guard(SGD, clip=optax.clip(1.0)),

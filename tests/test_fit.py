@@ -172,6 +172,7 @@ def test_how_far_a_clip_by_value_turns_steps_is_told_as_a_mean():
     assert row["entries_clipped"] == pytest.approx(np.mean(shares))
 
 
+@pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
 def test_gradient_accumulation_counts_updates_not_steps():
     tx = optax.MultiSteps(GUARDED, every_k_schedule=2).gradient_transformation()
     [row] = fit(made(tx), train_step, targets, num_steps=5, eval_every=5).history

@@ -498,6 +498,7 @@ def test_accumulation_inside_the_guard_loses_only_the_bad_part():
     )
 
 
+@pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
 def test_accumulation_outside_the_guard_keeps_nan_until_the_flag_is_set():
     # Optax multiplies the accumulated NaN by zero and keeps it; nothing is applied.
     tx: Any = optax.MultiSteps(og.guard(optax.sgd(1.0), max_consecutive_skips=2), 2)

@@ -895,6 +895,7 @@ def test_types_never_change_inside_other_transformations(form, wrapper):
     assert bool(og.find_states(state, og.NormStats)) == form.watches
 
 
+@pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @over(TYPICAL)
 def test_bounds_are_kept_inside_other_transformations(form, wrapper):

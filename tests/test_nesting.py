@@ -141,6 +141,34 @@ def test_a_nested_guard_is_warned_of_where_the_state_is_seen(where):
     assert [w.filename for w in seen] == [__file__]
 
 
+MULTI = optax.MultiSteps(GUARDED, 2).gradient_transformation()
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_guard_in_multi_steps_is_warned_of_where_the_state_is_seen(where):
+    state = MULTI.init(PARAMS)
+    with pytest.warns(UserWarning, match=r"keeps a NaN.*`accumulate\(guard") as seen:
+        WHERE[where](MULTI, state)
+    assert [w.filename for w in seen] == [__file__]
+
+
+def test_multi_steps_that_lets_no_nan_into_its_sum_is_not_warned_of():
+    judging = optax.MultiSteps(GUARDED, 2, should_skip_update_fn=optax.skip_not_finite)
+    inside = og.guard(optax.MultiSteps(optax.adam(0.1), 2))
+    for tx in (judging, inside, optax.MultiSteps(optax.adam(0.1), 2)):
+        assert not nesting.keeps_nan(tx.init(PARAMS))
+
+
+@pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
+def test_an_alarm_of_a_guard_in_multi_steps_tells_of_its_sum():
+    state = MULTI.init(PARAMS)
+    bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    state = state._replace(acc_grads=bad)
+    metrics = {"guard_exhausted": True, "skip_streak": 10, "skip_reason": 1}
+    with pytest.raises(og.GuardExhaustedError, match=r"accumulator of `optax.Mul"):
+        og.raise_if_exhausted(metrics, state)
+
+
 def test_it_is_warned_of_once():
     tx, _ = OUTSIDE["average after"]
     state = tx.init(PARAMS)

@@ -65,6 +65,7 @@ PLACES: dict[str, Callable[[], Any]] = {
 # Finding -----------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
 @pytest.mark.parametrize("place", PLACES)
 def test_state_and_metrics_are_found_wherever_they_are(place):
     state = stepped(PLACES[place](), GOOD)

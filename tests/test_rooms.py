@@ -12,7 +12,7 @@ PACKAGE = Path(str(optax_guard.__file__)).parent
 ROOMS = (
     {"_checks", "_codes", "_wrong_guesses"},
     {"_public"},
-    {"_trees", "_transformation", "_rows"},
+    {"_trees", "_models", "_transformation", "_rows"},
     {"_norms"},
     {"stop"},
     {"threshold"},

@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from optax_guard._checks import check_part
+from optax_guard._models import params_of
 from optax_guard._norms.axis_norms import divide
 from optax_guard._norms.mesh_axes import AxisName
 from optax_guard._norms.tree_norm import TreeNorm
@@ -100,6 +101,7 @@ def clip(parts: ClipParts) -> optax.GradientTransformationExtraArgs:
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
+        params = params_of(updates, params)
         measured, state = parts.measure(updates, state, params, **extra_args)
         return parts.rescale(_read_again(updates), measured), state
 
@@ -130,7 +132,13 @@ def decide(
     Raises:
       ValueError: If ``state`` is not like that of the threshold for these norms.
     """
-    check_part(factory, "threshold", state, lambda: threshold.start(norms.shape))
+    check_part(
+        factory,
+        "threshold",
+        state,
+        lambda: threshold.start(norms.shape),
+        "It was made for another threshold, or for parameters of other shapes.",
+    )
     trigger, target = threshold.limits(norms, global_norm, state)
     if unit is not None:
         unit = unit.astype(norms.dtype)

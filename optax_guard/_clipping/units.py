@@ -37,7 +37,7 @@ from optax_guard._norms.statistics import (
     update_group_stats,
 )
 from optax_guard._public import answers_wrong_calls
-from optax_guard._trees import as_float, for_each_leaf
+from optax_guard._trees import as_float, for_each_leaf, is_inexact, path_names
 from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_absolute_threshold
 
@@ -179,7 +179,7 @@ def _units_of(config: _Config, tree: Any) -> tuple[Groups, np.ndarray]:
         check_flag("exclude", each)
     for i, x in enumerate(jax.tree.leaves(tree)):
         if excluded[i]:
-            axes[i] = tuple(range(np.ndim(x)))
+            axes[i] = tuple(range(len(np.shape(x))))
     parts = each_part(tree, axes, layouts(tree, config.axis_name))
     return parts, np.array(excluded, bool)
 
@@ -190,6 +190,7 @@ def _measure_units(
     state: ClipByUnitNormState,
     params: optax.Params,
 ) -> tuple[Measurement, ClipByUnitNormState]:
+    _check_same_shapes(updates, params)
     groups, excluded = _units_of(config, updates)
     is_excluded = excluded[groups.leaf_of_part]
     norms = groups.norms(groups.floating(updates), mesh_axes(updates, config.axis_name))
@@ -222,6 +223,24 @@ def _measure_units(
     )
     factors = factors_for(is_clipped, target * sizes, norms)
     return Measurement(total, jnp.isfinite(total.value), factors), new_state
+
+
+def _check_same_shapes(updates: optax.Updates, params: optax.Params) -> None:
+    """Raises unless updates and parameters have the same units."""
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ValueError(
+            "`updates` of `clip_by_unit_norm` must have the structure of `params`, "
+            f"{jax.tree.structure(params)}, got {jax.tree.structure(updates)}."
+        )
+    leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True)
+    for i, (update, param) in enumerate(leaves):
+        if is_inexact(update) and np.shape(update) != np.shape(param):
+            raise ValueError(
+                "`updates` of `clip_by_unit_norm` must have the shapes of `params`, "
+                f"{np.shape(param)} for {path_names(params)[i]!r}, got "
+                f"{np.shape(update)}. Gradients of single examples have an axis more: "
+                "clip them by `clip_by_global_norm`."
+            )
 
 
 def _sizes_of_params(

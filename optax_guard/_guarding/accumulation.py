@@ -1,5 +1,6 @@
 """Gradient accumulation: the mean of the good micro-batches makes one step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,11 @@ from jax.typing import ArrayLike
 
 from optax_guard._checks import check_count, check_part, check_state
 from optax_guard._guarding.guard import guard
+from optax_guard._guarding.judging import (
+    check_one_loss,
+    checked_loss,
+    with_one_loss,
+)
 from optax_guard._guarding.mean_gradient import (
     as_gradients,
     empty_mean,
@@ -18,6 +24,8 @@ from optax_guard._guarding.mean_gradient import (
 )
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
+from optax_guard._guarding.transparency import attribute_inside
+from optax_guard._models import trained
 from optax_guard._norms.statistics import as_float32
 from optax_guard._public import answers_wrong_calls
 from optax_guard._rows import Entry, empty_rows, rows_of
@@ -29,7 +37,8 @@ from optax_guard.skip import SkipReason, is_nonfinite
 class AccumulateState(NamedTuple):
     """State of ``accumulate``. The micro-batches that make one step are a group.
 
-    The counts and the mean loss are attributes, and share two arrays.
+    The counts and the mean loss are attributes, and share two arrays. An attribute that
+    it does not have is that of ``guard_state``, and so of the optimizer's state.
 
     Attributes:
       micro_counts: int32[8], the row of the six counts.
@@ -47,6 +56,10 @@ class AccumulateState(NamedTuple):
       value_mean: float32[], mean loss of the good micro-batches of the group at hand,
         or, if it has none yet, of the group before; 0 after ``init``.
       value_mean_rest: float32[], what rounding took from it; 0 after ``init``.
+      mini_step: ``group_seen``, by its name in ``optax.MultiStepsState``.
+      gradient_step: ``num_groups``, by its name there.
+      count: As that of ``guard_state``.
+      index: As that of ``guard_state``.
     """
 
     micro_counts: jax.Array
@@ -62,6 +75,26 @@ class AccumulateState(NamedTuple):
     drop_reason = Entry("micro_counts", 5)
     value_mean = Entry("micro_values", 0, jnp.float32)
     value_mean_rest = Entry("micro_values", 1, jnp.float32)
+
+    @property
+    def mini_step(self) -> jax.Array:
+        return self.group_seen
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        return self.num_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return attribute_inside(self, name, self.guard_state)
+
+    # A tuple has methods of these names, so they would not be looked for inside.
+    @property
+    def count(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return attribute_inside(self, "count", self.guard_state)
+
+    @property
+    def index(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return attribute_inside(self, "index", self.guard_state)
 
 
 @answers_wrong_calls
@@ -114,7 +147,6 @@ def accumulate(
     """
     if not _is_guard(inner):
         inner = guard(inner)
-    inner = optax.with_extra_args_support(inner)
     parts: Any = parts_of(inner, StepParts)
     if not callable(every_k):
         check_count("every_k", every_k)
@@ -126,7 +158,7 @@ def accumulate(
     def wrap_state(params: optax.Params, inner_state: Any) -> AccumulateState:
         return _first_state(params, parts.wrap_state(params, inner_state))
 
-    @cached
+    @functools.partial(cached, check=functools.partial(check_one_loss, "accumulate"))
     def update(
         updates: optax.Updates,
         state: AccumulateState,
@@ -135,7 +167,7 @@ def accumulate(
     ) -> tuple[optax.Updates, AccumulateState]:
         return _update(config, updates, state, params, extra_args)
 
-    @cached
+    @functools.partial(cached, check=functools.partial(check_one_loss, "accumulate"))
     def apply_gradients(
         params: optax.Params,
         state: AccumulateState,
@@ -180,7 +212,7 @@ class _Gathered(NamedTuple):
 def _first_state(params: optax.Params, guard_state: Any) -> AccumulateState:
     return AccumulateState(
         **empty_rows(AccumulateState),
-        grad_mean=jax.tree.map(empty_mean, params),
+        grad_mean=jax.tree.map(empty_mean, trained(params)),
         guard_state=guard_state,
     )
 
@@ -198,15 +230,16 @@ def _gather(
         "parameters",
         state.grad_mean,
         lambda: jax.tree.map(empty_mean, updates),
+        "It was made for other parameters, or these updates are not shaped like them, "
+        "as gradients of single examples are not.",
     )
     judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)
     is_dropped = is_nonfinite(judged.skip_reason)
     kept = state.group_kept + jnp.where(is_dropped, 0, 1)
     words = state.value_mean, state.value_mean_rest
-    if (value := extra_args.get("value")) is not None:
-        value = as_float32(jnp.asarray(value))
-        words = mean_loss(words, value, kept, is_dropped)
-        extra_args = extra_args | {"value": words[0]}
+    if (value := checked_loss(extra_args)) is not None:
+        words = mean_loss(words, as_float32(value), kept, is_dropped)
+        extra_args = with_one_loss(extra_args, words[0])
     k = config.every_k(state.num_groups) if callable(config.every_k) else config.every_k
     seen = state.group_seen + 1
     is_last = seen >= k

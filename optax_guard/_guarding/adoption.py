@@ -1,7 +1,6 @@
 """States of others: of an unguarded optimizer, and of versions before this one."""
 
 from collections import namedtuple
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,9 +14,14 @@ from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
 from optax_guard._norms.marks import marks_of_leaf
 from optax_guard._norms.statistics import GroupStats, NormStats
-from optax_guard._rows import entries_of, rows_of
+from optax_guard._rows import entries_of, replace_entries, rows_of
 from optax_guard._transformation import parts_of
-from optax_guard._trees import first_difference, opt_state_of, outermost_states
+from optax_guard._trees import (
+    children_of,
+    first_difference,
+    opt_state_of,
+    outermost_states,
+)
 from optax_guard.stop._state import EarlyStoppingState
 
 
@@ -34,11 +38,20 @@ def wrap_state(
     Args:
       tx: The ``guard``, or the ``accumulate`` around one, from now on.
       params: The parameters that belong to ``old_opt_state``.
-      old_opt_state: State of the optimizer that is now inside of ``tx``. First parts of
-        a chain that have no state, such as ``optax.clip_by_global_norm`` in
-        ``chain(clip_by_global_norm(c), adamw)``, are left out if ``tx`` does not have
-        them, as in ``guard(adamw, clip=c)``. To restore it from a checkpoint, use the
-        unguarded optimizer's ``init(params)`` as the target.
+      old_opt_state: State of the optimizer that is now inside of ``tx``. Left out, if
+        ``tx`` does not have them, at any depth, are
+
+        * first parts of a chain that keep nothing but hyperparameters, such as
+          ``optax.clip_by_global_norm(c)``, also in ``masked`` or
+          ``inject_hyperparams``, and clips of this library;
+        * ``apply_if_finite`` and ``inject_hyperparams`` around the optimizer;
+        * ``MultiSteps`` around it, if ``tx`` is an ``accumulate``: ``num_groups`` goes
+          on from ``gradient_step``, and the micro-batches of a group that is not
+          closed are lost.
+
+        To restore it from a checkpoint, use the unguarded optimizer's ``init(params)``
+        as the target, then call this function. Flax's ``from_state_dict`` with the
+        state of ``tx`` as the target raises instead, because the names do not match.
 
     Returns:
       State of ``tx``. It holds the same arrays as ``old_opt_state``, with their
@@ -66,19 +79,25 @@ def wrap_state(
             "`tx` must be a `guard`, or an `accumulate` around one, not inside of "
             f"another transformation, got {tx!r}."
         )
-    expected = unwrap_state(jax.eval_shape(tx.init, params))
-    fitting = jax.tree.structure(expected)
-    for state in _without_outer_parts(old_opt_state):
-        if jax.tree.structure(state) == fitting:
-            break
-    else:
+    whole = jax.eval_shape(tx.init, params)
+    expected = unwrap_state(whole)
+    removed = _AROUND
+    if isinstance(whole, AccumulateState):
+        removed = (*_AROUND, optax.MultiStepsState)
+    state = _fitted(old_opt_state, expected, removed)
+    if state is _NO_FIT:
         state = old_opt_state
     if difference := first_difference(state, expected):
         raise ValueError(
             "`old_opt_state` must be the state of the optimizer inside of `tx`, for "
-            f"these `params`: {difference}. {_advice(old_opt_state)}"
+            f"these `params`: {difference}. {_advice(old_opt_state, expected)}"
         )
-    return parts.wrap_state(params, state)
+    wrapped = parts.wrap_state(params, state)
+    groups = outermost_states(old_opt_state, optax.MultiStepsState)
+    is_removed = groups and not outermost_states(expected, optax.MultiStepsState)
+    if isinstance(wrapped, AccumulateState) and is_removed:
+        return replace_entries(wrapped, num_groups=groups[0].gradient_step)
+    return wrapped
 
 
 def unwrap_state(opt_state: Any) -> Any:
@@ -119,19 +138,65 @@ def unwrap_state(opt_state: Any) -> Any:
     return state.wrapped_state
 
 
-def _without_outer_parts(state: Any) -> Iterator[Any]:
-    """The state of a chain, and of what is left of it without its first parts."""
-    yield state
-    while type(state) is tuple and state and isinstance(state[0], optax.EmptyState):
-        state = state[1:]
-        yield state
-        if len(state) == 1:
-            yield state[0]
+# What may be around an optimizer, with nothing in its state that a guard needs.
+_AROUND = (
+    optax.ApplyIfFiniteState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+_NO_FIT = object()
 
 
-def _advice(old: Any) -> str:
-    for name in ("wrapped_state", "guard_state", "inner_state", "inner_opt_state"):
-        if hasattr(old, name):
+def _fitted(old: Any, expected: Any, removed: tuple[type[Any], ...]) -> Any:
+    """The part of an old state that has the structure of the expected one."""
+    if jax.tree.structure(old) == jax.tree.structure(expected):
+        return old
+    is_same_kind = type(old) is type(expected)
+    if is_same_kind and (fits := _fitted_below(old, expected, removed)) is not _NO_FIT:
+        return fits
+    if isinstance(old, removed):
+        return _fitted(_inside(old), expected, removed)
+    if type(old) is tuple and old and _is_stateless(old[0]):
+        found = _fitted(old[1:], expected, removed)
+        if found is _NO_FIT and len(old) == 2:
+            found = _fitted(old[1], expected, removed)
+        return found
+    return _NO_FIT
+
+
+def _fitted_below(old: Any, expected: Any, removed: tuple[type[Any], ...]) -> Any:
+    """The same of each node below, one for one."""
+    nodes = list(children_of(old)), list(children_of(expected))
+    if len(nodes[0]) != len(nodes[1]) or not nodes[0]:
+        return _NO_FIT
+    found = [_fitted(a, b, removed) for a, b in zip(*nodes, strict=True)]
+    if any(x is _NO_FIT for x in found):
+        return _NO_FIT
+    above = jax.tree.structure(old, is_leaf=lambda x: x is not old)
+    return above.unflatten(found)
+
+
+def _inside(state: Any) -> Any:
+    """The state of the optimizer around which this one is."""
+    if isinstance(state, optax.MultiStepsState):
+        return state.inner_opt_state
+    return state.inner_state
+
+
+def _is_stateless(state: Any) -> bool:
+    """Whether a transformation keeps nothing but hyperparameters, as a clip does."""
+    if isinstance(state, (*_AROUND[1:], optax.MaskedState)):
+        return _is_stateless(state.inner_state)
+    if type(state) is tuple:
+        return all(map(_is_stateless, state))
+    is_clip = hasattr(type(state), "stats") and isinstance(state.stats, NormStats)
+    return isinstance(state, optax.EmptyState) or is_clip
+
+
+def _advice(old: Any, expected: Any) -> str:
+    for name in ("wrapped_state", "guard_state", "inner_opt_state"):
+        inside = getattr(old, name, _NO_FIT)
+        if _fitted(inside, expected, _AROUND) is not _NO_FIT:
             return f"Take it out of what was around it: `old_opt_state.{name}`."
     return (
         "If that optimizer was part of a chain, build `tx` around the same chain; if "

@@ -11,7 +11,9 @@ from optax_guard._guarding.judging import as_rules
 from optax_guard._guarding.masking import counting_only
 from optax_guard._guarding.state import GuardConfig
 from optax_guard._norms.mesh_axes import AxisName
-from optax_guard._transformation import parts_of
+from optax_guard._transformation import parts_of, with_extra_args
+from optax_guard.stop._state import EarlyStopping
+from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
 
 
@@ -36,7 +38,7 @@ def checked_config(
         parts = counting_only(mask, parts)
         bound = bound and counting_only(mask, bound)
     return GuardConfig(
-        inner=optax.with_extra_args_support(inner),
+        inner=with_extra_args(inner),
         clip=parts,
         is_clipping=clip is not None,
         rules=as_rules(skip),
@@ -48,15 +50,13 @@ def checked_config(
 
 
 def _check_inner(inner: Any) -> None:
-    if not isinstance(inner, optax.GradientTransformation):
-        advice = (
-            " Call its `gradient_transformation()`."
-            if isinstance(inner, optax.MultiSteps)
-            else ""
-        )
+    # A stopper and a threshold have such methods too, for other things.
+    is_other = isinstance(inner, EarlyStopping | Threshold)
+    names = ("init", "update")
+    if is_other or not all(callable(getattr(inner, name, None)) for name in names):
         raise TypeError(
             "`inner` must be an optax transformation such as `optax.adamw(1e-3)`, got "
-            f"{inner!r} of type {type(inner).__name__}.{advice}"
+            f"{inner!r} of type {type(inner).__name__}."
         )
 
 

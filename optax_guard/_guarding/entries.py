@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_guard._models import trained
 from optax_guard._norms.mesh_axes import varying_axes
 from optax_guard._trees import is_inexact
 
@@ -195,7 +196,8 @@ def _owners(params: Any, state: Any) -> list[int | None]:
     It is the parameter of that shape with whose path the leaf's path ends: a moment of
     ``layer/kernel`` is at ``0/mu/layer/kernel``, also under a mask or a partition.
     """
-    leaves = jax.tree.leaves_with_path(params)
+    # Of a pair of parameters those come first that have moments.
+    leaves = jax.tree.leaves_with_path(trained(params))
     by_path = {tuple(map(str, p)): (i, jnp.shape(x)) for i, (p, x) in enumerate(leaves)}
     longest = max(map(len, by_path), default=0)
     owners: list[int | None] = []

@@ -12,11 +12,18 @@ from optax_guard._checks import check_state
 from optax_guard._guarding.config import checked_config
 from optax_guard._guarding.entries import Kept, kept_entries, told_by
 from optax_guard._guarding.entry_step import take_entries
-from optax_guard._guarding.judging import Judged, judge_step, recorded
+from optax_guard._guarding.judging import (
+    Judged,
+    check_one_loss,
+    judge_step,
+    recorded,
+    with_one_loss,
+)
 from optax_guard._guarding.masking import hide
 from optax_guard._guarding.state import GuardConfig, GuardState, first_state
 from optax_guard._guarding.step import StepParts, check_same_tree
 from optax_guard._guarding.update_bound import added, bound_updates
+from optax_guard._models import params_of
 from optax_guard._norms.mesh_axes import unchecked_axes
 from optax_guard._public import answers_wrong_calls
 from optax_guard._transformation import cached, transformation
@@ -78,8 +85,8 @@ def guard(
     scale does not end a run, and is no alarm.
 
     Args:
-      inner: The optimizer, from ``optax.adamw`` to any chain. A clip of Optax belongs
-        into this chain.
+      inner: The optimizer, from ``optax.adamw`` to any chain, or any object with its
+        ``init`` and ``update``. A clip of Optax belongs into this chain.
       clip: A threshold for the global norm (number, schedule or one of
         ``optax_guard.threshold``), a clip of this library, or ``None`` to only measure.
       skip: One or several rules of ``optax_guard.skip``.
@@ -117,17 +124,20 @@ def guard(
 
     Returns:
       A transformation whose state is a ``GuardState``. ``value=`` and all other extra
-      arguments of ``update`` go on to ``inner``. Under ``jax.shard_map`` and
-      ``jax.pmap``, gradients that are split over devices need a clip with
-      ``axis_name`` (to only measure, ``record_norm(axis_name=...)``). Average ``value``
-      by ``jax.lax.pmean``, so that it is the same on all devices. All devices then
-      reach one verdict. In ``in_specs`` and ``out_specs`` only the ``wrapped_state`` of
-      the state is split, as it is without a guard; all else has ``PartitionSpec()``.
+      arguments of ``update`` go on to ``inner`` as they are. ``loss=`` is read as
+      ``value=`` is: one real number, of any dtype, of shape () or (1,). Under
+      ``jax.shard_map`` and ``jax.pmap``, gradients that are split over devices need a
+      clip with ``axis_name`` (to only measure, ``record_norm(axis_name=...)``). Average
+      ``value`` by ``jax.lax.pmean``, so that it is the same on all devices. All devices
+      then reach one verdict. In ``in_specs`` and ``out_specs`` only the
+      ``wrapped_state`` of the state is split, as it is without a guard; all else has
+      ``PartitionSpec()``.
 
     Raises:
       TypeError: If ``inner``, ``clip``, ``skip`` or ``mask`` is none of the above.
       ValueError: If a concrete number is out of range; in ``update``, if ``value`` is
-        known to differ between devices that take a step together.
+        known to differ between devices that take a step together, or if ``value`` and
+        ``loss`` are two objects.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -156,7 +166,7 @@ def guard(
     def init(params: optax.Params) -> GuardState:
         return first_state(config, params, config.inner.init(params))
 
-    @cached
+    @functools.partial(cached, check=functools.partial(check_one_loss, "guard"))
     def update(
         updates: optax.Updates,
         state: GuardState,
@@ -165,7 +175,7 @@ def guard(
     ) -> tuple[optax.Updates, GuardState]:
         return _update(config, updates, state, params, extra_args)
 
-    @cached
+    @functools.partial(cached, check=functools.partial(check_one_loss, "guard"))
     def apply_gradients(
         params: optax.Params,
         state: GuardState,
@@ -201,7 +211,7 @@ def _update(
         # A bound may yet make the update of a parameter smaller, and looks at the sum.
         if params is None or config.bound is not None:
             return kept_entries(new_updates, inner_state, *kept)
-        would_be = jax.tree.map(added, new_updates, params)
+        would_be = jax.tree.map(added, new_updates, params_of(new_updates, params))
         return kept_entries(would_be, inner_state, *kept)
 
     kept = (state.wrapped_state,)
@@ -210,7 +220,8 @@ def _update(
     )
     if config.bound is None:
         return new_updates, state
-    bounded, bound_state = bound_updates(config, new_updates, params, state)
+    own = params_of(new_updates, params)
+    bounded, bound_state = bound_updates(config, new_updates, own, state)
     return bounded, state._replace(bound_state=bound_state)
 
 
@@ -255,10 +266,10 @@ def _guarded(
     kept: tuple[Any, ...],
 ) -> tuple[Any, GuardState]:
     norm = judged.measured.norm.value
-    counted, old = grads, params
+    counted, old = grads, params_of(grads, params)
     if config.mask is not True:
         counted = hide(config.mask, grads)
-        old = None if params is None else hide(config.mask, params)
+        old = None if old is None else hide(config.mask, old)
     unchecked = unchecked_axes(counted, config.clip.axis_name)
     (first, inner_state), told = take_entries(
         judged.reason == SkipReason.NONE,
@@ -297,16 +308,18 @@ def _step_inside(
 ) -> tuple[optax.Updates, optax.OptState]:
     """A step of the optimizer; its errors say whether its state fits."""
     try:
-        return config.inner.update(updates, inner_state, params, **extra_args)
+        passed_on = with_one_loss(extra_args)
+        return config.inner.update(updates, inner_state, params, **passed_on)
     except (AttributeError, TypeError, ValueError) as error:
         # Checked only after a failure, because it takes time to trace `init`.
-        like = updates if params is None else params
+        like = updates if params is None else params_of(updates, params)
         if jax.tree.structure(updates) != jax.tree.structure(like):
             raise ValueError(
                 "`updates` of `guard` must have the structure of `params`, "
                 f"{jax.tree.structure(like)}, got {jax.tree.structure(updates)}."
             ) from error
-        fitting = jax.eval_shape(config.inner.init, like)
+        whole = params if isinstance(params, optax.LookaheadParams) else like
+        fitting = jax.eval_shape(config.inner.init, whole)
         if difference := first_difference(inner_state, fitting):
             raise ValueError(
                 "`state` of `guard` must be that of `inner` for these parameters: "

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optax_guard._checks import check_number, check_part, check_state
+from optax_guard._checks import check_number, check_part, check_state, is_number
 from optax_guard._clipping.parts import Measurement
 from optax_guard._guarding.entries import Told
 from optax_guard._guarding.masking import hide
 from optax_guard._guarding.state import GuardConfig, GuardState, logged, start_rules
+from optax_guard._models import params_of
 from optax_guard._norms.mesh_axes import varying_axes
 from optax_guard._norms.statistics import NormStats, as_float32
 from optax_guard._rows import rows_of
@@ -36,11 +38,49 @@ def as_rules(skip: Any) -> tuple[SkipRule, ...]:
     return tuple(rules)
 
 
-def checked_loss(value: Any) -> jax.Array | None:
-    """The loss given as ``value=``, checked."""
-    if value is None:
+def check_one_loss(factory: str, extra_args: dict[str, Any]) -> None:
+    """Raises if two different objects are given for the loss of a step."""
+    both = [extra_args[name] for name in names_of_loss(extra_args)]
+    if len(both) == 2 and both[0] is not both[1]:
+        raise ValueError(
+            f"`value` and `loss` of `{factory}` must be one object if both are given, "
+            "because it reads either as the loss of the step. Give one of them."
+        )
+
+
+def names_of_loss(extra_args: dict[str, Any]) -> list[str]:
+    """The extra arguments that are the loss: ``value=``, or ``loss=`` as in levanter.
+
+    An optimizer may take a function as ``loss=``; that is no loss of a step.
+    """
+    given = {name: extra_args.get(name) for name in ("value", "loss")}
+    return [name for name, x in given.items() if x is not None and not callable(x)]
+
+
+def with_one_loss(extra_args: dict[str, Any], loss: Any = None) -> dict[str, Any]:
+    """The arguments, with one object for the loss by both names, as it was given.
+
+    A compiled function takes one object in two arguments for two.
+    """
+    names = names_of_loss(extra_args)
+    if loss is None and len(names) < 2:
+        return extra_args
+    loss = extra_args[names[0]] if loss is None else loss
+    return extra_args | dict.fromkeys(names, loss)
+
+
+def checked_loss(extra_args: dict[str, Any]) -> jax.Array | None:
+    """The loss given as ``value=`` or ``loss=``, checked."""
+    if extra_args.get("value") is not None:
+        name = "value"
+    elif "loss" in names_of_loss(extra_args):
+        name = "loss"
+    else:
         return None
-    check_number("value", value)
+    value = extra_args[name]
+    if is_number(value) and np.shape(value) == (1,):
+        value = value[0]
+    check_number(name, value)
     return jnp.asarray(value)
 
 
@@ -155,9 +195,14 @@ def judge_step(
     """Measures the gradients, and decides whether the step is taken."""
     check_state("guard", state, GuardState)
     check_part(
-        "guard", "skip rules", state.rule_states, lambda: start_rules(config.rules)
+        "guard",
+        "skip rules",
+        state.rule_states,
+        lambda: start_rules(config.rules),
+        "A state made before the rules were changed does not fit.",
     )
-    value = checked_loss(extra_args.get("value"))
+    value = checked_loss(extra_args)
+    params = params_of(updates, params)
     measured, clip_state = config.clip.measure(
         updates, state.clip_state, params, **extra_args
     )

@@ -8,6 +8,7 @@ import optax
 
 from optax_guard._checks import is_flag
 from optax_guard._clipping.parts import ClipParts, Measurement
+from optax_guard._trees import is_function
 
 # A tree of bools, a tree prefix of the parameters; or a function that returns one.
 Mask = Any
@@ -56,7 +57,9 @@ def hide(mask: Mask, tree: Any) -> Any:
 
 def _counts(mask: Mask, tree: Any) -> list[bool]:
     """For each leaf whether it counts."""
-    found = mask(tree) if callable(mask) else mask
+    if isinstance(tree, optax.LookaheadParams) and not isinstance(mask, type(tree)):
+        return [counts for part in tree for counts in _counts(mask, part)]
+    found = mask(tree) if is_function(mask) else mask
     try:
         counts = jax.tree.leaves(jax.tree.broadcast(found, tree))
     except ValueError as error:

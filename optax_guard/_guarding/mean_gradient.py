@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_guard._models import params_of
 from optax_guard._norms.two_scales import accumulator_dtype
 from optax_guard._norms.two_words import move_mean
 from optax_guard._trees import is_inexact
@@ -62,6 +63,7 @@ def mean_loss(
 
 def as_gradients(mean: Any, grads: Any, params: Any) -> Any:
     """The mean as gradients; other leaves are those of the last micro-batch."""
+    params = params_of(grads, params)
 
     def leaf(g: Any, mean: Any, param: Any) -> Any:
         if not is_inexact(g):

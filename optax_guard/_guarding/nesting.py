@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_guard._trees import opt_state_of
+from optax_guard._trees import children_of, opt_state_of
 
 # Fields that only states with a guard have. Their classes are in files above this one.
 _GUARD_FIELDS = {"skip_counts", "guard_state"}
@@ -23,9 +23,11 @@ _has_warned = False
 
 
 def warn_if_nested(state: Any, *, is_of_one: bool = False) -> None:
-    """Warns once per process if state outside of a guard changes on a skipped step.
+    """Warns once per process if a guard is inside of what a bad step spoils.
 
-    It looks at types, so that under `jit` it costs nothing after tracing.
+    That is state outside of it which changes on a skipped step, or the accumulator of
+    ``optax.MultiSteps``. It looks at types, so that under `jit` it costs nothing after
+    tracing.
 
     Args:
       state: An optimizer state, or a state that holds one.
@@ -47,16 +49,34 @@ def warn_if_nested(state: Any, *, is_of_one: bool = False) -> None:
     parts = jax.tree.leaves(opt_state, is_leaf=lambda x: x is not opt_state)
     found = map(names_outside_of_guard, parts if is_mixed else [opt_state])
     names = sorted({name for names in found for name in names})
-    if not names:
+    if names:
+        message = (
+            "The guard is inside of a transformation whose own state "
+            f"({', '.join(names)}) changes on a skipped step, when that of the guard "
+            "does not. Put the guard outermost: `guard(optax.chain(...))`."
+        )
+    elif any(map(keeps_nan, parts if is_mixed else [opt_state])):
+        message = (
+            "The guard is inside of `optax.MultiSteps`, which keeps a NaN in its "
+            "accumulator for good: no step is taken after it. Use "
+            "`accumulate(guard(...), every_k)`, which drops the bad micro-batch; or "
+            "give `MultiSteps` `should_skip_update_fn=optax.skip_not_finite`."
+        )
+    else:
         _checked.add(structure)
         return
     _has_warned = True
-    warnings.warn(
-        f"The guard is inside of a transformation whose own state ({', '.join(names)}) "
-        "changes on a skipped step, when that of the guard does not. Put the guard "
-        "outermost: `guard(optax.chain(...))`.",
-        stacklevel=_frames_inside(),
-    )
+    warnings.warn(message, stacklevel=_frames_inside())
+
+
+def keeps_nan(opt_state: Any) -> bool:
+    """Whether a guard is inside of ``MultiSteps`` that lets a NaN into its sum."""
+    if isinstance(opt_state, optax.MultiStepsState):
+        # A function that judges micro-batches leaves something here.
+        is_judging = jax.tree.leaves(opt_state.skip_state)
+        return not is_judging and _survey(opt_state.inner_opt_state, "")[0]
+    below = () if _is_guarded(opt_state) else children_of(opt_state)
+    return any(map(keeps_nan, below))
 
 
 def names_outside_of_guard(opt_state: Any) -> list[str]:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from optax_guard._guarding.leaf_report import (
     FINITE,
@@ -13,6 +14,7 @@ from optax_guard._guarding.leaf_report import (
     verdicts_of,
 )
 from optax_guard._guarding.state import LOG_LENGTH, GuardState
+from optax_guard._models import arrays_of
 from optax_guard._trees import find_states, only_state
 from optax_guard.skip import SkipReason
 
@@ -82,7 +84,7 @@ def skipped_steps(state: Any, params: Any = None) -> list[SkippedStep]:
       (('head/bias', 'finite'), ('head/kernel', 'Inf'))
     """
     guard_state = only_state("state", state, GuardState)
-    params = getattr(state, "params", None) if params is None else params
+    params = arrays_of(getattr(state, "params", None) if params is None else params)
     log, total = jax.device_get((guard_state.skip_log, guard_state.num_skipped))
     if np.shape(total):
         raise ValueError(
@@ -115,6 +117,12 @@ def last_skips(state: Any, params: Any) -> list[str]:
     single = [guard for guard in guards if not np.shape(guard.num_skipped)]
     skipped = [step for guard in single for step in skipped_steps(guard, known)]
     lines = ["Skipped last:", *(f"  {step}" for step in skipped)]
+    for multi in find_states(state, optax.MultiStepsState):
+        if bad_parameters(multi.acc_grads):
+            lines.append(
+                "The accumulator of `optax.MultiSteps` is not finite, and stays so: no "
+                "step will be taken. Use `accumulate(guard(...), every_k)` instead."
+            )
     if bad := bad_parameters(params):
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         lines.append(

@@ -10,7 +10,9 @@ from jax.typing import ArrayLike
 from optax_guard._checks import check_whole
 from optax_guard._clipping.parts import ClipParts, Measurement
 from optax_guard._guarding.masking import Mask
+from optax_guard._guarding.transparency import attribute_inside
 from optax_guard._guarding.update_bound import first_bound
+from optax_guard._models import trained
 from optax_guard._norms.marks import NUM_WORDS, first_leaf
 from optax_guard._norms.statistics import as_float32
 from optax_guard._rows import Entry, empty_rows, replace_entries, rows_of
@@ -68,6 +70,10 @@ class SkipLog(NamedTuple):
 class GuardState(NamedTuple):
     """State of ``guard``. Its seven scalars are attributes, and share one array.
 
+    An attribute that it does not have is that of ``wrapped_state``, so loops that read
+    ``opt_state.hyperparams`` or ``opt_state.count`` go on. Such a ``count`` stays as it
+    is on a skipped step; ``num_updates`` counts on.
+
     Attributes:
       skip_counts: int32[8], the row of the scalars.
       skip_log: The last 16 skipped steps, a ``SkipLog``.
@@ -92,6 +98,9 @@ class GuardState(NamedTuple):
       num_partial: int32[], steps taken in which some entries kept their old values,
         because the new ones were not finite. It is read from the smallest leaves, at
         most 1/1024 of all entries (at least a part of one leaf). 0 after ``init``.
+      num_updates: int32[], steps seen, skipped ones included; 0 after ``init``.
+      count: As that of ``wrapped_state``, if it has one.
+      index: As that of ``wrapped_state``, if it has one.
     """
 
     skip_counts: jax.Array
@@ -108,6 +117,22 @@ class GuardState(NamedTuple):
     num_vanished = Entry("skip_counts", 4)
     num_partial = Entry("skip_counts", 5)
     rule_streak = Entry("skip_counts", 6)
+
+    @property
+    def num_updates(self) -> jax.Array:
+        return self.clip_state.stats.num_updates
+
+    def __getattr__(self, name: str) -> Any:
+        return attribute_inside(self, name, self.wrapped_state)
+
+    # A tuple has methods of these names, so they would not be looked for inside.
+    @property
+    def count(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return attribute_inside(self, "count", self.wrapped_state)
+
+    @property
+    def index(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return attribute_inside(self, "index", self.wrapped_state)
 
 
 class GuardConfig(NamedTuple):
@@ -146,7 +171,7 @@ def first_state(
     return GuardState(
         **empty_rows(GuardState),
         skip_log=empty_log(),
-        clip_state=config.clip.init(params),
+        clip_state=config.clip.init(trained(params)),
         rule_states=start_rules(config.rules),
         wrapped_state=inner_state,
         bound_state=()

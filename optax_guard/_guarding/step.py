@@ -10,8 +10,9 @@ from jax import lax
 
 from optax_guard._checks import check_leaves, check_transformation
 from optax_guard._guarding.nesting import warn_if_nested
+from optax_guard._models import trained
 from optax_guard._public import answers_wrong_calls
-from optax_guard._transformation import parts_of
+from optax_guard._transformation import parts_of, with_extra_args
 from optax_guard._trees import map_inexact
 
 
@@ -159,13 +160,14 @@ def apply_gradients(
         return parts.apply_gradients(params, opt_state, grads=grads, **extra_args)
     check_same_tree(params, grads)
     warn_if_nested(opt_state, is_of_one=True)
-    update = optax.with_extra_args_support(tx).update
+    update = with_extra_args(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state
 
 
 def check_same_tree(params: Any, grads: Any) -> None:
     """Raises if there is not a gradient for each parameter."""
+    params = trained(params)
     if jax.tree.structure(params) == jax.tree.structure(grads):
         return
     # To Optax a parameter may be none, whatever its gradient is.

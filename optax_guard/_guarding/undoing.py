@@ -10,6 +10,7 @@ import optax
 from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import take_or_keep
+from optax_guard._models import arrays_of, with_statics_of
 from optax_guard._trees import outermost_states
 from optax_guard.skip import SkipReason
 
@@ -22,7 +23,8 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
 
     Args:
       opt_state: Optimizer state after the step, with a guard in it.
-      new: A tree of arrays, after the step.
+      new: A tree of arrays, after the step. Functions and flags in it, as a model of
+        Equinox has them, stay.
       old: The same tree before the step.
 
     Returns:
@@ -50,10 +52,10 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
             "`new` and `old` must have the same structure, got "
             f"{jax.tree.structure(new)} and {jax.tree.structure(old)}."
         )
-    new, old = jax.tree.map(jnp.asarray, (new, old))
+    whole, (new, old) = new, jax.tree.map(jnp.asarray, arrays_of((new, old)))
     is_taken = functools.reduce(jnp.maximum, reasons) == SkipReason.NONE
     [chosen] = take_or_keep(is_taken, lambda new, old: (new,), new, (old,))
-    return chosen
+    return with_statics_of(whole, chosen)
 
 
 def last_reasons(tree: Any) -> list[jax.Array]:

@@ -79,7 +79,7 @@ def axes_without(tree: Any, layer_axis: Any) -> list[tuple[int, ...]]:
     along = for_each_leaf("layer_axis", layer_axis, tree)
     axes = []
     for i, (x, axis) in enumerate(zip(jax.tree.leaves(tree), along, strict=True)):
-        rank = np.ndim(x)
+        rank = len(np.shape(x))  # Not all that has a shape has a rank.
         is_whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
         if axis is not None and not (is_whole and -rank <= axis < rank):
             raise ValueError(
@@ -136,11 +136,13 @@ def by_label(tree: Any, labels: Any, known: list[str]) -> Groups:
                 f"{given[i]!r} of {path_names(tree)[i]!r}. To only watch that group, "
                 "give it an infinite threshold."
             )
-    if unused := [label for label in known if label not in given]:
+    unused = [label for label in known if label not in given]
+    # Without leaves it may be the placeholder of `optax.tree.map_params`.
+    if leaves and unused:
         raise ValueError(
             f"`labels` must use every label of `max_norms`, got no leaf for {unused}."
         )
-    ranks = [np.ndim(leaves[i]) for i in indices]
+    ranks = [len(np.shape(leaves[i])) for i in indices]
     numbers = [known.index(given[i]) for i in indices]
     return Groups(
         indices,

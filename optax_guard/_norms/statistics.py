@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_guard._norms.group_names import register_with_names
 from optax_guard._norms.sketch import sketch_add, sketch_init
 from optax_guard._rows import Entry, empty_rows, rows_of
 from optax_guard._trees import increment
@@ -130,10 +131,10 @@ class GroupStats(NamedTuple):
     vectors are attributes, and share two arrays.
 
     Attributes:
-      group_names: Names the groups and holds no arrays. For leaves it is a tree like
-        the parameters, with ``None`` for a group, ``(None, ..., None)`` for the layers
-        of a stacked leaf and ``()`` for a leaf that is not floating. For labelled
-        groups it is a dict from label to ``None``.
+      group_names: Names the groups, and is part of the structure, not a tree in the
+        state. For leaves it is like the parameters, with ``None`` for a group,
+        ``(None, ..., None)`` for the layers of a stacked leaf and ``()`` for a leaf
+        that is not floating. For labelled groups it is a dict from label to ``None``.
       group_counts: int32[G, 8], the rows of the two counts, and of codes.
       group_values: float32[G, 8], the rows of the six norms, as ``norm_values``.
       group_sketch: int32[G, 1408], for ``norm_quantile``; zeros after ``init``;
@@ -167,6 +168,8 @@ class GroupStats(NamedTuple):
     group_norm_var = Entry("group_values", 4, jnp.float32)
     group_norm_max = Entry("group_values", 5, jnp.float32)
 
+
+register_with_names(GroupStats, "group_names")
 
 # What a number of the whole is called for a group.
 _OF_GROUP = {

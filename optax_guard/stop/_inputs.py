@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._checks import check_count, check_leaves, check_number, in_range
+from optax_guard._models import arrays_of
 from optax_guard.stop._config import Config
 
 
@@ -34,13 +35,14 @@ def prepare_inputs(config: Config, given: Inputs) -> Inputs:
         check_number("step", given.step)  # The host would wait for its value.
     elif given.step is not None:
         check_count("step", given.step, least=0)
-    check_leaves("params", given.params)
+    params = arrays_of(given.params)
+    check_leaves("params", params)
     if "opt_state" in needs:
         check_leaves("opt_state", given.opt_state)
     value, metrics = _split_value(given.value, config.key, config.rule.keys)
     return Inputs(
         value=as_numpy("value", value),
-        params=given.params,
+        params=params,
         step=as_numpy("step", given.step, np.int32),
         seconds=as_numpy("seconds", given.seconds),
         train_value=as_numpy("train_value", given.train_value)

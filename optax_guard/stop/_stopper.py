@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_guard._checks import check_flag, check_leaves
+from optax_guard._models import arrays_of, with_statics_of
 from optax_guard._public import answers_wrong_calls
 from optax_guard._rows import replace_entries, rows_of
 from optax_guard.stop._config import Config, checked_config
@@ -141,7 +142,9 @@ def _initial_state(config: Config, params: Any) -> EarlyStoppingState:
         is_best=jnp.asarray(False),
         is_significant=jnp.asarray(False),
         **rows_of(EarlyStoppingState, numbers),
-        best_params=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params),
+        best_params=jax.tree.map(
+            lambda leaf: jnp.array(leaf, copy=True), arrays_of(params)
+        ),
         rule_state=config.rule.init(),
         smooth_state=() if config.smooth is None else config.smooth.init(),
     )
@@ -174,8 +177,10 @@ def best(state: EarlyStoppingState, default: Any) -> Any:
             "`best` finds no parameters in `state`: it was made by `init()`. Make "
             "it by `init(params)` and pass `params` to every `update`."
         )
-    check_leaves("default", default)
-    return _choose_params(state.best_eval >= 0, state.best_params, default)
+    arrays = arrays_of(default)
+    check_leaves("default", arrays)
+    chosen = _choose_params(state.best_eval >= 0, state.best_params, arrays)
+    return with_statics_of(default, chosen)
 
 
 @jax.jit
