@@ -13,7 +13,7 @@ import pytest
 
 import optax_guard as og
 from optax_guard.flax import Checkpointer, Rewind, TrainState, fit, load_best
-from optax_guard.loops import _checkpoint
+from optax_guard.loops import _store
 
 START = np.array([1.0, -1.0])
 RATE = 0.1
@@ -305,7 +305,7 @@ def test_old_state_has_left_the_device_when_the_best_comes(tmp_path, monkeypatch
 
         return counted
 
-    monkeypatch.setattr(_checkpoint, "restore", count(_checkpoint.restore))
+    monkeypatch.setattr(_store, "restore", count(_store.restore))
     run(
         tmp_path,
         Rewind(),

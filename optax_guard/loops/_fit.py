@@ -13,7 +13,6 @@ from optax_guard._records.writers import Logger
 from optax_guard.loops._begin import open_run
 from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
-from optax_guard.loops._host import open_source
 from optax_guard.loops._host_run import (
     Plan,
     ending_after_evaluation,
@@ -27,6 +26,7 @@ from optax_guard.loops._interval import compiled_step
 from optax_guard.loops._result import FitResult
 from optax_guard.loops._rewind import Rewind, check_rewind
 from optax_guard.loops._skip_origins import check_on_skip
+from optax_guard.loops._source import Source
 from optax_guard.stop._state import EarlyStopping
 
 
@@ -174,7 +174,7 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
-    batch_at = open_source(batches)
+    source = Source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
     evaluation = Evaluation(
@@ -185,7 +185,8 @@ def fit(
     plan = Plan(
         train_step=train_step,
         step=compiled_step(train_step),
-        batch_at=batch_at,
+        batch_at=source.at,
+        source=source,
         eval_every=eval_every,
         evaluate=evaluate,
         stopper=stopper,
@@ -199,7 +200,7 @@ def fit(
             stack,
             plan,
             state,
-            batches,
+            source,
             num_steps=num_steps,
             loggers=loggers,
             progress=progress,

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from optax_guard._checks import check_leaves
-from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import is_over
 from optax_guard.loops._evaluation import (
     Evaluation,
@@ -21,13 +20,15 @@ from optax_guard.loops._evaluation import (
     tracked,
 )
 from optax_guard.loops._group import Group, open_group
-from optax_guard.loops._host import END, Interrupt, Record, agree
+from optax_guard.loops._host import Interrupt, Record, agree
 from optax_guard.loops._inputs import on_mesh, warn_of_end
 from optax_guard.loops._interval import Interval, Step, first_interval
 from optax_guard.loops._learning_rate import scheduled_rate
 from optax_guard.loops._result import FitResult, Rewound, Snapshot
 from optax_guard.loops._rewind import Rewind, go_back
 from optax_guard.loops._skip_origins import SkipOrigins
+from optax_guard.loops._source import END, Source
+from optax_guard.loops._store import Store
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
@@ -52,6 +53,7 @@ class Plan:
       train_step: The user's function. It is held here, because `step` does not hold it.
       step: The compiled step.
       batch_at: The batch of a step, or `END`.
+      source: The batches, with the state of their iterator.
       evaluation: The configuration of its evaluations.
       explains_skips: Whether to look for the origin of skipped steps.
 
@@ -61,6 +63,7 @@ class Plan:
     train_step: Callable[[Any, Any], Any]
     step: Step
     batch_at: Callable[[int], Any]
+    source: Source
     eval_every: int
     evaluate: Callable[[Any], Any] | None
     stopper: EarlyStopping | None
@@ -249,6 +252,7 @@ def ending_after_evaluation(run: HostRun) -> Ending | None:
         history=run.record.history,
         best_step=int(flags.get("best_step", -1)),
         rewound=run.rewound,
+        data=run.plan.source.state(),
     )
     if run.plan.rewind is not None and not is_last:
         back = go_back(run.plan.rewind, run.store, run.plan.stopper, snapshot, flags)
@@ -256,7 +260,7 @@ def ending_after_evaluation(run: HostRun) -> Ending | None:
             run.state, run.stop, run.rewound = back
             return None
     is_stopped = is_over(flags, run.state)
-    run.store.save(snapshot)
+    run.store.save(snapshot, flags, goes_on=not is_stopped)
     if is_stopped:
         return Ending.STOPPED
     if is_last:

@@ -37,6 +37,8 @@ class Snapshot(NamedTuple):
       history: All rows, that of this evaluation included.
       best_step: Step of the best evaluation; -1 if there is none.
       rewound: The effects of the rewinds so far.
+      data: The state of the batches' iterator on each process, as JSON; ``None`` if it
+        has none.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Snapshot(NamedTuple):
     history: list[dict[str, float]]
     best_step: int
     rewound: Rewound
+    data: list[Any] | None = None
 
 
 class FitResult(NamedTuple):

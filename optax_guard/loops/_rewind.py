@@ -1,16 +1,16 @@
 """Rewinds: `fit` returns to the best checkpoint of a run that has gone bad."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from optax_guard._checks import check_count, check_positive, static_count
 from optax_guard._rows import replace_entries
-from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import why_gone_bad
 from optax_guard.loops._learning_rate import lr_scales
 from optax_guard.loops._result import Rewound, Snapshot
+from optax_guard.loops._store import Store
+from optax_guard.loops._warning import warn_user
 from optax_guard.stop._plateau import set_lr_scale
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
@@ -109,7 +109,10 @@ def go_back(
     # This includes the factor of a plateau, because its rule starts again at 1.
     lr_scale = float(scales[0]) * rewind.lr_factor if scales else 1.0
     offset = run.rewound.data_offset + rewind.leave_out
-    then, state, stop = store.load_pinned(run.state, run.stop)
+    found = store.load_pinned(run.state, run.stop)
+    if found is None:
+        return None
+    then, state, stop = found
     rewound = Rewound(
         num_rewinds=run.rewound.num_rewinds + 1,
         lr_scale=lr_scale,
@@ -127,11 +130,10 @@ def go_back(
         train_seconds=run.stop.train_seconds,
         train_seconds_rest=run.stop.train_seconds_rest,
     )
-    warnings.warn(
+    warn_user(
         f"At step {run.step}, back to the checkpoint of step {then}, rewind "
         f"{rewound.num_rewinds} of {rewind.times}, with the learning rate times "
-        f"{rewound.lr_scale:g} and batches of step + {offset}, because of {message}",
-        stacklevel=5,  # The line that calls `fit`.
+        f"{rewound.lr_scale:g} and batches of step + {offset}, because of {message}"
     )
     return state, stop, rewound
 
