@@ -267,6 +267,7 @@ RIGHT: dict[str, set[str]] = {
     "loops.fit.checkpointer": NOTHING,
     "loops.fit.learning_rate": NOTHING,
     "loops.fit.loggers": {"[]"},
+    "loops.fit.audit_every": NOTHING,
     "loops.fit.on_skip": NOTHING,
     "stop.from_keras.min_delta": NUMBER,
     "stop.from_lightning.min_delta": NUMBER,

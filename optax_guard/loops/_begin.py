@@ -24,7 +24,6 @@ def open_run(
     stack: contextlib.ExitStack,
     plan: Plan,
     state: Any,
-    source: Source,
     *,
     num_steps: int,
     loggers: Sequence[Logger],
@@ -37,7 +36,7 @@ def open_run(
     store = stack.enter_context(
         open_store(checkpointer, keeps_first=plan.rewind is not None)
     )
-    start = _first_snapshot(state, plan.stopper, source, num_steps, store)
+    start = _first_snapshot(state, plan.stopper, plan.source, num_steps, store)
     if checkpointer is not None and checkpointer.continue_stopped:
         start = _continued(start, plan.stopper)
     steps_left = max(0, num_steps - start.step)

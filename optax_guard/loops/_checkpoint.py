@@ -154,7 +154,7 @@ class Checkpointer:
         stop: EarlyStoppingState | None = None,
         *,
         stopper: EarlyStopping | None = None,
-    ) -> tuple[int, Any, EarlyStoppingState | None]:
+    ) -> tuple[int, Any, Any]:
         """Loads the latest checkpoint that is intact, in a loop of one's own.
 
         Args:
