@@ -13,8 +13,13 @@ Ranges = tuple[tuple[int, int], ...]
 def as_ranges(given: Any) -> Ranges:
     """The ranges in order and apart, of a list or of the JSON file that it names."""
     if isinstance(given, str | os.PathLike):
+        path = pathlib.Path(given)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`skip_steps` names a file that does not exist: {path}."
+            )
         try:
-            given = json.loads(pathlib.Path(given).read_text(encoding="utf-8"))
+            given = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"`skip_steps` must name a JSON file such as [[1200, 1260]], got "
@@ -34,7 +39,7 @@ def as_ranges(given: Any) -> Ranges:
                 "`skip_steps` must hold ranges of two whole numbers, the second above "
                 f"the first, such as (1200, 1260), got {each!r}."
             )
-    return merged((first, end) for first, end in given)
+    return merged((int(first), int(end)) for first, end in given)
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
