@@ -21,7 +21,7 @@ from tests.kill_job import EVAL_EVERY
 HERE = pathlib.Path(__file__).parent
 
 IS_SOAK = bool(os.environ.get("OPTAX_GUARD_SOAK"))
-NUM_KILLS = 50 if IS_SOAK else 2
+NUM_KILLS = 50 if IS_SOAK else 1
 NUM_SEEDS = 10 if IS_SOAK else 1
 NUM_CLEAN = 50 if IS_SOAK else 4
 
