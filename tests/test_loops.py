@@ -1,7 +1,9 @@
 """Loops on the device. Oracles: plain Python loops, float64 NumPy, and `fit`."""
 
 import functools
+import gc
 import inspect
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,8 @@ import optax_guard as og
 from optax_guard import stop
 from optax_guard.flax import TrainState, fit
 from optax_guard.loops import train_on_device, train_population
-from optax_guard.loops._device import _run
+from optax_guard.loops._device import compiled_run
+from optax_guard.loops._inputs import Functions
 from tests.hlo import choices_in_loops, computations, copies
 
 # loss = mean((w - x)^2) with w of shape (2,): the gradient is w - x.
@@ -528,14 +531,11 @@ def compiled_text(size, stopper) -> str:
     def shrink(state, x):
         return PlainState(state.step + 1, {"w": 0.9 * state.params["w"]}, ()), x
 
-    functions = [
-        Partial(shrink),
-        Partial(jnp.float32),
-        Partial(lambda state: state.params["w"][0]),
-    ]
-    lowered = _run.lower(
-        state, functions, np.int32(0), stopper=stopper, num_steps=8, eval_every=2
-    )
+    def evaluate(state):
+        return state.params["w"][0]
+
+    run, given = compiled_run(Functions(shrink, jnp.float32, evaluate, stopper))
+    lowered = run.lower(state, np.int32(0), num_steps=8, eval_every=2, **given)
     return lowered.compile().as_text() or ""
 
 
@@ -558,3 +558,39 @@ def test_best_parameters_that_do_not_improve_move_nothing():
     bodies = [b for b in computations(text).values() if not b.startswith("ENTRY")]
     assert choices_in_loops(text, size) == []
     assert sum(copies(body, size) for body in bodies) > 0
+
+
+# Memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", ["host", "device", "population"])
+def test_what_the_users_functions_hold_is_released_with_them(loop):
+    class Dataset:
+        x = 1.0
+
+    def train() -> Any:
+        data = Dataset()
+
+        def step(state, batch):
+            return state.apply_gradients(grads=state.params - data.x), batch
+
+        def build(params):
+            return {"state": state_of(params), "train_step": step, "batches": float_}
+
+        length = {"num_steps": 2, "eval_every": 2}
+        if loop == "population":
+            train_population(build, jnp.zeros(2), **length)
+        else:
+            run = {"host": fit, "device": train_on_device}[loop]
+            run(state_of(jnp.zeros(())), step, float_, **length)
+        return weakref.ref(data)
+
+    sgd = optax.sgd(0.1)
+    float_ = jnp.float32
+
+    def state_of(params):
+        return TrainState.create(apply_fn=str, params=params, tx=sgd)
+
+    alive = [train() for _ in range(2)]
+    gc.collect()
+    assert [data() for data in alive] == [None, None]

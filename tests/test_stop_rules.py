@@ -159,6 +159,24 @@ def test_divergence_is_strict_and_follows_the_mode():
     )
 
 
+def test_relative_divergence_is_a_multiple_of_the_best_before():
+    three = stop.divergence(ratio=3.0)
+    # The first value has nothing before it, and the best falls.
+    assert stop_of(three, [9.0, 2.0, 6.0, 6.5]) == (3, StopReason.DIVERGED)
+    # Twice its magnitude above a best of -2.
+    assert stop_of(three, [-1.0, -2.0, 2.0]) is None
+    assert stop_of(three, [-1.0, -2.0, 2.5]) == (2, StopReason.DIVERGED)
+    # For an accuracy, half of the best.
+    half = stop.divergence(ratio=1.5)
+    assert stop_of(half, [0.5, 0.75, 0.375], mode="max") is None
+    assert stop_of(half, [0.5, 0.75, 0.25], mode="max") == (2, StopReason.DIVERGED)
+    with pytest.raises(ValueError, match="`ratio` must be above 1"):
+        stop.divergence(ratio=1.0)
+    for wrong in ({}, {"threshold": 1.0, "ratio": 2.0}):
+        with pytest.raises(ValueError, match="`threshold` or `ratio`, and not both"):
+            stop.divergence(**wrong)
+
+
 def test_infinity_is_no_divergence_and_no_target_but_nonfinite():
     rule = stop.any_of(stop.divergence(2.0), stop.target(0.0))
     for value in (INF, -INF, NAN):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_guard.loops._compiled import CompiledFor, put_together
 from optax_guard.loops._inputs import (
     Functions,
     check_arguments,
@@ -56,62 +57,90 @@ def built(
 # its leaves go from program to program, and each puts them into a state of its own.
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "eval_every"))
-def start(
-    build: Any, members: Any, *, num_steps: int, eval_every: int
-) -> tuple[Lane, jax.Array]:
-    """All members before their first step, and the step at which each starts."""
-
-    def start_member(member: Any) -> tuple[Lane, jax.Array]:
-        functions, state = built(build, member)
-        state = copied(state)
-        evaluate = evaluation_of(functions)
-        lane = first_lane(
-            functions, evaluate, state, num_steps, eval_every, unfilled=jnp.nan
-        )
-        return lane._replace(state=jax.tree.leaves(lane.state)), state.step
-
-    return jax.vmap(start_member)(members)
-
-
 class Limits(NamedTuple):
     """The limits of an advance, the same for all members.
 
     Attributes:
-      until: Step to train to.
+      until: Step to train to; ``None`` before the first.
       smaller: Size of the next batch: the members are advanced while more go on.
       num_steps: Step at which the run ends.
       eval_every: Steps between evaluations.
     """
 
-    until: jax.Array
-    smaller: jax.Array
+    until: Any
+    smaller: Any
     num_steps: int
     eval_every: int
 
 
-@functools.partial(
-    jax.jit, static_argnames=("num_steps", "eval_every"), donate_argnames="lanes"
-)
-def advance_all(
-    build: Any,
-    members: Any,
-    lanes: Lane,
-    step: jax.Array,
-    until: jax.Array,
-    smaller: jax.Array,
-    *,
-    num_steps: int,
-    eval_every: int,
-) -> tuple[jax.Array, Lane]:
-    """Trains until a step, or until so few go on that a smaller batch holds them."""
-    limits = Limits(until, smaller, num_steps, eval_every)
-    advance_each = jax.vmap(
-        functools.partial(_advance_member, build, step, limits),
-        axis_name=_AXIS,
-        out_axes=(None, 0),
+class Batch(NamedTuple):
+    """The programs of a population.
+
+    Attributes:
+      start: ``start(arguments, members, *, num_steps, eval_every)``: all members before
+        their first step, and the step at which each starts.
+      advance: ``advance(arguments, members, lanes, step, until, smaller, *, num_steps,
+        eval_every) -> (step, lanes)``: trains until a step, or until so few go on that
+        a smaller batch holds them. The lanes are donated.
+    """
+
+    start: Callable[..., tuple[Lane, jax.Array]]
+    advance: Callable[..., tuple[jax.Array, Lane]]
+
+
+@CompiledFor
+def compiled_batch(get_build: Callable[[], Any]) -> Batch:
+    """The programs of populations that one function builds.
+
+    Their first argument is what a ``Partial`` binds to it.
+    """
+
+    def start(
+        arguments: Any, members: Any, *, num_steps: int, eval_every: int
+    ) -> tuple[Lane, jax.Array]:
+        build = put_together(get_build(), arguments)
+        limits = Limits(None, None, num_steps, eval_every)
+        return jax.vmap(functools.partial(_start_member, build, limits))(members)
+
+    def advance_all(
+        arguments: Any,
+        members: Any,
+        lanes: Lane,
+        step: jax.Array,
+        until: jax.Array,
+        smaller: jax.Array,
+        *,
+        num_steps: int,
+        eval_every: int,
+    ) -> tuple[jax.Array, Lane]:
+        build = put_together(get_build(), arguments)
+        limits = Limits(until, smaller, num_steps, eval_every)
+        advance_each = jax.vmap(
+            functools.partial(_advance_member, build, step, limits),
+            axis_name=_AXIS,
+            out_axes=(None, 0),
+        )
+        return advance_each(members, lanes)
+
+    static = "num_steps", "eval_every"
+    return Batch(
+        jax.jit(start, static_argnames=static),
+        jax.jit(advance_all, static_argnames=static, donate_argnames="lanes"),
     )
-    return advance_each(members, lanes)
+
+
+def _start_member(build: Any, limits: Limits, member: Any) -> tuple[Lane, jax.Array]:
+    functions, state = built(build, member)
+    state = copied(state)
+    lane = first_lane(
+        functions,
+        evaluation_of(functions),
+        state,
+        limits.num_steps,
+        limits.eval_every,
+        unfilled=jnp.nan,
+    )
+    return lane._replace(state=jax.tree.leaves(lane.state)), state.step
 
 
 def _advance_member(

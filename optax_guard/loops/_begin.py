@@ -7,7 +7,7 @@ from typing import Any
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
-from optax_guard.loops._checkpoint import Checkpointer, Store, open_store
+from optax_guard.loops._checkpoint import Checkpointer
 from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._host import Interrupt, Record
 from optax_guard.loops._host_run import Ending, HostRun, Plan
@@ -15,6 +15,8 @@ from optax_guard.loops._inputs import check_steps, copied
 from optax_guard.loops._learning_rate import with_plateau
 from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.loops._skip_origins import SkipOrigins
+from optax_guard.loops._source import Source
+from optax_guard.loops._store import Store, open_store
 from optax_guard.stop._state import EarlyStopping
 
 
@@ -22,7 +24,6 @@ def open_run(
     stack: contextlib.ExitStack,
     plan: Plan,
     state: Any,
-    batches: Any,
     *,
     num_steps: int,
     loggers: Sequence[Logger],
@@ -35,7 +36,9 @@ def open_run(
     store = stack.enter_context(
         open_store(checkpointer, keeps_first=plan.rewind is not None)
     )
-    start = _first_snapshot(state, plan.stopper, batches, num_steps, store)
+    start = _first_snapshot(state, plan.stopper, plan.source, num_steps, store)
+    if checkpointer is not None and checkpointer.continue_stopped:
+        start = _continued(start, plan.stopper)
     steps_left = max(0, num_steps - start.step)
     display = stack.enter_context(open_display(progress, steps_left))
     if progress is True and not any(isinstance(x, Diagnosis) for x in loggers):
@@ -65,13 +68,13 @@ def open_run(
 def _first_snapshot(
     state: Any,
     stopper: EarlyStopping | None,
-    batches: Any,
+    source: Source,
     num_steps: int,
     store: Store | None,
 ) -> Snapshot:
     """The run at its latest checkpoint, or one that begins with this state."""
-    if store is not None and not store.is_empty():
-        return _resumed(state, stopper, batches, store)
+    if store is not None and store.latest is not None:
+        return _resumed(state, stopper, source, store)
     state = copied(state)
     step = int(state.step)
     check_steps(step, num_steps)
@@ -82,26 +85,31 @@ def _first_snapshot(
         state = with_plateau(state, stop)
     start = Snapshot(step, state, stop, history=[], best_step=-1, rewound=Rewound())
     if store is not None and store.keeps_first:
-        store.save(start)
+        store.save(start._replace(data=source.state()), {})
     return start
 
 
 def _resumed(
-    state: Any, stopper: EarlyStopping | None, batches: Any, store: Store
+    state: Any, stopper: EarlyStopping | None, source: Source, store: Store
 ) -> Snapshot:
-    if not callable(batches):
+    if not source.is_resumable:
         raise ValueError(
-            "`batches` must be a function `step -> batch` to resume the run in "
-            f"{store.directory}: an iterable starts again at its first batch."
+            "`batches` must be a function `step -> batch`, or an iterator with "
+            f"`get_state` and `set_state`, to resume the run in {store.directory}: "
+            "another iterable starts again at its first batch."
         )
-    latest = store.load_latest(state, stopper)
-    if stopper is None or latest.stop is None or not store.continues_stopped:
-        return latest
-    if not latest.stop.should_stop:
-        return latest
-    stop = stopper.reset(latest.stop)
-    state = with_plateau(latest.state, stop, latest.rewound.lr_scale)
-    return latest._replace(state=state, stop=stop)
+    latest = store.load_latest(state, stopper and stopper.init())
+    source.restore(latest.data, store.directory)
+    return latest
+
+
+def _continued(start: Snapshot, stopper: EarlyStopping | None) -> Snapshot:
+    """The run, ready to go on if the stopper had stopped it."""
+    if stopper is None or start.stop is None or not start.stop.should_stop:
+        return start
+    stop = stopper.reset(start.stop)
+    state = with_plateau(start.state, stop, start.rewound.lr_scale)
+    return start._replace(state=state, stop=stop)
 
 
 def _ending_at_start(start: Snapshot, num_steps: int) -> Ending | None:

@@ -1,6 +1,5 @@
 """The loop on the device: steps, evaluation, early stopping, with no host between."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 from optax_guard._checks import static_count
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
-from optax_guard._trees import as_argument, find_states
+from optax_guard._trees import find_states
+from optax_guard.loops._compiled import CompiledFor, put_together, taken_apart
 from optax_guard.loops._ending import flags_of_guard, is_over
 from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._inputs import (
@@ -103,16 +103,17 @@ def train_on_device(
     num_steps = static_count("num_steps", num_steps)
     eval_every = static_count("eval_every", eval_every)
     check_arguments(state, evaluate, stopper)
-    check_functions(Functions(train_step, batches, evaluate, stopper))
+    functions = Functions(train_step, batches, evaluate, stopper)
+    check_functions(functions)
     step = int(state.step)
     check_steps(step, num_steps)
-    lane, best = _run(
+    run, given = compiled_run(functions)
+    lane, best = run(
         copied(state),
-        [as_argument(f) for f in (train_step, batches, evaluate)],
         np.int32(step),
-        stopper=stopper,
         num_steps=num_steps,
         eval_every=eval_every,
+        **given,
     )
     flags: dict[str, Any] = {}
     if find_states(lane.state, GuardState):
@@ -123,23 +124,68 @@ def train_on_device(
     return as_result(lane.state, best, lane.stop, lane.rows, lane.num_rows)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("stopper", "num_steps", "eval_every"),
-    donate_argnames="state",
-)
+def compiled_run(functions: Functions) -> tuple[Any, dict[str, Any]]:
+    """The program of a run with these functions, and what it is given of them.
+
+    It does not hold them, and lives as long as they do.
+    """
+    parts = [taken_apart(function) for function in functions[:3]]
+    stopper = functions.stopper
+    judges = (None,) * 3
+    if stopper is not None:
+        judges = stopper.init, stopper.update, stopper.best
+    program = _program_for(*(function for function, _ in parts), *judges)
+    return program, {
+        "arguments": [arguments for _, arguments in parts],
+        "needs": None if stopper is None else stopper.needs,
+    }
+
+
+@CompiledFor
+def _program_for(*gets: Callable[[], Any]) -> Any:
+    def run(
+        state: Any,
+        begin: jax.Array,
+        *,
+        arguments: list[Any],
+        needs: frozenset[str] | None,
+        num_steps: int,
+        eval_every: int,
+    ) -> tuple[Lane, Any]:
+        train_step, batches, evaluate = (
+            put_together(get(), bound)
+            for get, bound in zip(gets[:3], arguments, strict=True)
+        )
+        stopper = None
+        if needs is not None:
+            init, update, best = (get() for get in gets[3:])
+            # Nothing on the device resets it.
+            stopper = EarlyStopping(init, update, best, _no_reset, needs)
+        functions = Functions(train_step, batches, evaluate, stopper)
+        return _run(state, begin, functions, num_steps, eval_every)
+
+    return jax.jit(
+        run,
+        static_argnames=("needs", "num_steps", "eval_every"),
+        donate_argnames="state",
+    )
+
+
+def _no_reset(state: Any, *, keep_best: bool = True) -> Any:
+    raise NotImplementedError
+
+
 def _run(
     state: Any,
-    given: list[Any],
     begin: jax.Array,
-    *,
-    stopper: EarlyStopping | None,
+    functions: Functions,
     num_steps: int,
     eval_every: int,
 ) -> tuple[Lane, Any]:
-    train_step, batches, evaluate = given
-    functions = Functions(with_metrics_in_range(train_step), batches, evaluate, stopper)
+    train_step = with_metrics_in_range(functions.train_step)
+    functions = functions._replace(train_step=train_step)
     evaluate_lane = evaluation_of(functions)
+    stopper = functions.stopper
 
     def goes_on(carry: tuple[jax.Array, Lane]) -> jax.Array:
         step, lane = carry

@@ -19,9 +19,9 @@ from optax_guard.loops._interval import Interval, close, totals
 from optax_guard.loops._learning_rate import learning_rate_item, with_plateau
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
-# The fields of the stopper's state that end a run, name its best checkpoint, or send it
-# back there.
-_FLAGS = ("should_stop", "stop_reason", "best_step", "value_rise")
+# The fields of the stopper's state that end a run, name its best checkpoint, send it
+# back there, or tell that it must not be resumed from here.
+_FLAGS = ("should_stop", "stop_reason", "best_step", "value_rise", "nonfinite_streak")
 
 # The key of the value in a row, if `evaluate` did not return a dict.
 VALUE = "value"

@@ -10,23 +10,26 @@ from optax_guard._checks import static_count
 from optax_guard._public import answers_wrong_calls
 from optax_guard._records.progress import Progress
 from optax_guard._records.writers import Logger
+from optax_guard.loops._audit import open_audit
 from optax_guard.loops._begin import open_run
 from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
-from optax_guard.loops._host import open_source
+from optax_guard.loops._host_result import result_of
 from optax_guard.loops._host_run import (
+    HostRun,
     Plan,
     ending_after_evaluation,
     ending_after_steps,
     evaluate_run,
-    result_of,
     train_interval,
 )
 from optax_guard.loops._inputs import check_arguments, check_host_functions
 from optax_guard.loops._interval import compiled_step
+from optax_guard.loops._ranges import as_ranges, without
 from optax_guard.loops._result import FitResult
 from optax_guard.loops._rewind import Rewind, check_rewind
 from optax_guard.loops._skip_origins import check_on_skip
+from optax_guard.loops._source import Source
 from optax_guard.stop._state import EarlyStopping
 
 
@@ -46,6 +49,7 @@ def fit(
     rewind: Rewind | None = None,
     learning_rate: optax.Schedule | None = None,
     on_skip: Literal["explain"] | None = None,
+    audit_every: int | None = None,
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -95,8 +99,11 @@ def fit(
       train_step: ``train_step(state, batch) -> (state, metrics)``. ``metrics`` is a
         dict of scalars with ``"loss"`` among them, or the loss alone. The function is
         jitted here, with the state donated, and traced once if batches have one shape.
-      batches: A function ``step -> batch``, or an iterable of batches. Only the
-        function lets a resumed run continue with the right data.
+      batches: A function ``step -> batch``, or an iterable of batches. A resumed run
+        continues with the right data if it is a function, or if the iterable or its
+        iterator has ``get_state()`` and ``set_state(state)``, as those of Grain have.
+        The state is saved: numbers, texts, bytes, arrays, and lists, tuples and dicts
+        of these. With several processes, each saves its own.
       num_steps: Value of ``state.step`` to train to, as in ``range(state.step,
         num_steps)``. An iterable that ends earlier ends the run, with a warning.
       eval_every: Steps between evaluations.
@@ -114,8 +121,8 @@ def fit(
       progress: Whether to show a progress bar, a table, and each finding of
         `optax_guard.analysis.diagnose` when it first holds; or the user's own display.
       checkpointer: A `Checkpointer`, to save, and to resume from its checkpoint. The
-        state needs ``replace``, as Flax's has. To resume, ``batches`` must be a
-        function. Optimizer, rule and functions are not saved: pass them again.
+        state needs ``replace``, as Flax's has. Optimizer, rule and functions are not
+        saved: pass them again.
       rewind: A `Rewind`, to return to the best checkpoint if the run goes bad.
       learning_rate: The schedule of the optimizer, only to record it. It is not needed
         with ``optax.inject_hyperparams``, whose state holds the rate.
@@ -125,6 +132,15 @@ def fit(
         origin is printed and kept in ``origins``, at most five in a run. Without skips
         this costs nothing. ``batches`` must be a function, each step must be an update,
         and the run must have one process.
+      audit_every: Steps from one audit for silent data corruption to the next; ``None``
+        for no audits. An audited step is taken twice, from copies of the state, and its
+        results, loss and gradient norm included, are compared to the bit. If they
+        differ, two more trials decide: one result that differs from three is an error,
+        before anything is saved; otherwise the step is not deterministic, a warning
+        says so, and there are no more audits. An audit needs the memory of one more
+        state and the time of a step, and the host waits for it. It does not find a
+        device that makes the same mistake each time. Callbacks of the step are called
+        again.
 
     Returns:
       A `FitResult`. A row of the history has these items, as Python numbers:
@@ -154,7 +170,8 @@ def fit(
       TypeError: If an argument or the result of a function is of the wrong kind.
       GuardExhaustedError: If the guard skipped too many steps in a row, the stopper
         did not stop, and no rewind is left. The message names the last skipped steps.
-      RuntimeError: If a checkpoint is damaged. The message names it.
+      RuntimeError: If all checkpoints are damaged, if another run holds their
+        directory, or if an audit finds silent data corruption. The message names them.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_guard as og
@@ -174,41 +191,47 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
-    batch_at = open_source(batches)
+    source = Source(batches)
+    batch_at = source.at
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
-    evaluation = Evaluation(
-        compiled_judge(stopper),
-        keeps_best=checkpointer is None,
-        writes_rewinds=rewind is not None,
-    )
+        batch_at = without(batch_at, as_ranges(rewind.skip_steps))
     plan = Plan(
         train_step=train_step,
         step=compiled_step(train_step),
         batch_at=batch_at,
+        source=source,
         eval_every=eval_every,
         evaluate=evaluate,
         stopper=stopper,
         rewind=rewind,
         learning_rate=learning_rate,
-        evaluation=evaluation,
+        evaluation=Evaluation(
+            compiled_judge(stopper),
+            keeps_best=checkpointer is None,
+            writes_rewinds=rewind is not None,
+        ),
         explains_skips=on_skip is not None,
+        audit=open_audit(audit_every),
     )
     with contextlib.ExitStack() as stack:
         run = open_run(
             stack,
             plan,
             state,
-            batches,
             num_steps=num_steps,
             loggers=loggers,
             progress=progress,
             checkpointer=checkpointer,
         )
-        while run.ending is None:
-            train_interval(run)
-            run.ending = ending_after_steps(run)
-            if run.ending is None:
-                evaluate_run(run)
-                run.ending = ending_after_evaluation(run)
+        _train(run)
         return result_of(run)
+
+
+def _train(run: HostRun) -> None:
+    while run.ending is None:
+        train_interval(run)
+        run.ending = ending_after_steps(run)
+        if run.ending is None:
+            evaluate_run(run)
+            run.ending = ending_after_evaluation(run)

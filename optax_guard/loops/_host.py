@@ -1,9 +1,9 @@
-"""The host's side of `fit`: batches, loggers, displays, clocks, signals."""
+"""The host's side of `fit`: loggers, displays, clocks, signals."""
 
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optax_guard._records.writers import Logger, log_function
-
-# The mark that a source of batches returns when there are no more.
-END = object()
 
 
 class Record:
@@ -106,20 +103,6 @@ class Interrupt:
     def _preempt(self, number: int, frame: Any) -> None:
         del number, frame
         self.preempted = True
-
-
-def open_source(batches: Any) -> Callable[[int], Any]:
-    """The batch of each step, or `END`."""
-    if callable(batches):
-        return batches
-    # An array without axes has the type of an iterable, but is none.
-    if not isinstance(batches, Iterable) or getattr(batches, "shape", None) == ():
-        raise TypeError(
-            "`batches` must be a function `step -> batch` or an iterable of batches, "
-            f"got {batches!r}."
-        )
-    iterator = iter(batches)
-    return lambda step: next(iterator, END)
 
 
 def agree(result: jax.Array, seconds: float, preempted: bool) -> tuple[Any, Any]:

@@ -10,24 +10,24 @@ import numpy as np
 import optax
 
 from optax_guard._checks import check_leaves
-from optax_guard.loops._checkpoint import Store
+from optax_guard.loops._audit import Audit
 from optax_guard.loops._ending import is_over
 from optax_guard.loops._evaluation import (
     Evaluation,
     Facts,
     Point,
-    batch_stats,
     evaluate_point,
-    tracked,
 )
 from optax_guard.loops._group import Group, open_group
-from optax_guard.loops._host import END, Interrupt, Record, agree
+from optax_guard.loops._host import Interrupt, Record, agree
 from optax_guard.loops._inputs import on_mesh, warn_of_end
 from optax_guard.loops._interval import Interval, Step, first_interval
 from optax_guard.loops._learning_rate import scheduled_rate
-from optax_guard.loops._result import FitResult, Rewound, Snapshot
+from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.loops._rewind import Rewind, go_back
 from optax_guard.loops._skip_origins import SkipOrigins
+from optax_guard.loops._source import END, Source
+from optax_guard.loops._store import Store
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
@@ -52,8 +52,10 @@ class Plan:
       train_step: The user's function. It is held here, because `step` does not hold it.
       step: The compiled step.
       batch_at: The batch of a step, or `END`.
+      source: The batches, with the state of their iterator.
       evaluation: The configuration of its evaluations.
       explains_skips: Whether to look for the origin of skipped steps.
+      audit: The repetition of some steps, or ``None``.
 
     The others have the names that they have in `fit`.
     """
@@ -61,6 +63,7 @@ class Plan:
     train_step: Callable[[Any, Any], Any]
     step: Step
     batch_at: Callable[[int], Any]
+    source: Source
     eval_every: int
     evaluate: Callable[[Any], Any] | None
     stopper: EarlyStopping | None
@@ -68,6 +71,7 @@ class Plan:
     learning_rate: optax.Schedule | None
     evaluation: Evaluation
     explains_skips: bool = False
+    audit: Audit | None = None
 
 
 @dataclasses.dataclass
@@ -128,7 +132,10 @@ def train_interval(run: HostRun) -> None:
         if run.interval is None:
             _prepare(run, batch)
         group = run.group
-        if group is None or not group.add(batch):
+        if plan.audit is not None and plan.audit.is_due(step):
+            _dispatch_group(run)
+            _dispatch_alone(run, batch)
+        elif group is None or not group.add(batch):
             _dispatch_group(run)
             # Of another kind than those before, it may open a group.
             if group is None or not group.add(batch):
@@ -149,7 +156,13 @@ def _prepare(run: HostRun, batch: Any) -> None:
 
 def _dispatch_alone(run: HostRun, batch: Any) -> None:
     assert run.interval is not None  # The first batch makes it.
-    run.state, run.interval = run.plan.step.run_step(run.state, run.interval, batch)
+    run_step, audit = run.plan.step.run_step, run.plan.audit
+    carry = run.state, run.interval
+    if audit is not None and audit.is_due(run.step):
+        carry = audit.take(run_step, carry, batch, run.step)
+    else:
+        carry = run_step(*carry, batch)
+    run.state, run.interval = carry
     run.step += 1
     run.display.advance(1)
 
@@ -249,6 +262,7 @@ def ending_after_evaluation(run: HostRun) -> Ending | None:
         history=run.record.history,
         best_step=int(flags.get("best_step", -1)),
         rewound=run.rewound,
+        data=run.plan.source.state(),
     )
     if run.plan.rewind is not None and not is_last:
         back = go_back(run.plan.rewind, run.store, run.plan.stopper, snapshot, flags)
@@ -256,33 +270,9 @@ def ending_after_evaluation(run: HostRun) -> Ending | None:
             run.state, run.stop, run.rewound = back
             return None
     is_stopped = is_over(flags, run.state)
-    run.store.save(snapshot)
+    run.store.save(snapshot, flags, goes_on=not is_stopped)
     if is_stopped:
         return Ending.STOPPED
     if is_last:
         return Ending.COMPLETE
     return Ending.PREEMPTED if flags["preempted"] else None
-
-
-def result_of(run: HostRun) -> FitResult:
-    """The result, with the best parameters."""
-    best: dict[str, Any] = {}
-    stopper = run.plan.stopper
-    if stopper is not None and run.stop is not None:
-        if run.store is not None:
-            best = run.store.load_best_variables(run.state)
-        else:
-            best = stopper.best(run.stop, tracked(run.state))
-            if batch_stats(run.state) is None:
-                best = {"params": best}
-    return FitResult(
-        state=run.state,
-        best_params=best.get("params"),
-        stop=run.stop,
-        history=run.record.history,
-        best_batch_stats=best.get("batch_stats"),
-        interrupted=run.interrupt.requested,
-        preempted=run.ending is Ending.PREEMPTED,
-        origins=() if run.origins is None else tuple(run.origins.found),
-        rewinds=tuple((s, then, why) for s, then, why in run.rewound.events),
-    )

@@ -12,10 +12,11 @@ import numpy as np
 from optax_guard._checks import check_kind
 from optax_guard._guarding.adoption import in_new_layout, in_old_layout
 from optax_guard._trees import leaf_types
+from optax_guard.loops._intact import METADATA
 
 # The items of a checkpoint are two trees of arrays and a dict of JSON. `load_best`
 # reads the first alone.
-VARIABLES, TRAINING, METADATA = "variables", "training", "metadata"
+VARIABLES, TRAINING = "variables", "training"
 
 
 def import_orbax(user: str) -> Any:
@@ -35,6 +36,13 @@ def absolute(directory: str | os.PathLike[str]) -> str:
     check_kind("directory", directory, (str, os.PathLike), "a path")
     path = os.fspath(directory)
     return path if "://" in path else os.path.abspath(path)
+
+
+def as_path(directory: str) -> Any:
+    """The path as an object that also knows buckets. Orbax brings it along."""
+    from etils import epath
+
+    return epath.Path(directory)
 
 
 def open_manager(directory: str, **options: Any) -> Any:

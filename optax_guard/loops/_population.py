@@ -1,5 +1,6 @@
 """Populations: many runs in one program, each stopping at its own time."""
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,8 +10,8 @@ import numpy as np
 
 from optax_guard._checks import check_number, static_count
 from optax_guard._records.progress import Progress, open_display
-from optax_guard._trees import as_argument
-from optax_guard.loops._batch import advance_all, best_of, built, pick, put, start
+from optax_guard.loops._batch import best_of, built, compiled_batch, pick, put
+from optax_guard.loops._compiled import taken_apart
 from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._inputs import check_steps
 from optax_guard.loops._lane import Lane
@@ -143,12 +144,14 @@ def train_population(
     if not callable(build):
         raise TypeError(f"`build` must be a function of a member, got {build!r}.")
     size = _size(members)
-    build = as_argument(build)
-    lanes, steps = start(build, members, num_steps=num_steps, eval_every=eval_every)
+    function, arguments = taken_apart(build)
+    batch = compiled_batch(function)
+    start = functools.partial(batch.start, arguments)
+    lanes, steps = start(members, num_steps=num_steps, eval_every=eval_every)
     step = _common_step(jax.device_get(steps), num_steps)
     with open_display(progress, num_steps - step) as display:
         lanes = _train(
-            build,
+            functools.partial(batch.advance, arguments),
             members,
             lanes,
             step,
@@ -175,7 +178,7 @@ def train_population(
 
 
 def _train(
-    build: Any,
+    advance: Callable[..., Any],
     members: Any,
     lanes: Lane,
     step: int,
@@ -194,8 +197,7 @@ def _train(
     while True:
         smaller = len(places) // 2 if step < late else 0
         end = late if step < late else num_steps
-        now, lanes = advance_all(
-            build,
+        now, lanes = advance(
             batch,
             lanes,
             np.int32(step),

@@ -19,12 +19,15 @@ class Rewound(NamedTuple):
       data_offset: Number that is added to the step to get its batch.
       events: Of each rewind a list of three: its step, the step of the checkpoint, and
         the reason in words.
+      left_out: Of each rewind a list of two: the first batch that it has left out, and
+        the first after it that came. Ranges that never come are not counted.
     """
 
     num_rewinds: int = 0
     lr_scale: float = 1.0
     data_offset: int = 0
     events: Sequence[Sequence[Any]] = ()
+    left_out: Sequence[Sequence[int]] = ()
 
 
 class Snapshot(NamedTuple):
@@ -37,6 +40,8 @@ class Snapshot(NamedTuple):
       history: All rows, that of this evaluation included.
       best_step: Step of the best evaluation; -1 if there is none.
       rewound: The effects of the rewinds so far.
+      data: The state of the batches' iterator on each process, as JSON; ``None`` if it
+        has none.
     """
 
     step: int
@@ -45,6 +50,7 @@ class Snapshot(NamedTuple):
     history: list[dict[str, float]]
     best_step: int
     rewound: Rewound
+    data: list[Any] | None = None
 
 
 class FitResult(NamedTuple):
@@ -70,6 +76,9 @@ class FitResult(NamedTuple):
         resumption are not included.
       rewinds: Of each rewind, those before a resumption included: the step at which it
         came, the step of the checkpoint to which it went back, and the reason.
+      left_out: Ranges of batches that did not come, each with its first and the one
+        after its last: those of `Rewind(skip_steps=)`, and those that rewinds have left
+        out.
     """
 
     state: Any
@@ -81,6 +90,7 @@ class FitResult(NamedTuple):
     preempted: bool = False
     origins: tuple[tuple[int, NonfiniteOrigin | None], ...] = ()
     rewinds: tuple[tuple[int, int, str], ...] = ()
+    left_out: tuple[tuple[int, int], ...] = ()
 
 
 def as_result(

@@ -1,16 +1,18 @@
 """Rewinds: `fit` returns to the best checkpoint of a run that has gone bad."""
 
 import dataclasses
-import warnings
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optax_guard._checks import check_count, check_positive, static_count
 from optax_guard._rows import replace_entries
-from optax_guard.loops._checkpoint import Store
 from optax_guard.loops._ending import why_gone_bad
 from optax_guard.loops._learning_rate import lr_scales
+from optax_guard.loops._ranges import as_ranges
 from optax_guard.loops._result import Rewound, Snapshot
+from optax_guard.loops._store import Store
+from optax_guard.loops._warning import warn_user
 from optax_guard.stop._plateau import set_lr_scale
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
@@ -30,6 +32,8 @@ class Rewind:
 
     Against a long row of bad batches use ``Rewind(lr_factor=1.0, max_rise=0.05,
     leave_out=64)``. A value that also rises because the model overfits uses rewinds up.
+    If the bad batches are known, ``skip_steps`` leaves them out from the start, or
+    after a restart from a checkpoint before them. `FitResult.left_out` tells all.
 
     Args:
       times: Largest number of rewinds, over all resumptions of the run.
@@ -40,10 +44,16 @@ class Rewind:
         If ``None``, any rise passes.
       leave_out: How many batches more each rewind leaves out: after ``n`` rewinds the
         batch of a step is that of ``step + n * leave_out``.
+      skip_steps: Ranges of batches that never come, as in ``[(1200, 1260)]``: those
+        after a range move up, so that the batch of step 1200 is that of 1260. Or the
+        name of a JSON file that holds such a list, read here.
 
     Raises:
       ValueError: If ``times`` is below 1, ``lr_factor`` not above 0 and at most 1,
-        ``max_rise`` not positive or ``leave_out`` negative.
+        ``max_rise`` not positive, ``leave_out`` negative, or a range of ``skip_steps``
+        is not two whole numbers, the second above the first.
+      TypeError: If an argument is of the wrong kind.
+      FileNotFoundError: If ``skip_steps`` names a file that does not exist.
 
     Examples:
       >>> from optax_guard.flax import Rewind
@@ -55,6 +65,7 @@ class Rewind:
     lr_factor: float = 0.5
     max_rise: float | None = None
     leave_out: int = 0
+    skip_steps: Sequence[Sequence[int]] | str | os.PathLike[str] = ()
 
     def __post_init__(self):
         """Checks the numbers."""
@@ -65,6 +76,7 @@ class Rewind:
         static_count("leave_out", self.leave_out, least=0)
         if self.lr_factor > 1:
             raise ValueError(f"`lr_factor` must be at most 1, got {self.lr_factor}.")
+        object.__setattr__(self, "skip_steps", as_ranges(self.skip_steps))
 
 
 def check_rewind(rewind: Any, state: Any, batches: Any, stopper: Any, store: Any):
@@ -76,9 +88,10 @@ def check_rewind(rewind: Any, state: Any, batches: Any, stopper: Any, store: Any
             raise ValueError(
                 f"`rewind` needs `{name}`: it goes back to the best checkpoint."
             )
-    if rewind.leave_out and not callable(batches):
+    if (rewind.leave_out or rewind.skip_steps) and not callable(batches):
+        name = "leave_out" if rewind.leave_out else "skip_steps"
         raise ValueError(
-            "`leave_out` needs `batches` to be a function `step -> batch`: an iterable "
+            f"`{name}` needs `batches` to be a function `step -> batch`: an iterable "
             "has no batch of a given step."
         )
     if rewind.lr_factor != 1.0 and not lr_scales(state):
@@ -109,12 +122,17 @@ def go_back(
     # This includes the factor of a plateau, because its rule starts again at 1.
     lr_scale = float(scales[0]) * rewind.lr_factor if scales else 1.0
     offset = run.rewound.data_offset + rewind.leave_out
-    then, state, stop = store.load_pinned(run.state, run.stop)
+    left_out = [run.step + run.rewound.data_offset, run.step + offset]
+    found = store.load_pinned(run.state, run.stop)
+    if found is None:
+        return None
+    then, state, stop = found
     rewound = Rewound(
         num_rewinds=run.rewound.num_rewinds + 1,
         lr_scale=lr_scale,
         data_offset=offset,
         events=[*run.rewound.events, [run.step, then, message]],
+        left_out=[*run.rewound.left_out, left_out],
     )
     state = state.replace(step=state.step + (run.step - then))
     if scales:
@@ -127,11 +145,10 @@ def go_back(
         train_seconds=run.stop.train_seconds,
         train_seconds_rest=run.stop.train_seconds_rest,
     )
-    warnings.warn(
+    warn_user(
         f"At step {run.step}, back to the checkpoint of step {then}, rewind "
         f"{rewound.num_rewinds} of {rewind.times}, with the learning rate times "
-        f"{rewound.lr_scale:g} and batches of step + {offset}, because of {message}",
-        stacklevel=5,  # The line that calls `fit`.
+        f"{rewound.lr_scale:g} and batches of step + {offset}, because of {message}"
     )
     return state, stop, rewound
 

@@ -31,7 +31,8 @@ class StopReason(enum.IntEnum):
     PATIENCE = (
         1,
         "No improvement that counts within the patience. If the curve was still "
-        "falling, raise the patience or lower `min_delta`.",
+        "falling, raise the patience or lower `min_delta`; a `Checkpointer` with "
+        "`continue_stopped=True` goes on in the same directory.",
     )
     TARGET = 2, "The target was reached."
     DIVERGED = (

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.tree_util import Partial
 
 import optax_guard as og
 from benchmarks.accelerators import COMPILERS, Case, Platform, has_compiler
 from optax_guard import stop
-from optax_guard.loops._device import _run
+from optax_guard.loops._device import compiled_run
+from optax_guard.loops._inputs import Functions
 from tests.hlo import choices_in_loops
 
 PLATFORMS = [
@@ -56,13 +56,9 @@ def compiled_loop(case, stopper):
     state = State(
         jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(TX.init, params)
     )
-    lowered = _run.lower(
-        case.place(state),
-        [Partial(train_step), Partial(jnp.float32), Partial(evaluate)],
-        np.int32(0),
-        stopper=stopper,
-        num_steps=8,
-        eval_every=2,
+    run, given = compiled_run(Functions(train_step, jnp.float32, evaluate, stopper))
+    lowered = run.lower(
+        case.place(state), np.int32(0), num_steps=8, eval_every=2, **given
     )
     # As in `compile_step`; else a copy by way of the scratch memory counts twice.
     return lowered.compile(

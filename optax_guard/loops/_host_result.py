@@ -1,0 +1,37 @@
+"""The result of a run of `fit` that has come to its end."""
+
+from typing import Any
+
+from optax_guard.loops._evaluation import batch_stats, tracked
+from optax_guard.loops._host_run import Ending, HostRun
+from optax_guard.loops._ranges import all_left_out, as_ranges
+from optax_guard.loops._result import FitResult
+
+
+def result_of(run: HostRun) -> FitResult:
+    """The result, with the best parameters."""
+    best: dict[str, Any] = {}
+    stopper = run.plan.stopper
+    if stopper is not None and run.stop is not None:
+        if run.store is not None:
+            best = run.store.load_best_variables(run.state)
+        else:
+            best = stopper.best(run.stop, tracked(run.state))
+            if batch_stats(run.state) is None:
+                best = {"params": best}
+    return FitResult(
+        state=run.state,
+        best_params=best.get("params"),
+        stop=run.stop,
+        history=run.record.history,
+        best_batch_stats=best.get("batch_stats"),
+        interrupted=run.interrupt.requested,
+        preempted=run.ending is Ending.PREEMPTED,
+        origins=() if run.origins is None else tuple(run.origins.found),
+        rewinds=tuple((s, then, why) for s, then, why in run.rewound.events),
+        left_out=all_left_out(
+            run.rewound.left_out,
+            () if run.plan.rewind is None else as_ranges(run.plan.rewind.skip_steps),
+            run.step + run.rewound.data_offset,
+        ),
+    )
