@@ -10,6 +10,8 @@ import optax
 
 from optax_guard._checks import in_range
 
+# Extra arguments that may be whole numbers of Python of any size.
+_NUMBERS = {"value", "weight"}
 P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
 
 
@@ -44,8 +46,8 @@ def cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if "value" in kwargs:
-            kwargs["value"] = in_range("value", kwargs["value"])
+        for name in _NUMBERS & kwargs.keys():
+            kwargs[name] = in_range(name, kwargs[name])
         if all(map(_is_array, jax.tree.leaves((args, kwargs)))):
             return compiled(*args, **kwargs)
         return function(*args, **kwargs)
