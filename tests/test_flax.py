@@ -96,6 +96,14 @@ def test_nan_loss_given_as_value_skips_the_step():
     assert_same(state.params, PARAMS)
 
 
+def test_flaxs_own_class_gives_no_loss_and_the_error_names_ours():
+    # It would give `value` to `replace`, but the optimizer comes first.
+    watching = og.guard(optax.sgd(0.1), skip=og.skip.spike())
+    state = created(watching, train_state.TrainState)
+    with pytest.raises(TypeError, match=r"take the subclass `optax_guard.flax.Train"):
+        state.apply_gradients(grads=GOOD, value=1.0)
+
+
 class Normalized(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -77,6 +77,10 @@ def guard(
     guard takes the next finite step and starts the rule afresh. So a lasting change of
     scale does not end a run, and is no alarm.
 
+    The guard sees gradients, loss, parameters and optimizer state, and nothing else.
+    Batch statistics and averages of parameters need ``keep_if_skipped``, which shows
+    two lines for each library, or `optax_guard.flax.TrainState`, which has it inside.
+
     Args:
       inner: The optimizer, from ``optax.adamw`` to any chain. A clip of Optax belongs
         into this chain.
