@@ -25,6 +25,7 @@ def ema_params(decay):
         return EmaParamsState(jax.tree.map(jnp.copy, params))
 
     def update(updates, state, params=None):
+        assert params is not None
         new = optax.apply_updates(params, updates)
         ema = optax.incremental_update(new, state.ema_params, 1 - decay)
         return updates, EmaParamsState(ema)

@@ -17,8 +17,10 @@ tx = og.guard(optax.adamw(schedule), clip=1.0)  # guarded
 
 
 def create():
-    params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    return train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    apply = model.apply
+    state = train_state.TrainState.create(apply_fn=apply, params=params, tx=tx)
+    return state.replace(step=jnp.int32(0))  # One type for all steps.
 
 
 @jax.jit

@@ -41,7 +41,7 @@ model = Model()
 
 
 def create():
-    variables = model.init(jax.random.key(0), jnp.ones((2, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((2, 3)))
     state = TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -50,7 +50,15 @@ def create():
         ema=variables["params"],
         dynamic_scale=DynamicScale(scale=jnp.float32(1024.0)),
     )
-    return jax.tree.map(lambda x: jnp.stack([x] * NUM_DEVICES), state)
+    return replicated(state.replace(step=np.int32(0)))
+
+
+def replicated(state):
+    return jax.tree.map(lambda x: np.stack([np.asarray(x)] * NUM_DEVICES), state)
+
+
+def unreplicated(state):
+    return jax.tree.map(lambda x: np.asarray(x)[0], state)
 
 
 @functools.partial(jax.pmap, axis_name="batch", devices=jax.devices()[:NUM_DEVICES])
@@ -100,9 +108,8 @@ def reads(state):
 
 def save(state, folder):
     del folder
-    return flax.serialization.to_bytes(jax.tree.map(lambda x: x[0], state))
+    return flax.serialization.to_bytes(unreplicated(state))
 
 
 def restore(like, saved):
-    one = flax.serialization.from_bytes(jax.tree.map(lambda x: x[0], like), saved)
-    return jax.tree.map(lambda x: jnp.stack([x] * NUM_DEVICES), one)
+    return replicated(flax.serialization.from_bytes(unreplicated(like), saved))

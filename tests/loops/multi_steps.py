@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.linen import spmd
 from flax.training.train_state import TrainState
 
 import optax_guard as og  # guarded
@@ -33,11 +34,12 @@ model = Model()
 
 def first():
     params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    return state.replace(step=jnp.int32(0))  # One type for all steps.
 
 
 specs = nn.get_partition_spec(jax.eval_shape(first))
-shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+shardings = spmd.logical_to_mesh_sharding(specs, mesh, RULES)
 place = jax.jit(lambda: nn.unbox(first()), out_shardings=shardings)
 
 

@@ -51,6 +51,7 @@ def start(seed):
         for key, (name, shape) in zip(keys, shapes.items(), strict=False)
     }
     train_state = TrainState.create(apply_fn=network, params=params, tx=tx)
+    train_state = train_state.replace(step=jnp.int32(0))  # One type for all steps.
     return Runner(train_state, jnp.zeros(NUM_ENVS), jax.random.key_data(keys[3]))
 
 

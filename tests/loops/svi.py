@@ -44,7 +44,7 @@ optimizer = optax_to_numpyro(tx)
 
 
 def create():
-    first = {"auto_loc": jnp.zeros(3), "auto_log_scale": jnp.full(3, -2.0)}
+    first = {"auto_loc": jnp.zeros(3), "auto_log_scale": jnp.zeros(3) - 2}
     return SVIState(optimizer.init(first), jax.random.PRNGKey(0))
 
 
