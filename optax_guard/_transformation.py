@@ -11,6 +11,8 @@ import optax
 
 from optax_guard._checks import in_range
 
+# Extra arguments that may be whole numbers of Python of any size.
+_NUMBERS = {"value", "loss", "weight"}
 P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
 
 
@@ -50,7 +52,7 @@ def cached(
     def call(*args: Any, **kwargs: Any) -> Any:
         if check is not None:
             check(kwargs)
-        for name in kwargs.keys() & {"value", "loss"}:
+        for name in _NUMBERS & kwargs.keys():
             kwargs[name] = in_range(name, kwargs[name])
         if all(map(_is_array, jax.tree.leaves((args, kwargs)))):
             return compiled(*args, **kwargs)

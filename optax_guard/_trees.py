@@ -174,7 +174,7 @@ def _find(
             found.append(node)
             if not within_found:
                 return
-        has_variables |= not isinstance(node, tuple) and _is_variable(node)
+        has_variables |= not isinstance(node, tuple) and is_variable(node)
         for child in children_of(node):
             if not isinstance(child, jax.Array):
                 visit(child)
@@ -182,7 +182,7 @@ def _find(
     visit(opt_state_of(tree))
     if within_found and not has_variables:
         return found
-    return [jax.tree.map(_unwrap, node, is_leaf=_is_variable) for node in found]
+    return [jax.tree.map(_unwrap, node, is_leaf=is_variable) for node in found]
 
 
 def children_of(node: Any) -> Iterable[Any]:
@@ -236,14 +236,14 @@ def only_state(argument: str, tree: Any, cls: type[State]) -> State:
     return states[0]
 
 
-def _is_variable(node: Any) -> bool:
+def is_variable(node: Any) -> bool:
     """Whether ``node`` is an ``nnx.Variable``, which ``nnx.Optimizer`` consists of."""
     # Its methods tell, so that Flax is not imported.
     return hasattr(node, "get_metadata") and hasattr(node, "copy_from")
 
 
 def _unwrap(node: Any) -> Any:
-    return node[...] if _is_variable(node) else node
+    return node[...] if is_variable(node) else node
 
 
 # Numbers and functions -------------------------------------------------------------

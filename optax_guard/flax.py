@@ -53,6 +53,15 @@ class TrainState(train_state.TrainState):
     keep their old values if the guard skips the step. Any Optax optimizer works, with a
     guard or without.
 
+    Flax' own class replaces fields by all keyword arguments, so its guard gets no loss,
+    and `batch_stats` of a skipped step stay. If you cannot take this class, write the
+    step out, with `optax_guard.keep_if_skipped` for `batch_stats`::
+
+        params, opt_state = og.apply_gradients(
+            state.tx, state.params, state.opt_state, grads=grads, value=loss
+        )
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
     Attributes:
       step: int32[], calls of `apply_gradients`, skipped steps included: a key folded
         with it is fresh after a skipped step too; 0 after `create`.

@@ -42,41 +42,52 @@ TRACES: list[str] = []
 
 @functools.cache
 def stepper(mode: str) -> Any:
-    """One step `(params, state, grads, value, k)`, one program for every `k`."""
+    """One step `(params, state, grads, k, args)`, one program for every `k`."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, grads, value, k):
+    def step(params, state, grads, k, args):
         TRACES.append(mode)
         tx: Any = og.accumulate(inner(), k)
-        if mode == "apply":
-            return og.apply_gradients(tx, params, state, grads=grads, value=value)
-        updates, state = tx.update(grads, state, params, value=value)
-        return optax.apply_updates(params, updates), state
+        if mode == "update":
+            updates, state = tx.update(grads, state, params, **args)
+            return optax.apply_updates(params, updates), state
+        return og.apply_gradients(tx, params, state, grads=grads, **args)
 
     return step
 
 
-def run(mode: str, batches: Any, values: Any, k: int) -> tuple[list[Any], Any]:
+def run(
+    mode: str, batches: Any, values: Any, k: int, weights: Any = None
+) -> tuple[list[Any], Any]:
     """Parameters after each micro-batch, and the last state."""
     params, state, after = start(), og.accumulate(inner(), k).init(start()), []
     types = types_of(state)
-    for grads, value in zip(batches, values, strict=True):
-        params, state = stepper(mode)(params, state, as_tree(grads), f32(value), k)
+    for i, (grads, value) in enumerate(zip(batches, values, strict=True)):
+        args = {"value": f32(value)}
+        if weights is not None:
+            args["weight"] = f32(weights[i])
+        params, state = stepper(mode)(params, state, as_tree(grads), k, args)
         after.append(jax.tree.map(np.array, params))
     assert types_of(state) == types
     return after, state
 
 
-def oracle(batches: Any, values: Any, k: int) -> tuple[list[np.ndarray], int]:
+def oracle(
+    batches: Any, values: Any, k: int, weights: Any = None
+) -> tuple[list[np.ndarray], int]:
     """The same in float64, and how many micro-batches were dropped."""
     w, trace, group, after, dropped = flat(start()), 0.0, [], [], 0
+    weights = np.ones(len(values)) if weights is None else np.float64(f32(weights))
     for i, (grads, value) in enumerate(zip(batches, values, strict=True)):
-        if np.isfinite(grads).all() and np.isfinite(value):
-            group.append(np.float64(f32(grads)))
+        total = f32(weights[i] + sum(weight for _, weight in group))
+        is_weight = weights[i] >= 0 and np.isfinite(total)
+        if np.isfinite(grads).all() and np.isfinite(value) and is_weight:
+            group.append((np.float64(f32(grads)), weights[i]))
         else:
             dropped += 1
-        if (i + 1) % k == 0 and group:
-            mean = np.mean(group, axis=0)
+        if (i + 1) % k == 0 and any(weight for _, weight in group):
+            grads, heavy = zip(*group, strict=True)
+            mean = np.average(grads, axis=0, weights=heavy)
             norm = np.linalg.norm(mean)
             if norm <= 50:
                 trace = mean * min(1.0, CLIP / norm) + DECAY * trace
@@ -126,6 +137,48 @@ def test_steps_are_those_of_the_mean_over_the_good_ones(case, k, mode):
         np.testing.assert_allclose(flat(found), right, rtol=2e-6, atol=2e-6)
     assert og.metrics(state)["num_dropped"] == dropped
     assert og.metrics(state)["drop_rate"] == pytest.approx(dropped / 12)
+
+
+# A token more or less, all tokens masked, and numbers that are no weights.
+TOKENS = [7, 1, 99, 3, 5, 5, 0.5, 1000, 2, 2, 8, 1]
+WEIGHTS: dict[str, dict[int, float]] = {
+    "tokens": {},
+    "empty": {0: 0, 5: 0, 11: 0},
+    "empty group": {4: 0, 5: 0, 6: 0, 7: 0},
+    "no weights": {1: NAN, 4: INF, 6: -INF, 9: -1},
+    "a group of none": {8: NAN, 9: -5, 10: INF, 11: NAN},
+    "too heavy together": {0: 3e38, 1: 3e38, 2: 1e38, 8: 1e-30, 9: 1e-37},
+}
+
+
+@pytest.mark.parametrize("case", ["clean", "middle", "losses", "last of a group"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_with_weights_the_means_are_per_token_over_the_good_ones(weights, case):
+    batches, values = spoilt(CASES[case])
+    tokens = np.array(TOKENS, np.float32)
+    for place, weight in WEIGHTS[weights].items():
+        tokens[place] = weight
+    after, state = run("weighted", batches, values, 4, tokens)
+    with np.errstate(over="ignore"):
+        expected, dropped = oracle(batches, values, 4, tokens)
+    for found, right in zip(after, expected, strict=True):
+        np.testing.assert_allclose(flat(found), right, rtol=4e-6, atol=4e-6)
+    assert og.metrics(state)["num_dropped"] == dropped
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    is_lost = weights == "a group of none"
+    assert state.guard_state.skip_streak == is_lost
+    if is_lost and case == "clean":
+        assert state.drop_reason == og.SkipReason.NONFINITE_VALUE
+        [skipped] = og.skipped_steps(state)
+        assert skipped.reason == og.SkipReason.NONFINITE_VALUE
+        assert skipped.value == pytest.approx(values[11])
+
+
+def test_weights_of_one_size_give_what_no_weights_give():
+    batches, values = spoilt(CASES["middle"])
+    plain, _ = run("apply", batches, values, 4)
+    alike, _ = run("weighted", batches, values, 4, np.full(12, 3.0))
+    assert same_bits(plain, alike)
 
 
 def test_on_clean_data_it_is_what_multi_steps_gives():
@@ -201,10 +254,15 @@ def test_inner_gets_the_mean_loss_of_the_good_ones():
     for loss in [NAN, 7.0, 8.0, NAN]:
         _, state = update(f32([0.75]), state, value=f32(loss))
     assert state.guard_state.wrapped_state == (0.75, 7.5)
+    # Per token, with whole numbers of Python as weights.
+    for loss, tokens in [(1.0, 3), (NAN, 10**9), (5.0, 1), (9.0, 0)]:
+        _, state = tx.update(f32([0.75]), state, value=f32(loss), weight=tokens)
+    assert state.guard_state.wrapped_state == (0.75, 2.0)
 
 
-@pytest.mark.parametrize("size", [1.0, 3e38])
-def test_mean_loss_of_many_micro_batches_is_right(size):
+# With the odd weight, rounding would go one way in a sum of one number.
+@pytest.mark.parametrize(("size", "weight"), [(1.0, None), (3e38, None), (1.0, 4097.0)])
+def test_mean_loss_of_many_micro_batches_is_right(size, weight):
     # It rises, so that a mean that loses what it rounds stays behind.
     losses = (size * np.linspace(-0.5, 1, 10_000)).astype(np.float32)
     tx: Any = og.accumulate(og.guard(optax.sgd(0.1)), len(losses) + 1)
@@ -212,7 +270,8 @@ def test_mean_loss_of_many_micro_batches_is_right(size):
     @jax.jit
     def scan(losses: jax.Array) -> Any:
         def update(state: Any, loss: jax.Array) -> Any:
-            return tx.update(jnp.zeros(1), state, value=loss)[1], None
+            args = {"value": loss, "weight": weight}
+            return tx.update(jnp.zeros(1), state, **args)[1], None
 
         return jax.lax.scan(update, tx.init(jnp.zeros(1)), losses)[0]
 
@@ -236,6 +295,84 @@ def test_a_schedule_of_k_is_called_with_the_groups_closed():
 
     params = np.array(all_of_them(jnp.zeros(())))
     np.testing.assert_allclose(params, [-1, -1, -3.5, -3.5, -3.5, -8.5], rtol=1e-6)
+
+
+def test_a_function_of_the_groups_makes_a_smaller_last_group_in_each_epoch():
+    # Ten micro-batches in an epoch: groups of 4, 4 and 2.
+    tx: Any = og.accumulate(
+        optax.sgd(1.0), lambda groups: jnp.where(groups % 3 == 2, 2, 4)
+    )
+    batches = np.random.default_rng(0).normal(size=20)
+    batches[[3, 8, 12]] = NAN  # Also where a group ends, and in the smaller one.
+    sizes = [4, 4, 2, 4, 4, 2]
+    groups = np.split(batches, np.cumsum(sizes)[:-1])
+    expected = -np.cumsum([np.nanmean(np.float64(f32(group))) for group in groups])
+
+    def body(carry, grad):
+        params, state = og.apply_gradients(tx, carry[0], carry[1], grads=grad)
+        return (params, state), params
+
+    first = jnp.zeros(())
+    found: Any = jax.lax.scan(body, (first, tx.init(first)), f32(batches))
+    (_, state), params = found
+    np.testing.assert_allclose(params[np.cumsum(sizes) - 1], expected, rtol=1e-5)
+    assert (state.num_groups, state.group_seen, state.num_dropped) == (6, 0, 3)
+
+
+def test_leaves_that_the_guard_does_not_count_have_no_accumulator():
+    # The base is frozen. Its gradients are NaN at times, and judged nowhere.
+    params = {"base": jnp.ones(1000), "lora": jnp.zeros(2), "scale": jnp.ones(())}
+    mask = {"base": False, "lora": True, "scale": False}
+    labels = {"base": "frozen", "lora": "trained", "scale": "set"}
+    kinds: Any = {
+        "frozen": optax.set_to_zero(),
+        "trained": optax.sgd(1.0),
+        "set": optax.identity(),
+    }
+    partition = optax.partition(kinds, labels)
+    guarded = og.guard(partition, clip=10.0, mask=mask)
+    tx: Any = og.accumulate(guarded, 2)
+    state: Any = tx.init(params)
+    assert [x.shape for x in jax.tree.leaves(state.grad_mean)] == [(2,)]
+    types, new, step = (
+        types_of(state),
+        params,
+        jax.jit(og.apply_gradients, static_argnums=0),
+    )
+    for lora, base, scale in [(1.0, NAN, 5.0), (3.0, 2.0, 0.25)]:
+        grads = {"base": jnp.full(1000, base), "lora": jnp.full(2, lora)}
+        grads["scale"] = jnp.float32(scale)
+        new, state = step(tx, new, state, grads=grads)
+    assert types_of(state) == types
+    np.testing.assert_array_equal(new["base"], params["base"])
+    np.testing.assert_allclose(new["lora"], [-2.0, -2.0])
+    # `inner` gets what the last micro-batch has.
+    assert (new["scale"], state.num_dropped) == (1.25, 0)
+    # The mask may be a function, and the state may be put around that of a run.
+    by_name = og.guard(partition, mask=lambda tree: {k: k == "lora" for k in tree})
+    for each in (og.accumulate(by_name, 2), tx):
+        wrapped = og.wrap_state(each, params, partition.init(params))
+        assert types_of(wrapped.grad_mean) == types_of(state.grad_mean)
+
+
+def test_gradients_per_example_are_refused_and_their_aggregate_is_accumulated():
+    dp_mean = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=0)
+    params = {"b": jnp.zeros(()), "w": jnp.zeros(2)}
+    batches = np.random.default_rng(0).normal(size=(2, 4, 3))
+    per_example = [{"b": f32(x[:, 0]), "w": f32(x[:, 1:])} for x in batches]
+    inside: Any = og.accumulate(optax.chain(dp_mean, optax.sgd(1.0)), 2)
+    message = r"shapes of the parameters, got \(4,\) for \(\).*optax.chain\(differen"
+    with pytest.raises(ValueError, match=message):
+        inside.update(per_example[0], inside.init(params), params)
+    # As the error advises.
+    tx: Any = optax.chain(dp_mean, og.accumulate(optax.sgd(1.0), 2))
+    state, updates, update = tx.init(params), params, jax.jit(tx.update)
+    for grads in per_example:
+        updates, state = update(grads, state, params)
+    clipped = batches / np.maximum(np.linalg.norm(batches, axis=-1, keepdims=True), 1)
+    np.testing.assert_allclose(flat(updates), -clipped.mean(axis=(0, 1)), rtol=1e-5)
+    per_example[0]["b"][3] = NAN
+    assert update(per_example[0], state, params)[1][1].num_dropped == 1
 
 
 def test_bfloat16_gradients_are_added_in_float32():
@@ -265,12 +402,16 @@ def test_doubles_are_added_as_doubles():
     params = jnp.zeros(2, jnp.float64)
     batches = np.random.default_rng(0).normal(size=(3, 2))
 
-    def body(carry, grads):
-        return og.apply_gradients(tx, carry[0], carry[1], grads=grads), None
+    weights = np.array([3.0, 1.0, 7.0])
+
+    def body(carry, batch):
+        new = og.apply_gradients(tx, *carry, grads=batch[0], weight=batch[1])
+        return new, None
 
     carry: Any = params, tx.init(params)
-    params: Any = jax.lax.scan(body, carry, batches)[0][0]
-    np.testing.assert_allclose(params, -batches.mean(axis=0), rtol=1e-14)
+    params: Any = jax.lax.scan(body, carry, (batches, weights))[0][0]
+    expected = -np.average(batches, axis=0, weights=weights)
+    np.testing.assert_allclose(params, expected, rtol=1e-14)
 
 
 def all_steps(params, batches, values):
@@ -377,8 +518,11 @@ def test_wrong_arguments_are_named():
         LOOSE.accumulate(3, 2)
     with pytest.raises(ValueError, match="`every_k` must be a whole number"):
         og.accumulate(optax.sgd(0.1), 0)
+    tx: Any = og.accumulate(optax.sgd(0.1), 2)
     with pytest.raises(TypeError, match="`state` of `accumulate` must be a"):
-        og.accumulate(optax.sgd(0.1), 2).update(jnp.ones(1), LOOSE, None)
+        tx.update(jnp.ones(1), LOOSE, None)
+    with pytest.raises(ValueError, match="`weight` must be one real number, got "):
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)), weight=jnp.ones(2))
 
 
 # What else a micro-batch has changed

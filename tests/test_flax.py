@@ -96,6 +96,43 @@ def test_nan_loss_given_as_value_skips_the_step():
     assert_same(state.params, PARAMS)
 
 
+def test_flaxs_own_class_gives_no_loss_and_the_error_names_ours():
+    # It would give `value` to `replace`, but the optimizer comes first.
+    watching = og.guard(optax.sgd(0.1), skip=og.skip.spike())
+    state = created(watching, train_state.TrainState)
+    with pytest.raises(TypeError, match=r"take the subclass `optax_guard.flax.Train"):
+        state.apply_gradients(grads=GOOD, value=1.0)
+
+
+def test_flaxs_own_class_with_the_step_written_out_is_ours():
+    watching = og.guard(optax.sgd(0.1), skip=og.skip.spike())
+    ours, theirs = (
+        created(watching, cls, **fields)
+        for cls, fields in (
+            (Averaged, {"ema_params": params()}),
+            (FlaxAveraged, {"ema_params": params()}),
+        )
+    )
+
+    @jax.jit
+    def step(ours, state, grads, loss):
+        tx, ema = state.tx, {"kernel": state.ema_params["kernel"] * loss}
+        new, opt_state = og.apply_gradients(
+            tx, state.params, state.opt_state, grads=grads, value=loss
+        )
+        ema = og.keep_if_skipped(opt_state, ema, state.ema_params)
+        state = state.replace(step=state.step + 1, params=new, opt_state=opt_state)
+        state = state.replace(ema_params=ema)
+        ema = {"kernel": ours.ema_params["kernel"] * loss}
+        return ours.apply_gradients(grads=grads, value=loss, ema_params=ema), state
+
+    for grads, loss in ((GOOD, 2.0), (BAD, 3.0), (GOOD, np.nan), (GOOD, 0.5)):
+        ours, theirs = step(ours, theirs, grads, np.float32(loss))
+        assert_same(ours, theirs)
+    assert int(theirs.opt_state.num_skipped) == 2
+    assert_same(theirs.ema_params, params())
+
+
 class Normalized(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -165,6 +202,10 @@ def test_fields_of_a_subclass_are_kept_on_a_skipped_step():
 def test_fields_outside_of_the_tree_are_replaced_on_any_step():
     state = created(GUARDED, Averaged, ema_params=params())
     assert state.apply_gradients(grads=BAD, label="new").label == "new"
+
+
+class FlaxAveraged(train_state.TrainState):
+    ema_params: Any
 
 
 class Random(TrainState):

@@ -27,7 +27,7 @@ def loss_fn(model, x):
 @nnx.jit
 def train_step(model, optimizer, x):
     # A copy: the variables themselves are changed in place by the forward pass.
-    old = jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))
+    old = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
     loss, grads = nnx.value_and_grad(loss_fn)(model, x)
     optimizer.update(model, grads, value=loss)
     new = nnx.state(model, nnx.BatchStat)
@@ -184,6 +184,13 @@ def test_early_stopping_takes_the_state_of_a_module():
     nnx.update(model, stopper.best(stop, nnx.state(model, nnx.Param)))
     for x, y in zip(arrays(nnx.state(model, nnx.Param)), first, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_variables_themselves_in_place_of_a_copy_are_refused():
+    model, optimizer = made(GUARDED)
+    old = nnx.state(model, nnx.BatchStat)
+    with pytest.raises(ValueError, match=r"`old` must be a copy.*jax.tree.map\(jnp.c"):
+        og.keep_if_skipped(optimizer.opt_state, nnx.state(model, nnx.BatchStat), old)
 
 
 def test_keep_if_skipped_without_a_guard_is_refused():

@@ -346,6 +346,22 @@ def test_loss_counts_only_where_it_is_given():
         play(og.skip.spike(), NOISE)
 
 
+def test_first_step_that_is_judged_is_the_stated_one():
+    rules = [og.skip.spike(), og.skip.spike(min_history=9), og.skip.spike(window=9)]
+
+    def step(states, loss):
+        past = list(zip(rules, states, strict=True))
+        huge, usual = (og.skip.Signals(loss, loss * scale) for scale in (1e6, 1.0))
+        fires = [rule.judge(huge, state) for rule, state in past]
+        no = jnp.zeros((), bool)
+        return [rule.learn(usual, no, state) for rule, state in past], fires
+
+    losses = jnp.linspace(1.0, 2.0, 20)
+    fires: Any = jax.lax.scan(step, [rule.start() for rule in rules], losses)[1]
+    for found, first in zip(fires, (17, 10, 10), strict=True):
+        np.testing.assert_array_equal(found, np.arange(1, 21) >= first)
+
+
 def test_windows_hold_the_last_values():
     _, state = play(of_both(6.0, 8), NOISE[:43], 2 * NOISE[:43])
     (windows,) = state.rule_states

@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_count, check_part, check_state
+from optax_guard._checks import check_count, check_state
 from optax_guard._guarding.guard import guard
 from optax_guard._guarding.judging import (
     check_one_loss,
     checked_loss,
     with_one_loss,
 )
+from optax_guard._guarding.masking import Mask, hide
 from optax_guard._guarding.mean_gradient import (
     as_gradients,
+    check_shapes,
     empty_mean,
     mean_loss,
     mean_with,
+    weigh,
 )
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import StepParts, take_or_keep
@@ -42,9 +45,10 @@ class AccumulateState(NamedTuple):
 
     Attributes:
       micro_counts: int32[8], the row of the six counts.
-      micro_values: float32[8], the row of the mean loss and its rest.
+      micro_values: float32[8], the row of the mean loss, the weight and their rests.
       grad_mean: Their mean gradient, float32 (float64 for doubles, complex64 for
-        complex) and shaped like the parameters; zeros after ``init``.
+        complex) and shaped like the parameters; zeros after ``init``. A leaf that does
+        not count by the guard's ``mask``, or is not floating, has none.
       guard_state: State of the guard that takes the steps, a ``GuardState``.
       group_seen: int32[], micro-batches of the group at hand so far; 0 after ``init``
         and after a call that closed a group.
@@ -60,6 +64,10 @@ class AccumulateState(NamedTuple):
       gradient_step: ``num_groups``, by its name there.
       count: As that of ``guard_state``.
       index: As that of ``guard_state``.
+      group_weight: float32[], sum of the weights of the good micro-batches of the group
+        at hand, each 1 without ``weight=``; 0 after ``init`` and after a call that
+        closed a group.
+      group_weight_rest: float32[], what rounding took from it; 0 after ``init``.
     """
 
     micro_counts: jax.Array
@@ -75,6 +83,8 @@ class AccumulateState(NamedTuple):
     drop_reason = Entry("micro_counts", 5)
     value_mean = Entry("micro_values", 0, jnp.float32)
     value_mean_rest = Entry("micro_values", 1, jnp.float32)
+    group_weight = Entry("micro_values", 2, jnp.float32)
+    group_weight_rest = Entry("micro_values", 3, jnp.float32)
 
     @property
     def mini_step(self) -> jax.Array:
@@ -112,10 +122,25 @@ def accumulate(
     ``accumulate`` outermost, around the guard. The norm, the clip, the skip rules and
     their statistics are then those of accumulated steps.
 
+    Micro-batches of different size: give each call the number of its tokens as
+    ``weight=``, with the mean per token as loss and gradients. The means of the group
+    are then per token. The weights of dropped micro-batches do not count. A micro-batch
+    without ``weight=`` has the weight 1; one of weight 0 adds nothing, and a group of
+    these alone makes no step. A weight that is negative or not finite drops the
+    micro-batch.
+
+    The last group of an epoch may be smaller, if ``every_k`` is a function. With 10
+    micro-batches in an epoch, ``lambda groups: jnp.where(groups % 3 == 2, 2, 4)`` makes
+    groups of 4, 4 and 2. Dropped micro-batches count for the size of a group, so groups
+    and epochs stay together. With a number, what an epoch leaves over joins the first
+    group of the next.
+
     A micro-batch that closes no group gives zeros as updates; ``apply_gradients`` does
     not touch the parameters. The gradients are read once to judge them and once to add
     them, by a branch on every platform. The accumulator is the only new array as large
-    as the parameters.
+    as the parameters. Leaves that do not count by the guard's ``mask`` have none, so
+    frozen parameters cost no memory; ``inner`` gets their gradients of the last
+    micro-batch.
 
     Args:
       inner: A ``guard``, or any optimizer. An optimizer is put into ``guard(inner)``,
@@ -128,35 +153,39 @@ def accumulate(
       A transformation whose state is an ``AccumulateState``. ``inner`` is given the
       mean in the wider of the dtypes of gradient and parameter, the mean of the good
       micro-batches' losses as ``value=``, if each call has it, and all other extra
-      arguments of the call that closes the group.
+      arguments of the call that closes the group, but ``weight``.
 
     Raises:
       TypeError: If ``inner`` is no transformation.
-      ValueError: If ``every_k`` is concrete and no whole number of at least 1.
+      ValueError: If ``every_k`` is concrete and no whole number of at least 1; in
+        ``update``, if gradients do not have the shapes of the parameters, as gradients
+        per example (``optax.contrib.dpsgd``) do not.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
       >>> tx = og.accumulate(og.guard(optax.sgd(1.0), clip=1.0), every_k=3)
       >>> params = jnp.zeros(2)
       >>> state = tx.init(params)
-      >>> for grad in [0.25, jnp.nan, 0.75]:
+      >>> for grad, tokens in [(0.25, 30), (jnp.nan, 50), (0.75, 10)]:
       ...     grads = jnp.array([grad, 0.0])
-      ...     params, state = og.apply_gradients(tx, params, state, grads=grads)
+      ...     params, state = og.apply_gradients(
+      ...         tx, params, state, grads=grads, weight=tokens
+      ...     )
       >>> params, og.metrics(state)["num_dropped"].item()
-      (Array([-0.5,  0. ], dtype=float32), 1)
+      (Array([-0.375,  0.   ], dtype=float32), 1)
     """
     if not _is_guard(inner):
         inner = guard(inner)
     parts: Any = parts_of(inner, StepParts)
     if not callable(every_k):
         check_count("every_k", every_k)
-    config = _Config(inner, parts.apply_gradients, parts.judge, every_k)
+    config = _Config(inner, parts.apply_gradients, parts.judge, parts.mask, every_k)
 
     def init(params: optax.Params) -> AccumulateState:
-        return _first_state(params, config.guard.init(params))
+        return _first_state(config, params, config.guard.init(params))
 
     def wrap_state(params: optax.Params, inner_state: Any) -> AccumulateState:
-        return _first_state(params, parts.wrap_state(params, inner_state))
+        return _first_state(config, params, parts.wrap_state(params, inner_state))
 
     @functools.partial(cached, check=functools.partial(check_one_loss, "accumulate"))
     def update(
@@ -187,11 +216,12 @@ def _is_guard(inner: Any) -> bool:
 
 
 class _Config(NamedTuple):
-    """The guard of ``accumulate``, two of its parts, and the size of a group."""
+    """The guard of ``accumulate``, three of its parts, and the size of a group."""
 
     guard: optax.GradientTransformationExtraArgs
     apply_gradients: Callable[..., tuple[optax.Params, GuardState]]
     judge: Callable[..., GuardState]
+    mask: Mask
     every_k: ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
@@ -209,12 +239,18 @@ class _Gathered(NamedTuple):
     extra_args: dict[str, Any]
 
 
-def _first_state(params: optax.Params, guard_state: Any) -> AccumulateState:
+def _first_state(
+    config: _Config, params: optax.Params, guard_state: Any
+) -> AccumulateState:
     return AccumulateState(
         **empty_rows(AccumulateState),
-        grad_mean=jax.tree.map(empty_mean, trained(params)),
+        grad_mean=jax.tree.map(empty_mean, _counted(config, trained(params))),
         guard_state=guard_state,
     )
+
+
+def _counted(config: _Config, tree: Any) -> Any:
+    return tree if config.mask is True else hide(config.mask, tree)
 
 
 def _gather(
@@ -225,24 +261,28 @@ def _gather(
     extra_args: dict[str, Any],
 ) -> _Gathered:
     check_state("accumulate", state, AccumulateState)
-    check_part(
-        "accumulate",
-        "parameters",
-        state.grad_mean,
-        lambda: jax.tree.map(empty_mean, updates),
-        "It was made for other parameters, or these updates are not shaped like them, "
-        "as gradients of single examples are not.",
+    counted = _counted(config, updates)
+    check_shapes(counted, state.grad_mean)
+    before = state.group_weight, state.group_weight_rest
+    weight = weigh(before, extra_args.get("weight"))
+    extra_args = {k: v for k, v in extra_args.items() if k != "weight"}
+    judged: GuardState = config.judge(
+        updates, state.guard_state, params, extra_args, weight.is_usable
     )
-    judged: GuardState = config.judge(updates, state.guard_state, params, extra_args)
     is_dropped = is_nonfinite(judged.skip_reason)
+    is_added = ~is_dropped & weight.counts
     kept = state.group_kept + jnp.where(is_dropped, 0, 1)
     words = state.value_mean, state.value_mean_rest
     if (value := checked_loss(extra_args)) is not None:
-        words = mean_loss(words, as_float32(value), kept, is_dropped)
+        words = mean_loss(words, as_float32(value), weight.num, is_added)
         extra_args = with_one_loss(extra_args, words[0])
     k = config.every_k(state.num_groups) if callable(config.every_k) else config.every_k
     seen = state.group_seen + 1
     is_last = seen >= k
+    total, rest = (
+        jnp.where(is_added, new, old)
+        for new, old in zip(weight.total, before, strict=True)
+    )
     numbers = {
         "group_seen": jnp.where(is_last, 0, seen),
         "group_kept": jnp.where(is_last, 0, kept),
@@ -252,13 +292,15 @@ def _gather(
         "drop_reason": jnp.where(is_dropped, judged.skip_reason, SkipReason.NONE),
         "value_mean": words[0],
         "value_mean_rest": words[1],
+        "group_weight": jnp.where(is_last, 0.0, total),
+        "group_weight_rest": jnp.where(is_last, 0.0, rest),
     }
     new = AccumulateState(
         **rows_of(AccumulateState, numbers),
-        grad_mean=mean_with(updates, state.grad_mean, kept, is_dropped),
+        grad_mean=mean_with(counted, state.grad_mean, weight.num, is_added),
         guard_state=_records_of(is_last & (kept == 0), judged, state.guard_state),
     )
-    return _Gathered(is_last & (kept > 0), new, extra_args)
+    return _Gathered(is_last & (total > 0), new, extra_args)
 
 
 def _records_of(

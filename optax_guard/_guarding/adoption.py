@@ -269,6 +269,8 @@ def in_new_layout(saved: Any) -> Any:
             first, size = values["skipped_leaf"], values["skipped_num_leaves"]
             fields["skipped_leaves"] = marks_of_leaf(first, size)
         known: dict[str, Any] = {k: values[k] for k in values.keys() & entries_of(cls)}
+        if cls is AccumulateState:  # There were no weights: each was 1.
+            known["group_weight"] = known["group_kept"]
         # For numbers that came later.
         zero = jnp.zeros_like(next(iter(known.values())), jnp.int32)
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)

@@ -84,6 +84,10 @@ def guard(
     guard takes the next finite step and starts the rule afresh. So a lasting change of
     scale does not end a run, and is no alarm.
 
+    The guard sees gradients, loss, parameters and optimizer state, and nothing else.
+    Batch statistics and averages of parameters need ``keep_if_skipped``, which shows
+    two lines for each library, or `optax_guard.flax.TrainState`, which has it inside.
+
     Args:
       inner: The optimizer, from ``optax.adamw`` to any chain, or any object with its
         ``init`` and ``update``. A clip of Optax belongs into this chain.
@@ -95,7 +99,8 @@ def guard(
         in the norm, are not clipped, and may be NaN in a step that is taken. They
         go to ``inner`` as they are, and entries that become NaN are left alone. Use it
         for frozen parameters, whose gradients would make the norm too large, and for
-        leaves whose update replaces the value.
+        leaves whose update replaces the value. `accumulate` does not average these
+        leaves.
         ``optax.inject_hyperparams`` mistakes a function for a schedule: pass it
         ``static_args=("inner", "mask")``.
       max_update: A bound on the norm of the update, after the optimizer, as for
@@ -189,6 +194,7 @@ def guard(
         apply_gradients,
         wrap_state=functools.partial(first_state, config),
         judge=functools.partial(_judge, config),
+        mask=config.mask,
     )
     return transformation(init, update, step_parts)
 
@@ -293,9 +299,10 @@ def _judge(
     state: GuardState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
+    is_usable: jax.Array | None = None,
 ) -> GuardState:
     """The records of a step that is not taken by this guard."""
-    judged = judge_step(config, updates, state, params, extra_args)
+    judged = judge_step(config, updates, state, params, extra_args, is_usable)
     return recorded(config, judged, state)
 
 

@@ -104,11 +104,13 @@ def verdict(
     *,
     is_too_large: jax.Array,
     rule_streak: jax.Array,
+    is_usable: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Reason to skip the step (0: none), and the rules' new states."""
     reason = jnp.where(measured.is_finite, SkipReason.NONE, SkipReason.NONFINITE)
-    if value is not None:
-        is_bad = (reason == SkipReason.NONE) & ~jnp.isfinite(value)
+    others = [] if value is None else [jnp.isfinite(value)]
+    for is_good in others if is_usable is None else [*others, is_usable]:
+        is_bad = (reason == SkipReason.NONE) & ~is_good
         reason = jnp.where(is_bad, SkipReason.NONFINITE_VALUE, reason)
     is_over = (reason == SkipReason.NONE) & is_too_large
     reason = jnp.where(is_over, SkipReason.OVERFLOW, reason).astype(jnp.int32)
@@ -191,8 +193,13 @@ def judge_step(
     state: GuardState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
+    is_usable: jax.Array | None = None,
 ) -> Judged:
-    """Measures the gradients, and decides whether the step is taken."""
+    """Measures the gradients, and decides whether the step is taken.
+
+    ``is_usable`` says whether what else was given with them is as good as a finite
+    loss.
+    """
     check_state("guard", state, GuardState)
     check_part(
         "guard",
@@ -214,6 +221,7 @@ def judge_step(
         state.rule_states,
         is_too_large=_is_too_large(measured, clip_state.stats),
         rule_streak=state.rule_streak,
+        is_usable=is_usable,
     )
     is_skipped = reason != SkipReason.NONE
     has_vanished = jnp.zeros((), jnp.bool_)

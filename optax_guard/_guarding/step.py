@@ -24,13 +24,15 @@ class StepParts(NamedTuple):
         new parameters and the new state.
       wrap_state: ``wrap_state(params, inner_state)`` gives the first state around the
         state of the optimizer inside.
-      judge: Of a guard: ``judge(updates, state, params, extra_args)`` gives the state
-        with the verdict. ``None`` for an accumulation.
+      judge: Of a guard: ``judge(updates, state, params, extra_args, is_usable)`` gives
+        the state with the verdict. ``None`` for an accumulation.
+      mask: Of a guard: the leaves that count.
     """
 
     apply_gradients: Callable[..., tuple[optax.Params, Any]]
     wrap_state: Callable[[optax.Params, Any], Any]
     judge: Callable[..., Any] | None = None
+    mask: Any = True
 
 
 def take_or_keep(

@@ -11,7 +11,7 @@ from optax_guard._guarding.accumulation import AccumulateState
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import take_or_keep
 from optax_guard._models import arrays_of, with_statics_of
-from optax_guard._trees import outermost_states
+from optax_guard._trees import is_variable, outermost_states
 from optax_guard.skip import SkipReason
 
 
@@ -20,6 +20,23 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
 
     Use it for trees outside of ``params`` and ``opt_state`` that the forward pass of a
     bad batch may spoil: batch statistics, moving averages of parameters, a loss scale.
+    A guard cannot see these. After one batch with a NaN, the statistics of a batch
+    norm are NaN for good, although the parameters are safe.
+
+    Flax' own ``TrainState``, after ``new = state.apply_gradients(grads=grads)``::
+
+        stats = og.keep_if_skipped(new.opt_state, new_stats, state.batch_stats)
+        state = new.replace(batch_stats=stats)
+
+    NNX, whose forward pass changes the statistics in place, so that a copy is needed::
+
+        old = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+        ...  # Loss, gradients, `optimizer.update(model, grads, value=loss)`.
+        new = nnx.state(model, nnx.BatchStat)
+        nnx.update(model, og.keep_if_skipped(optimizer.opt_state, new, old))
+
+    Equinox: ``model_state = og.keep_if_skipped(opt_state, new_state, model_state)``.
+    Haiku's state is kept in the same way.
 
     Args:
       opt_state: Optimizer state after the step, with a guard in it.
@@ -32,7 +49,8 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
       guards (as under ``optax.partition``), ``old`` if any of them skipped its step.
 
     Raises:
-      ValueError: If there is no guard in ``opt_state``.
+      ValueError: If there is no guard in ``opt_state``, if the structures of ``new``
+        and ``old`` differ, or if their NNX variables are the same objects.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -51,6 +69,16 @@ def keep_if_skipped(opt_state: optax.OptState, new: Any, old: Any) -> Any:
         raise ValueError(
             "`new` and `old` must have the same structure, got "
             f"{jax.tree.structure(new)} and {jax.tree.structure(old)}."
+        )
+    pairs = zip(
+        *(jax.tree.leaves(x, is_leaf=is_variable) for x in (new, old)), strict=True
+    )
+    if any(x is y and is_variable(x) for x, y in pairs):
+        raise ValueError(
+            "`old` must be a copy from before the step, but its NNX variables are "
+            "those of `new`, which the step has changed in place. Take the copy before "
+            "the forward pass: `old = jax.tree.map(jnp.copy, nnx.state(model, "
+            "nnx.BatchStat))`."
         )
     whole, (new, old) = new, jax.tree.map(jnp.asarray, arrays_of((new, old)))
     is_taken = functools.reduce(jnp.maximum, reasons) == SkipReason.NONE

@@ -15,7 +15,8 @@ class SkipReason(enum.IntEnum):
     Attributes:
       NONE: The step was taken.
       NONFINITE: The gradients hold a NaN or an infinity.
-      NONFINITE_VALUE: The loss is one.
+      NONFINITE_VALUE: The loss is one; or, in `accumulate`, the ``weight`` is negative
+        or not finite.
       NORM_ABOVE: The rule ``norm_above``.
       SPIKE: The rule ``spike``.
       OVERFLOW: The norm after clipping is above 1.8e19, so float32 cannot hold its

@@ -64,16 +64,16 @@ def spike(
     ddof: ArrayLike = 1,
     max_consecutive: ArrayLike = 64,
 ) -> SkipRule:
-    r"""Skips steps whose loss is far above the last ones, once it has seen 16 of them.
+    r"""Skips steps whose loss is far above the last ones; judges from the 17th step on.
 
     A step is skipped if, for one of the watched signals :math:`x`,
     :math:`x - \mu > \sigma \max(s, \delta|\mu|)`, with the mean :math:`\mu` and
     deviation :math:`s` of the ``window`` values before it and
     :math:`\delta` = ``min_deviation``. Until it has seen ``min_history`` values it
     skips nothing. Then it judges by those that it has, and the window fills;
-    ``spike(min_history=10)`` judges from the 11th on. Values that are not finite are
-    never judged and never enter the window. While a window holds only zeros, the rule
-    skips nothing.
+    ``spike(min_history=9)`` judges from the 10th step on, as ``spike(window=9)`` does.
+    Values that are not finite are never judged and never enter the window. While a
+    window holds only zeros, the rule skips nothing.
 
     Values of skipped steps do not enter the window, so a row of bad batches that look
     plausible cannot hide itself. Such a row, a lasting rise of the loss, and parameters
@@ -193,7 +193,8 @@ def _watched_signals(settings: _Settings, signals: Signals) -> dict[str, jax.Arr
     if not found:
         raise TypeError(
             "`spike` watches the loss and needs it: pass `value=loss` to `update` or "
-            "`apply_gradients`, or watch the norm: "
+            "`apply_gradients` (of Flax' `TrainState` take the subclass "
+            "`optax_guard.flax.TrainState`, which passes it on), or watch the norm: "
             '`spike(watch="grad_norm")`.'
         )
     return {name: x.astype(jnp.float32) for name, x in found.items()}
