@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +12,15 @@ import optax
 from optax_guard._checks import in_range
 
 P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
+
+
+class TransformationLike(Protocol):
+    """An object with the methods of an optimizer, as ``optax.MultiSteps`` is."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
+    @property
+    def update(self) -> Callable[..., Any]: ...
 
 
 def transformation(
