@@ -40,8 +40,9 @@ def arrays_of(tree: Any) -> Any:
 
     A tree without any, or one that is no more than one, is itself the result.
     """
+    has_static = any(map(_is_static, jax.tree.leaves(tree)))
     # A function alone is no model.
-    if jax.tree_util.all_leaves([tree]) or not any(map(_is_static, jax.tree.leaves(tree))):
+    if jax.tree_util.all_leaves([tree]) or not has_static:
         return tree
     return jax.tree.map(lambda x: None if _is_static(x) else x, tree)
 
