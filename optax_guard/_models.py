@@ -38,9 +38,11 @@ def trained(params: Any) -> Any:
 def arrays_of(tree: Any) -> Any:
     """The tree with ``None`` for functions and flags, which a model may hold.
 
-    A tree without any is itself the result.
+    A tree without any, or one that is no more than one, is itself the result.
     """
-    if not any(map(_is_static, jax.tree.leaves(tree))):
+    has_static = any(map(_is_static, jax.tree.leaves(tree)))
+    # A function alone is no model.
+    if jax.tree_util.all_leaves([tree]) or not has_static:
         return tree
     return jax.tree.map(lambda x: None if _is_static(x) else x, tree)
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,15 @@ from optax_guard._checks import in_range
 # Extra arguments that may be whole numbers of Python of any size.
 _NUMBERS = {"value", "loss", "weight"}
 P = TypeVar("P", bound=tuple[Any, ...])  # A class of parts, a NamedTuple.
+
+
+class TransformationLike(Protocol):
+    """An object with the methods of an optimizer, as ``optax.MultiSteps`` is."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
+    @property
+    def update(self) -> Callable[..., Any]: ...
 
 
 def transformation(

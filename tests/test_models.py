@@ -62,7 +62,7 @@ def test_modules_of_settings_are_trees():
             np.testing.assert_array_equal(layer.bias, 1.0)
     # A function that JAX can take apart is still a function.
     partial = jax.tree_util.Partial(lambda floor, path: "wb"["bias" in path], 0.5)
-    tx = og.clip_by_group_norm({"w": 1.0, "b": 99.0}, partial)
+    tx: Any = og.clip_by_group_norm({"w": 1.0, "b": 99.0}, partial)
     assert tx.init(TRAINED).group_stats.group_counts.shape == (2, 8)
 
 
@@ -79,7 +79,7 @@ def test_the_stopper_keeps_the_arrays_of_a_model():
 def test_a_skipped_step_keeps_the_arrays_of_a_model():
     model = (MODEL, eqx.nn.Dropout(0.5))
     new = jax.tree.map(lambda x: x * jnp.nan if eqx.is_array(x) else x, model)
-    state = og.guard(optax.sgd(0.1)).init(TRAINED)
+    state: Any = og.guard(optax.sgd(0.1)).init(TRAINED)
     counts = state.skip_counts.at[2].set(og.SkipReason.NONFINITE)
     kept = og.keep_if_skipped(state._replace(skip_counts=counts), new, model)
     assert kept[0].activation is MODEL.activation
@@ -243,7 +243,7 @@ def test_loss_is_judged_and_goes_on_as_it_was_given():
     tx: Any = og.guard(inner)
     state = tx.init(jnp.ones(2))
     for loss, skipped in (([1.0], 0), ([np.nan], 1)):
-        _, state = tx.update(jnp.ones(2), state, loss=np.float32(loss))
+        _, state = tx.update(jnp.ones(2), state, loss=np.array(loss, np.float32))
         assert state.num_skipped == skipped
     assert seen[-1] == {"loss": (1,)}
 

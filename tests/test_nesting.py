@@ -161,7 +161,7 @@ def test_multi_steps_that_lets_no_nan_into_its_sum_is_not_warned_of():
 
 @pytest.mark.filterwarnings("ignore:The guard is inside of `optax.MultiSteps")
 def test_an_alarm_of_a_guard_in_multi_steps_tells_of_its_sum():
-    state = MULTI.init(PARAMS)
+    state: Any = MULTI.init(PARAMS)
     bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
     state = state._replace(acc_grads=bad)
     metrics = {"guard_exhausted": True, "skip_streak": 10, "skip_reason": 1}

@@ -49,6 +49,12 @@ def test_readme_blocks_run(tmp_path, monkeypatch):
     assert run(README.read_text(encoding="utf-8"), str(README)) > 0
 
 
+@pytest.mark.skipif(not README.exists(), reason="docs/ is not beside the tests")
+def test_page_of_states_runs():
+    page = README.parent / "docs" / "states.md"
+    assert run(page.read_text(encoding="utf-8"), str(page)) == 3
+
+
 def test_failing_block_is_seen_with_its_line():
     markdown = "# Title\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n"
     with pytest.raises(AssertionError) as error:

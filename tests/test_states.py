@@ -48,7 +48,7 @@ def test_attributes_that_nobody_has_are_none():
     # Nor is the method of a tuple of states the count of an optimizer.
     assert not hasattr(og.guard(optax.adam(0.1)).init(PARAMS), "count")
     with pytest.raises(AttributeError, match=r"`GuardState` has no .* `hyperparms`"):
-        _ = GUARDED.init(PARAMS).hyperparms
+        getattr(GUARDED.init(PARAMS), "hyperparms")  # noqa: B009 - pyright knows none
 
 
 def test_states_are_copied_pickled_and_restored_as_before():
@@ -122,7 +122,7 @@ def test_trees_like_the_parameters_are_mapped_with_their_specs(scope):
     accumulated = txs[-1]
     for tx in txs:
         state = jax.eval_shape(tx.init, PARAMS)
-        found = optax.tree.map_params(
+        found: Any = optax.tree.map_params(
             tx, lambda _, spec: spec, state, SPECS, transform_non_params=lambda _: P()
         )
         assert jax.tree.structure(found) == jax.tree.structure(state)

@@ -32,7 +32,12 @@ from optax_guard._models import trained
 from optax_guard._norms.statistics import as_float32
 from optax_guard._public import answers_wrong_calls
 from optax_guard._rows import Entry, empty_rows, rows_of
-from optax_guard._transformation import cached, parts_of, transformation
+from optax_guard._transformation import (
+    TransformationLike,
+    cached,
+    parts_of,
+    transformation,
+)
 from optax_guard._trees import increment
 from optax_guard.skip import SkipReason, is_nonfinite
 
@@ -109,7 +114,7 @@ class AccumulateState(NamedTuple):
 
 @answers_wrong_calls
 def accumulate(
-    inner: optax.GradientTransformation,
+    inner: TransformationLike,
     every_k: ArrayLike | Callable[[jax.Array], ArrayLike],
 ) -> optax.GradientTransformationExtraArgs:
     """Makes one step of the mean gradient of every ``every_k`` micro-batches.
@@ -174,12 +179,11 @@ def accumulate(
       >>> params, og.metrics(state)["num_dropped"].item()
       (Array([-0.375,  0.   ], dtype=float32), 1)
     """
-    if not _is_guard(inner):
-        inner = guard(inner)
-    parts: Any = parts_of(inner, StepParts)
+    around: Any = inner if _is_guard(inner) else guard(inner)
+    parts: Any = parts_of(around, StepParts)
     if not callable(every_k):
         check_count("every_k", every_k)
-    config = _Config(inner, parts.apply_gradients, parts.judge, parts.mask, every_k)
+    config = _Config(around, parts.apply_gradients, parts.judge, parts.mask, every_k)
 
     def init(params: optax.Params) -> AccumulateState:
         return _first_state(config, params, config.guard.init(params))

@@ -9,13 +9,14 @@ import optax
 
 from optax_guard._guarding.guard import guard
 from optax_guard._public import answers_wrong_calls
+from optax_guard._transformation import TransformationLike
 from optax_guard.skip import Signals, SkipRule, spike
 from optax_guard.threshold import relative_to_params
 
 
 @answers_wrong_calls
 def auto(
-    inner: optax.GradientTransformation, *, mask: Any = True
+    inner: TransformationLike, *, mask: Any = True
 ) -> optax.GradientTransformationExtraArgs:
     """A guard with settings that need no tuning.
 

@@ -26,7 +26,7 @@ from optax_guard._guarding.update_bound import added, bound_updates
 from optax_guard._models import params_of
 from optax_guard._norms.mesh_axes import unchecked_axes
 from optax_guard._public import answers_wrong_calls
-from optax_guard._transformation import cached, transformation
+from optax_guard._transformation import TransformationLike, cached, transformation
 from optax_guard._trees import first_difference
 from optax_guard.skip import SkipReason, SkipRule
 from optax_guard.threshold._base import Threshold
@@ -34,7 +34,7 @@ from optax_guard.threshold._base import Threshold
 
 @answers_wrong_calls
 def guard(
-    inner: optax.GradientTransformation,
+    inner: TransformationLike,
     clip: ArrayLike
     | optax.Schedule
     | Threshold

@@ -57,9 +57,11 @@ def hide(mask: Mask, tree: Any) -> Any:
 
 def _counts(mask: Mask, tree: Any) -> list[bool]:
     """For each leaf whether it counts."""
-    if isinstance(tree, optax.LookaheadParams) and not isinstance(mask, type(tree)):
+    is_pair = isinstance(tree, optax.LookaheadParams)
+    if is_pair and not isinstance(mask, optax.LookaheadParams):
         return [counts for part in tree for counts in _counts(mask, part)]
-    found = mask(tree) if is_function(mask) else mask
+    choose: Any = mask
+    found = choose(tree) if is_function(mask) else mask
     try:
         counts = jax.tree.leaves(jax.tree.broadcast(found, tree))
     except ValueError as error:
