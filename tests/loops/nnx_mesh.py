@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_guard as og  # guarded
+from tests.strategies import in_force
 
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 adamw = optax.adamw(0.05)
@@ -45,12 +46,12 @@ def both():
 
 
 def create():
-    with jax.set_mesh(mesh):
+    with in_force(mesh):
         return nnx.state(both())
 
 
 def step(state, batch):
-    with jax.set_mesh(mesh):
+    with in_force(mesh):
         return jitted(state, batch)
 
 
