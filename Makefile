@@ -192,7 +192,7 @@ coverage: .venv/installed-mutants  ## lines and branches of the core that its te
 	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/%s.py,' $(CORE))"
 
 .PHONY: soak
-soak: .venv/installed  ## a million steps under faults, fifty kills of `fit`
+soak: .venv/installed  ## a million faulty steps, fifty kills, 160 faults end to end
 	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 $(BOTH) tests/test_soak.py tests/test_faults.py
 
 # Executed notebooks go to OUT; `make notebooks OUT=notebooks` renews the committed ones.
