@@ -192,7 +192,7 @@ coverage: .venv/installed-mutants  ## lines and branches of the core that its te
 	$(PY) -m coverage report -m --include="$$(printf 'optax_guard/%s.py,' $(CORE))"
 
 .PHONY: soak
-soak: .venv/installed  ## a million steps, fifty kills, every optimizer in every dtype
+soak: .venv/installed  ## a million steps, 50 kills, 160 faults, every optimizer and dtype
 	OPTAX_GUARD_SOAK=1 $(PY) -m pytest -n 0 $(BOTH) tests/test_soak.py tests/test_faults.py
 	$(QUICK) $(PYTEST) -m soak
 
