@@ -10,7 +10,9 @@ import numpy as np
 import optax
 
 from optax_guard._checks import check_leaves
+from optax_guard.loops._carrier import evaluated, params_of_user, released
 from optax_guard.loops._checkpoint import Store
+from optax_guard.loops._ema import ema_params
 from optax_guard.loops._ending import is_over
 from optax_guard.loops._evaluation import (
     Evaluation,
@@ -205,7 +207,7 @@ def evaluate_run(run: HostRun) -> None:
     plan, state, interval = run.plan, run.state, run.interval
     # There was a step, and the first step makes the interval.
     assert interval is not None
-    found = {} if plan.evaluate is None else plan.evaluate(state)
+    found = {} if plan.evaluate is None else plan.evaluate(evaluated(state))
     now = time.monotonic()
     seconds, preempted = agree(
         interval.means["train_loss"].words, now - run.clock, run.interrupt.preempted
@@ -276,8 +278,8 @@ def result_of(run: HostRun) -> FitResult:
             if batch_stats(run.state) is None:
                 best = {"params": best}
     return FitResult(
-        state=run.state,
-        best_params=best.get("params"),
+        state=released(run.state),
+        best_params=params_of_user(run.state, best.get("params")),
         stop=run.stop,
         history=run.record.history,
         best_batch_stats=best.get("batch_stats"),
@@ -285,4 +287,5 @@ def result_of(run: HostRun) -> FitResult:
         preempted=run.ending is Ending.PREEMPTED,
         origins=() if run.origins is None else tuple(run.origins.found),
         rewinds=tuple((s, then, why) for s, then, why in run.rewound.events),
+        ema_params=ema_params(run.state),
     )

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from optax_guard.debug import NonfiniteOrigin
+from optax_guard.loops._carrier import params_of_user, released
+from optax_guard.loops._ema import ema_params
 from optax_guard.loops._evaluation import batch_stats
 from optax_guard.stop._state import EarlyStoppingState
 
@@ -70,6 +72,8 @@ class FitResult(NamedTuple):
         resumption are not included.
       rewinds: Of each rewind, those before a resumption included: the step at which it
         came, the step of the checkpoint to which it went back, and the reason.
+      ema_params: With ``ema``, the average after the last step, in the dtypes of the
+        parameters; else ``None``. `best_params` are then averages, too.
     """
 
     state: Any
@@ -81,6 +85,7 @@ class FitResult(NamedTuple):
     preempted: bool = False
     origins: tuple[tuple[int, NonfiniteOrigin | None], ...] = ()
     rewinds: tuple[tuple[int, int, str], ...] = ()
+    ema_params: Any = None
 
 
 def as_result(
@@ -91,7 +96,7 @@ def as_result(
     columns = {"step": columns["step"], **columns}
     best_params, best_batch_stats = split_best(state, best)
     return FitResult(
-        state=state,
+        state=released(state),
         best_params=best_params,
         stop=stop,
         history=[
@@ -99,11 +104,12 @@ def as_result(
             for i in range(int(size))
         ],
         best_batch_stats=best_batch_stats,
+        ema_params=ema_params(state),
     )
 
 
 def split_best(state: Any, best: Any) -> tuple[Any, Any]:
     """The best parameters, and the batch statistics that belong to them."""
     if best is None or batch_stats(state) is None:
-        return best, None
-    return best["params"], best["batch_stats"]
+        return params_of_user(state, best), None
+    return params_of_user(state, best["params"]), best["batch_stats"]
