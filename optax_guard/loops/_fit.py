@@ -16,6 +16,7 @@ from optax_guard.loops._ema import with_ema
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
 from optax_guard.loops._host import open_source
 from optax_guard.loops._host_run import (
+    HostRun,
     Plan,
     ending_after_evaluation,
     ending_after_steps,
@@ -219,10 +220,14 @@ def fit(
             progress=progress,
             checkpointer=checkpointer,
         )
-        while run.ending is None:
-            train_interval(run)
-            run.ending = ending_after_steps(run)
-            if run.ending is None:
-                evaluate_run(run)
-                run.ending = ending_after_evaluation(run)
-        return result_of(run)
+        return _run_to_end(run)
+
+
+def _run_to_end(run: HostRun) -> FitResult:
+    while run.ending is None:
+        train_interval(run)
+        run.ending = ending_after_steps(run)
+        if run.ending is None:
+            evaluate_run(run)
+            run.ending = ending_after_evaluation(run)
+    return result_of(run)
