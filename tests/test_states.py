@@ -169,20 +169,15 @@ def test_nnx_on_the_device_is_nnx_on_the_host(fitted):
 
 def test_state_of_nnx_that_cannot_be_carried_is_refused():
     _, model, metrics, _ = objects(GUARDED)
-    unclear = (
-        nnx.Optimizer(model, GUARDED, wrt=nnx.Param),
-        model,
-        Normalized(nnx.Rngs(1)),
-    )
+    optimizer = nnx.Optimizer(model, GUARDED, wrt=nnx.Param)
+    unclear = optimizer, model, Normalized(nnx.Rngs(1))
     with pytest.raises(ValueError, match="one that a NamedTuple or dict calls `model`"):
         fit(unclear, nnx_step, batches, **LENGTH)
     other = nnx.Optimizer(model, GUARDED, wrt=nnx.LoRAParam)
     with pytest.raises(ValueError, match="without a variable for its optimizer"):
         fit((model, other), nnx_step, batches, **LENGTH)
     for wrong in (lambda state, x: (metrics, 0.0), lambda state, x: (state[:2], 0.0)):
-        with pytest.raises(
-            TypeError, match="must return the objects that it was given"
-        ):
+        with pytest.raises(TypeError, match="must return the objects that it was g"):
             fit(objects(GUARDED), wrong, batches, **LENGTH)
 
 

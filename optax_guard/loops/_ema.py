@@ -132,7 +132,7 @@ def _facts_of(tree: Any) -> list[jax.Array]:
 def _mixed(is_taken: jax.Array, weight: jax.Array, new: Any, old: Any) -> jax.Array:
     if not jnp.issubdtype(old.dtype, jnp.inexact):
         return new
-    mixed = optax.incremental_update(new.astype(old.dtype), old, weight)
+    mixed: Any = optax.incremental_update(new.astype(old.dtype), old, weight)
     # A mask, because the parameters of a step that is not guarded may be NaN.
     return jnp.where(is_taken, mixed.astype(old.dtype), old)
 
