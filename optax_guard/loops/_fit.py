@@ -16,7 +16,6 @@ from optax_guard.loops._ema import with_ema
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
 from optax_guard.loops._host import open_source
 from optax_guard.loops._host_run import (
-    HostRun,
     Plan,
     ending_after_evaluation,
     ending_after_steps,
@@ -189,24 +188,22 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
-    batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
-    evaluation = Evaluation(
-        compiled_judge(stopper),
-        keeps_best=checkpointer is None,
-        writes_rewinds=rewind is not None,
-    )
     plan = Plan(
         train_step=train_step,
         step=compiled_step(train_step),
-        batch_at=batch_at,
+        batch_at=open_source(batches),
         eval_every=eval_every,
         evaluate=evaluate,
         stopper=stopper,
         rewind=rewind,
         learning_rate=learning_rate,
-        evaluation=evaluation,
+        evaluation=Evaluation(
+            compiled_judge(stopper),
+            keeps_best=checkpointer is None,
+            writes_rewinds=rewind is not None,
+        ),
         explains_skips=on_skip is not None,
     )
     with contextlib.ExitStack() as stack:
@@ -220,14 +217,10 @@ def fit(
             progress=progress,
             checkpointer=checkpointer,
         )
-        return _run_to_end(run)
-
-
-def _run_to_end(run: HostRun) -> FitResult:
-    while run.ending is None:
-        train_interval(run)
-        run.ending = ending_after_steps(run)
-        if run.ending is None:
-            evaluate_run(run)
-            run.ending = ending_after_evaluation(run)
-    return result_of(run)
+        while run.ending is None:
+            train_interval(run)
+            run.ending = ending_after_steps(run)
+            if run.ending is None:
+                evaluate_run(run)
+                run.ending = ending_after_evaluation(run)
+        return result_of(run)
