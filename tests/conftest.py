@@ -103,7 +103,13 @@ doctest.DocTestFinder._from_module = _stands_in  # pyright: ignore
 # `make mutants` runs this file, and installs the packages that it needs.
 collect_ignore = ["mutants.py"]
 # The tests of each of these modules share something that takes long to make.
-TOGETHER = {"test_demo", "test_early_stopping", "test_loops", "test_resume"}
+TOGETHER = {
+    "test_demo",
+    "test_early_stopping",
+    "test_loops",
+    "test_resume",
+    "test_carriers",
+}
 # Beside `test_on_accelerator`, what `-m accelerator` runs: it fits any one device.
 ON_ACCELERATOR = {"test_laws", "test_norms", "test_clipping"}
 

@@ -265,6 +265,8 @@ RIGHT: dict[str, set[str]] = {
     "flax.TrainState.create.params": TREES | NOTHING,
     "loops.fit.batches": {"vector", "vector of jax", "[1]"},
     "loops.fit.checkpointer": NOTHING,
+    "loops.fit.ema": NOTHING | {"0.5"},
+    "loops.train_on_device.ema": NOTHING | {"0.5"},
     "loops.fit.learning_rate": NOTHING,
     "loops.fit.loggers": {"[]"},
     "loops.fit.audit_every": NOTHING | COUNT,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard.loops._compiled import CompiledFor, put_together
+from optax_guard.loops._ema import with_ema
 from optax_guard.loops._inputs import (
     Functions,
     check_arguments,
@@ -25,7 +26,7 @@ from optax_guard.loops._lane import (
 from optax_guard.stop._state import EarlyStoppingState
 
 _NEEDED = {"state", "train_step", "batches"}
-_KNOWN = _NEEDED | {"evaluate", "stopper"}
+_KNOWN = _NEEDED | {"evaluate", "stopper", "ema"}
 # The axis of the members.
 _AXIS = "members"
 
@@ -47,10 +48,11 @@ def built(
         made.get("evaluate"),
         made.get("stopper"),
     )
-    check_arguments(made["state"], functions.evaluate, functions.stopper)
+    state = with_ema(made["state"], made.get("ema"))
+    check_arguments(state, functions.evaluate, functions.stopper)
     check_functions(functions)
     train_step = with_metrics_in_range(functions.train_step)
-    return functions._replace(train_step=train_step), made["state"]
+    return functions._replace(train_step=train_step), state
 
 
 # A state may hold functions, and `build` makes new ones each time it is traced. So only

@@ -11,6 +11,7 @@ from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor, put_together, taken_apart
+from optax_guard.loops._ema import with_ema
 from optax_guard.loops._ending import flags_of_guard, is_over
 from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._inputs import (
@@ -41,6 +42,7 @@ def train_on_device(
     eval_every: int,
     evaluate: Callable[[Any], Any] | None = None,
     stopper: EarlyStopping | None = None,
+    ema: float | None = None,
 ) -> FitResult:
     """Trains in one program on the device, evaluation and early stopping included.
 
@@ -57,9 +59,8 @@ def train_on_device(
     are arguments.
 
     Args:
-      state: A `TrainState` of Flax or of this library, or any tree of arrays with
-        ``step``, ``params`` and ``opt_state``. It is copied, not donated; the steps
-        work in place on the copy.
+      state: A state as `fit` takes it. It is copied, not donated; the steps work in
+        place on the copy.
       train_step: ``train_step(state, batch) -> (state, metrics)`` with ``metrics`` a
         dict of scalars with ``"loss"`` among them, or the loss alone.
       batches: A function ``step -> batch`` of a traced int32[]. It may index arrays on
@@ -72,6 +73,8 @@ def train_on_device(
       stopper: An `early_stopping`. It gets the value, the parameters, the steps, the
         mean training loss since the evaluation before and the optimizer's state. A
         better value copies the parameters; any other moves nothing.
+      ema: As for `fit`: the decay of an average of the parameters, which is evaluated
+        and kept in their place.
 
     Returns:
       A `FitResult` whose ``state`` is that of the last evaluation.
@@ -102,6 +105,7 @@ def train_on_device(
     """
     num_steps = static_count("num_steps", num_steps)
     eval_every = static_count("eval_every", eval_every)
+    state = with_ema(state, ema)
     check_arguments(state, evaluate, stopper)
     functions = Functions(train_step, batches, evaluate, stopper)
     check_functions(functions)

@@ -13,6 +13,7 @@ from optax_guard._records.writers import Logger
 from optax_guard.loops._audit import open_audit
 from optax_guard.loops._begin import open_run
 from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
+from optax_guard.loops._ema import with_ema
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
 from optax_guard.loops._host_result import result_of
 from optax_guard.loops._host_run import (
@@ -50,6 +51,7 @@ def fit(
     learning_rate: optax.Schedule | None = None,
     on_skip: Literal["explain"] | None = None,
     audit_every: int | None = None,
+    ema: float | None = None,
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -94,11 +96,17 @@ def fit(
     decides about the others, by its ``heartbeat_timeout_seconds``.
 
     Args:
-      state: A `TrainState` of Flax or of this library, or any tree of arrays with
-        ``step``, ``params`` and ``opt_state``. It is copied, not donated.
+      state: A `TrainState` of Flax or of this library, or any tree with ``step``,
+        ``params`` and ``opt_state``, as a NamedTuple or a module of Equinox; functions
+        and flags in it are constants. Or a tuple, NamedTuple or dict of objects of NNX:
+        one model, its `nnx.Optimizer`, and if wanted metrics, generators and averages.
+        It is copied, not donated.
       train_step: ``train_step(state, batch) -> (state, metrics)``. ``metrics`` is a
         dict of scalars with ``"loss"`` among them, or the loss alone. The function is
         jitted here, with the state donated, and traced once if batches have one shape.
+        With NNX it changes the objects in place, and returns the state that it got. A
+        skipped step then leaves all their variables alone, batch statistics and metrics
+        included, but for the generators and the optimizer's own ``step``.
       batches: A function ``step -> batch``, or an iterable of batches. A resumed run
         continues with the right data if it is a function, or if the iterable or its
         iterator has ``get_state()`` and ``set_state(state)``, as those of Grain have.
@@ -120,9 +128,8 @@ def fit(
         ``grad/norm`` and stay open. A resumed run does not repeat earlier rows.
       progress: Whether to show a progress bar, a table, and each finding of
         `optax_guard.analysis.diagnose` when it first holds; or the user's own display.
-      checkpointer: A `Checkpointer`, to save, and to resume from its checkpoint. The
-        state needs ``replace``, as Flax's has. Optimizer, rule and functions are not
-        saved: pass them again.
+      checkpointer: A `Checkpointer`, to save, and to resume from its checkpoint.
+        Optimizer, rule and functions are not saved: pass them again.
       rewind: A `Rewind`, to return to the best checkpoint if the run goes bad.
       learning_rate: The schedule of the optimizer, only to record it. It is not needed
         with ``optax.inject_hyperparams``, whose state holds the rate.
@@ -141,6 +148,11 @@ def fit(
         state and the time of a step, and the host waits for it. It does not find a
         device that makes the same mistake each time. Callbacks of the step are called
         again.
+      ema: Decay of a moving average of the parameters, as 0.999; the average is that of
+        `optax.ema`, without bias. Steps that are skipped, or only accumulate, leave it
+        alone. `evaluate` gets the state with the average for its parameters, and the
+        stopper and the checkpoints keep the best average. It is held in float32 if
+        parameters are of half precision: one more copy of them.
 
     Returns:
       A `FitResult`. A row of the history has these items, as Python numbers:
@@ -187,6 +199,7 @@ def fit(
     """
     num_steps = static_count("num_steps", num_steps)
     eval_every = static_count("eval_every", eval_every)
+    state = with_ema(state, ema)
     check_arguments(state, evaluate, stopper, loggers)
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)

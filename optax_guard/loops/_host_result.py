@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from optax_guard.loops._carrier import params_of_user, released
+from optax_guard.loops._ema import ema_params
 from optax_guard.loops._evaluation import batch_stats, tracked
 from optax_guard.loops._host_run import Ending, HostRun
 from optax_guard.loops._ranges import all_left_out, as_ranges
@@ -20,8 +22,8 @@ def result_of(run: HostRun) -> FitResult:
             if batch_stats(run.state) is None:
                 best = {"params": best}
     return FitResult(
-        state=run.state,
-        best_params=best.get("params"),
+        state=released(run.state),
+        best_params=params_of_user(run.state, best.get("params")),
         stop=run.stop,
         history=run.record.history,
         best_batch_stats=best.get("batch_stats"),
@@ -34,4 +36,5 @@ def result_of(run: HostRun) -> FitResult:
             () if run.plan.rewind is None else as_ranges(run.plan.rewind.skip_steps),
             run.step + run.rewound.data_offset,
         ),
+        ema_params=ema_params(run.state),
     )

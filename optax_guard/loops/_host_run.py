@@ -11,6 +11,7 @@ import optax
 
 from optax_guard._checks import check_leaves
 from optax_guard.loops._audit import Audit
+from optax_guard.loops._carrier import evaluated
 from optax_guard.loops._ending import is_over
 from optax_guard.loops._evaluation import (
     Evaluation,
@@ -218,7 +219,7 @@ def evaluate_run(run: HostRun) -> None:
     plan, state, interval = run.plan, run.state, run.interval
     # There was a step, and the first step makes the interval.
     assert interval is not None
-    found = {} if plan.evaluate is None else plan.evaluate(state)
+    found = {} if plan.evaluate is None else plan.evaluate(evaluated(state))
     now = time.monotonic()
     seconds, preempted = agree(
         interval.means["train_loss"].words, now - run.clock, run.interrupt.preempted

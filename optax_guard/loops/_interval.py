@@ -14,6 +14,7 @@ from optax_guard._guarding.state import GuardState
 from optax_guard._norms.statistics import NormStats
 from optax_guard._norms.two_words import Mean, mean_of, no_values, with_value
 from optax_guard._trees import find_states
+from optax_guard.loops._carrier import on_carrier, shown
 from optax_guard.loops._compiled import CompiledFor
 from optax_guard.loops._group import stacked
 
@@ -106,7 +107,8 @@ def totals(found: Mapping[str, Any]) -> dict[str, Any]:
 def with_metrics_in_range(
     train_step: Callable[[Any, Any], Any],
 ) -> Callable[[Any, Any], Any]:
-    """The function, with no metric that JAX would refuse as a number of Python."""
+    """The function of the carried state, with no number that JAX would refuse."""
+    train_step = on_carrier(train_step)
 
     def step(state: Any, batch: Any) -> Any:
         result = train_step(state, batch)
@@ -231,6 +233,7 @@ def _share(part: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _check_same_state(old: Any, new: Any) -> None:
+    old, new = shown(old), shown(new)
     was, now = jax.tree.structure(old), jax.tree.structure(new)
     if was != now:
         raise TypeError(

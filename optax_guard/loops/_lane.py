@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_guard.loops._carrier import evaluated
 from optax_guard.loops._evaluation import (
     Evaluation,
     Facts,
@@ -86,7 +87,9 @@ def evaluation_of(functions: Functions) -> Evaluate:
 
     @functools.partial(jax.jit, inline=True)
     def evaluate(lane: Lane, step: jax.Array) -> tuple[Lane, dict[str, Any]]:
-        found = {} if functions.evaluate is None else functions.evaluate(lane.state)
+        found = {}
+        if functions.evaluate is not None:
+            found = functions.evaluate(evaluated(lane.state))
         point = Point(lane.state, lane.interval, lane.stop)
         point, row, flags = evaluate_point(evaluation, point, found, Facts(step))
         is_over = lane.is_over

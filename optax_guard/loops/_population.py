@@ -11,7 +11,9 @@ import numpy as np
 from optax_guard._checks import check_number, static_count
 from optax_guard._records.progress import Progress, open_display
 from optax_guard.loops._batch import best_of, built, compiled_batch, pick, put
+from optax_guard.loops._carrier import released
 from optax_guard.loops._compiled import taken_apart
+from optax_guard.loops._ema import ema_params
 from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._inputs import check_steps
 from optax_guard.loops._lane import Lane
@@ -37,6 +39,8 @@ class PopulationResult(NamedTuple):
       num_rows: Evaluations of each member, int32[n].
       best_batch_stats: `batch_stats` of the best evaluation, as `best_params`; ``None``
         if the states have none.
+      ema_params: With ``ema``, the average after each member's last step; else
+        ``None``.
     """
 
     state: Any
@@ -45,6 +49,7 @@ class PopulationResult(NamedTuple):
     history: dict[str, jax.Array]
     num_rows: jax.Array
     best_batch_stats: Any = None
+    ema_params: Any = None
 
     def member(self, i: int) -> FitResult:
         """The result that `train_on_device` would return for the i-th member alone.
@@ -70,9 +75,8 @@ class PopulationResult(NamedTuple):
         result = as_result(
             one["state"], None, one["stop"], one["history"], one["num_rows"]
         )
-        return result._replace(
-            best_params=one["best_params"], best_batch_stats=one["best_batch_stats"]
-        )
+        kept = "best_params", "best_batch_stats", "ema_params"
+        return result._replace(**{name: one[name] for name in kept})
 
 
 def train_population(
@@ -98,7 +102,8 @@ def train_population(
 
     Args:
       build: ``build(member) -> dict`` of the arguments of `train_on_device`: ``state``,
-        ``train_step``, ``batches`` and, if wanted, ``evaluate`` and ``stopper``. It is
+        ``train_step``, ``batches`` and, if wanted, ``evaluate``, ``stopper`` and
+        ``ema``. It is
         traced: numbers of the member may set the seed, the order of data, ``max_norm``,
         the learning rate, weight decay or patience, but no shape. Large arrays are best
         passed through `jax.tree_util.Partial`.
@@ -168,12 +173,13 @@ def train_population(
     best = None if lanes.stop is None else best_of(lanes.stop, tracked(state))
     best_params, best_batch_stats = split_best(state, best)
     return PopulationResult(
-        state=state,
+        state=released(state),
         best_params=best_params,
         stop=lanes.stop,
         history=lanes.rows,
         num_rows=lanes.num_rows,
         best_batch_stats=best_batch_stats,
+        ema_params=ema_params(state),
     )
 
 

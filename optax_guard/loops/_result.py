@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from optax_guard.debug import NonfiniteOrigin
+from optax_guard.loops._carrier import params_of_user, released
+from optax_guard.loops._ema import ema_params
 from optax_guard.loops._evaluation import batch_stats
 from optax_guard.stop._state import EarlyStoppingState
 
@@ -79,6 +81,8 @@ class FitResult(NamedTuple):
       left_out: Ranges of batches that did not come, each with its first and the one
         after its last: those of `Rewind(skip_steps=)`, and those that rewinds have left
         out.
+      ema_params: With ``ema``, the average after the last step, in the dtypes of the
+        parameters; else ``None``. `best_params` are then averages, too.
     """
 
     state: Any
@@ -91,6 +95,7 @@ class FitResult(NamedTuple):
     origins: tuple[tuple[int, NonfiniteOrigin | None], ...] = ()
     rewinds: tuple[tuple[int, int, str], ...] = ()
     left_out: tuple[tuple[int, int], ...] = ()
+    ema_params: Any = None
 
 
 def as_result(
@@ -101,7 +106,7 @@ def as_result(
     columns = {"step": columns["step"], **columns}
     best_params, best_batch_stats = split_best(state, best)
     return FitResult(
-        state=state,
+        state=released(state),
         best_params=best_params,
         stop=stop,
         history=[
@@ -109,11 +114,12 @@ def as_result(
             for i in range(int(size))
         ],
         best_batch_stats=best_batch_stats,
+        ema_params=ema_params(state),
     )
 
 
 def split_best(state: Any, best: Any) -> tuple[Any, Any]:
     """The best parameters, and the batch statistics that belong to them."""
     if best is None or batch_stats(state) is None:
-        return best, None
-    return best["params"], best["batch_stats"]
+        return params_of_user(state, best), None
+    return params_of_user(state, best["params"]), best["batch_stats"]

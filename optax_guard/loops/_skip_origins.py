@@ -14,6 +14,7 @@ from optax_guard._guarding.skip_readout import skipped_steps
 from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
 from optax_guard.debug import NonfiniteOrigin, explain_step
+from optax_guard.loops._carrier import on_carrier
 from optax_guard.skip import SkipReason
 
 # A search takes seconds, and a run whose steps are bad all the time has one cause.
@@ -72,7 +73,7 @@ class SkipOrigins:
             return
         first = min(skipped)
         batch = self.batch_at(first + data_offset)
-        origin = explain_step(self.train_step, state, batch)
+        origin = explain_step(on_carrier(self.train_step), state, batch)
         self.found.append((first, origin))
         words = f"Step {first} was skipped. {_as_text(origin)}"
         if leaves := _leaves_of(state, first - step):
