@@ -10,16 +10,17 @@ from optax_guard._records.readers.values import as_number
 _NUMBER = (
     r"[-+]?(?:\d+(?:,\d{3})*(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan\b|inf\b)"
 )
-# Column -> what stands before its number. A name in quotes is of a printed dict.
+# Column -> what stands before its number; what is found is not looked at again. A name
+# in quotes is of a printed dict.
 FIELDS = {
-    "step": r"(?:global[_ ]|completed )?(?:step|iter(?:ation)?|num_updates)",
-    "epoch": r"epoch",
-    "train_loss": r"(?:train(?:ing)?|lm|total|avg|average|reduced_train)[_ /]loss|"
-    r"train/crossentropyloss|train/ce loss|loss",
     "val_loss": r"(?:val|valid|validation|eval|dev|test)[_ /](?:\w+[_ /])?loss",
+    "train_loss": r"train(?:ing)?[_ /]loss|train/crossentropyloss|train/ce loss",
+    "loss": r"(?:(?:lm|total|avg|average|reduced_train)[_ /])?loss",
+    "raw_grad_norm": r"raw[_ ]grad[_ ]norm",
     "grad_norm": r"(?:(?:total|global)[_ ])?(?:grad(?:ient)?s?[_ -])?norm|gnorm|"
     r"optim/total[_ ]grad[_ ]norm",
-    "raw_grad_norm": r"raw[_ ]grad[_ ]norm",
+    "step": r"(?:global[_ ]|completed )?(?:step|iter(?:ation)?|num_updates)",
+    "epoch": r"epoch",
     "learning_rate": r"lr|learning[_ ]rate",
 }
 _LABELED = {
@@ -43,18 +44,16 @@ LINES = tuple(
 _EVALUATION = re.compile(
     r"(?<![\w/.-])(?:validat\w*|valid|val|eval\w*|test)(?![\w/.-])", re.IGNORECASE
 )
-# A loss, but none of now.
-_NOT_NOW = re.compile(
-    r"(?:best|lowest|minimum|previous|target|final)[ _](?:\w+[ _/])?(?:loss|norm)",
+# A loss, but none of now; a norm, but none of gradients.
+_OTHERS = re.compile(
+    r"(?:best|lowest|minimum|previous|target|final)[ _](?:\w+[ _/])?(?:loss|norm)|"
+    r"(?:param(?:eter)?s?|weights?|updates?|layer|batch)[ _]norm",
     re.IGNORECASE,
-)
-_NO_NORM = re.compile(
-    r"(?:params?|weights?|updates?|layer|batch)[_ ]norm", re.IGNORECASE
 )
 # A line that only tells where the run is: `Epoch 3/10`, `[step=100/556000,epoch=0]`.
 _PLACE = re.compile(r"(?:.*[\]\s])?\[?(?:step|iter|iteration|epoch)\b", re.IGNORECASE)
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_VALUES = ("train_loss", "val_loss", "grad_norm", "raw_grad_norm")
+_VALUES = ("train_loss", "loss", "val_loss", "grad_norm", "raw_grad_norm")
 _LONGEST = 4000
 
 
@@ -72,7 +71,7 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
         rows.append(RawRow(f"{path}, line {number}", {**place, **cells}))
     if len(rows) < 2 and not any("step" in row.cells for row in rows):
         return None
-    return RawLog("lines of text", _one_row_an_epoch(rows), [])
+    return RawLog("lines of text", _one_row_an_epoch(_one_loss(rows)), [])
 
 
 def read_pattern(path: Path, text: str, pattern: str) -> RawLog:
@@ -116,28 +115,38 @@ def _cells(line: str) -> dict[str, float]:
             return _numbers({k: x for k, x in texts if x is not None})
     if "train_runtime" in line:
         return {}  # The summary of Hugging Face's trainer: means of the whole run.
-    line = _NOT_NOW.sub("", line)
-    found = {
-        name: match[1]
-        for name, label in _LABELED.items()
-        if (match := label.search(line)) is not None
-    }
-    if "loss" not in line.lower() and "norm" not in line.lower():
-        return _numbers(found)
-    if "grad_norm" in found and _NO_NORM.search(line) and "grad" not in line.lower():
-        del found["grad_norm"]
-    loss = _LABELED["train_loss"].search(line)
-    word = _EVALUATION.search(line)
-    # `validate step: 1 loss: 7.7`: a bare loss after such a word is that of evaluation.
-    is_bare = loss and word and word.start() < loss.start() and "train" not in loss[0]
-    if is_bare and "val_loss" not in found:
-        found["val_loss"] = found.pop("train_loss")
+    line = _OTHERS.sub("", line)
+    found = {}
+    for name, label in _LABELED.items():
+        match = label.search(line)
+        if match is None:
+            continue
+        word = _EVALUATION.search(line[: match.start()])
+        # `validate step: 1 loss: 7.7`: this is the loss of the evaluation.
+        is_of_evaluation = name == "loss" and word and "val_loss" not in found
+        found["val_loss" if is_of_evaluation else name] = match[1]
+        line = label.sub(" ", line)
     return _numbers(found)
 
 
 def _numbers(texts: dict[str, str]) -> dict[str, float]:
     numbers = {k: as_number(x.replace(",", "")) for k, x in texts.items()}
     return {k: x for k, x in numbers.items() if x is not None}
+
+
+def _one_loss(rows: list[RawRow]) -> list[RawRow]:
+    """Where the loss of a step and the mean of an evaluation are told, keeps both.
+
+    nanoGPT has `iter 20: loss 2.5` and now and then `step 20: train loss 2.4, ...`.
+    """
+    counts = [sum(name in row.cells for row in rows) for name in ("loss", "train_loss")]
+    if not counts[0] > counts[1] > 0:
+        return rows
+    names = {"loss": "train_loss", "train_loss": "mean_train_loss"}
+    return [
+        row._replace(cells={names.get(k, k): x for k, x in row.cells.items()})
+        for row in rows
+    ]
 
 
 def _one_row_an_epoch(rows: list[RawRow]) -> list[RawRow]:
