@@ -29,10 +29,9 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
         *("validation_metrics_loss", "val_losses", "valid_losses", "eval_losses"),
         *("val_loss_epoch", "test_loss", "loss_test", "test_losses"),
     ),
-    # Where both are recorded, the raw norm is that before the clip.
     "grad_norm": (
-        *("raw_grad_norm", "learning_raw_grad_norm", "grad_norm", "gradient_norm"),
-        *("train_grad_norm", "train_gradient_norm", "learning_grad_norm", "gnorm"),
+        *("grad_norm", "raw_grad_norm", "gradient_norm", "train_grad_norm", "gnorm"),
+        *("train_gradient_norm", "learning_raw_grad_norm", "learning_grad_norm"),
         *("global_norm", "global_grad_norm", "total_norm", "total_grad_norm"),
         *("grad_norm_total", "grad_2_0_norm_total", "optim_total_grad_norm"),
         *("learner_optimizer_gradient_norm", "grad_norm_step", "grad_norms"),
@@ -47,10 +46,8 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
         *("learning_current_learning_rate", "learner_optimizer_learning_rate"),
     ),
 }
-_AFTER_CLIP = {
-    "raw_grad_norm": "grad_norm",
-    "learning_raw_grad_norm": "learning_grad_norm",
-}
+# MaxText records the norm before the clip and the one after it.
+_BEFORE_CLIP, _AFTER_CLIP = "learning_raw_grad_norm", "learning_grad_norm"
 # Losses of evaluations, of one set or of several: `eval_nli_loss`, `eval/c4/loss`.
 _SET_LOSS = re.compile(
     r"(?:eval|evaluation|val|valid|validation|dev|test)_(?:\w+_)?"
@@ -82,10 +79,10 @@ def sources_of(names: Iterable[str]) -> dict[str, str]:
     for ours, others in COLUMN_NAMES.items():
         taken = {plain(x) for x in found.values()}
         wanted = next((x for x in others if x in theirs and x not in taken), None)
-        if wanted is not None:
+        if wanted is not None and ours not in found:
             found[ours] = theirs[wanted]
-        if after := theirs.get(_AFTER_CLIP.get(wanted or "", "")):
-            found.setdefault("clipped_norm", after)
+        if wanted == _BEFORE_CLIP and _AFTER_CLIP in theirs:
+            found["clipped_norm"] = theirs[_AFTER_CLIP]
     if "val_loss" not in found and (sets := evaluation_sets(theirs.values())):
         found["val_loss"] = sets[0]
     for name, original in theirs.items():

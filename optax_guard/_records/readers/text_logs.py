@@ -71,7 +71,8 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
         rows.append(RawRow(f"{path}, line {number}", {**place, **cells}))
     if len(rows) < 2 and not any("step" in row.cells for row in rows):
         return None
-    return RawLog("lines of text", _one_row_an_epoch(_one_loss(rows)), [])
+    rows = _one_row_an_epoch(_before_clip(_one_loss(rows)))
+    return RawLog("lines of text", rows, [])
 
 
 def read_pattern(path: Path, text: str, pattern: str) -> RawLog:
@@ -143,10 +144,19 @@ def _one_loss(rows: list[RawRow]) -> list[RawRow]:
     if not counts[0] > counts[1] > 0:
         return rows
     names = {"loss": "train_loss", "train_loss": "mean_train_loss"}
-    return [
-        row._replace(cells={names.get(k, k): x for k, x in row.cells.items()})
-        for row in rows
-    ]
+    return [_renamed(row, names) for row in rows]
+
+
+def _before_clip(rows: list[RawRow]) -> list[RawRow]:
+    """Where MaxText tells a raw norm, the other one is that after the clip."""
+    if not any("raw_grad_norm" in row.cells for row in rows):
+        return rows
+    names = {"raw_grad_norm": "grad_norm", "grad_norm": "clipped_norm"}
+    return [_renamed(row, names) for row in rows]
+
+
+def _renamed(row: RawRow, names: dict[str, str]) -> RawRow:
+    return row._replace(cells={names.get(k, k): x for k, x in row.cells.items()})
 
 
 def _one_row_an_epoch(rows: list[RawRow]) -> list[RawRow]:
