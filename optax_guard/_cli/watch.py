@@ -64,8 +64,10 @@ def _read(
             history = History.read(path, **how)
         diagnosis = Diagnosis()
         found = [finding for row in history for finding in diagnosis.update(row)]
-    except (OSError, ValueError) as error:
-        return [], [], f"waiting for a log: {error}"
+    except OSError as error:
+        return [f"waiting for a log: {error}"], [], None
+    except ValueError as error:
+        return [], [], str(error)
     # That the last line is unfinished is the rule here.
     texts = [str(x.message) for x in caught if "unfinished" not in str(x.message)]
     return texts, found, None

@@ -27,13 +27,14 @@ def has_signature(path: Path) -> bool:
 def read_events(path: Path) -> RawLog:
     """Reads an event file, or those of a folder and its folders."""
     try:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2
     except ImportError as error:
         raise ImportError(
             "Reading event files of TensorBoard needs tensorboardX: pip install "
             "'optax-guard[log]'",
             name=error.name,
         ) from error
+    Event = vars(event_pb2)["Event"]  # Protobuf makes the class at run time.
     files = [path] if path.is_file() else event_files(path)
     top = path.parent if path.is_file() else path
     folders = {file.parent.relative_to(top).as_posix() for file in files}

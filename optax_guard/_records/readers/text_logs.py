@@ -10,26 +10,27 @@ from optax_guard._records.readers.values import as_number
 _NUMBER = (
     r"[-+]?(?:\d+(?:,\d{3})*(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan\b|inf\b)"
 )
-# Column -> what stands before its number; what is found is not looked at again. A name
-# in quotes is of a printed dict.
+# Column -> what stands before its number, in small letters. Where several fit, the
+# first does. What begins with an underscore is no column: a loss, but none of now; a
+# norm, but none of gradients.
 FIELDS = {
+    "_past": r"(?:best|lowest|minimum|previous|target|final)[ _](?:\w+[ _/])?loss",
+    "_other": r"(?:param(?:eter)?s?|weights?|updates?|layer|batch)[ _]norm",
     "val_loss": r"(?:val|valid|validation|eval|dev|test)[_ /](?:\w+[_ /])?loss",
     "train_loss": r"train(?:ing)?[_ /]loss|train/crossentropyloss|train/ce loss",
     "loss": r"(?:(?:lm|total|avg|average|reduced_train)[_ /])?loss",
     "raw_grad_norm": r"raw[_ ]grad[_ ]norm",
     "grad_norm": r"(?:(?:total|global)[_ ])?(?:grad(?:ient)?s?[_ -])?norm|gnorm|"
     r"optim/total[_ ]grad[_ ]norm",
-    "step": r"(?:global[_ ]|completed )?(?:step|iter(?:ation)?|num_updates)",
+    "step": r"(?:global[_ ])?(?:step|iter(?:ation)?|num_updates)",
     "epoch": r"epoch",
     "learning_rate": r"lr|learning[_ ]rate",
 }
-_LABELED = {
-    name: re.compile(
-        rf"(?<![\w/.-])(?:{label})['\"]?(?: value)?\s*[:=#\[]?\s*['\"]?({_NUMBER})",
-        re.IGNORECASE,
-    )
-    for name, label in FIELDS.items()
-}
+_LABELS = "|".join(f"(?P<{name}>{label})" for name, label in FIELDS.items())
+# Quotes are those of a printed dict.
+_LABELED = re.compile(
+    rf"(?<![\w/.-])(?:{_LABELS})['\"]?(?: value)?\s*[:=#\[]?\s*['\"]?({_NUMBER})"
+)
 # Lines without labels, or with labels of one letter: llm.c, and its twin in Python.
 LINES = tuple(
     re.compile(line)
@@ -42,17 +43,11 @@ LINES = tuple(
     )
 )
 _EVALUATION = re.compile(
-    r"(?<![\w/.-])(?:validat\w*|valid|val|eval\w*|test)(?![\w/.-])", re.IGNORECASE
-)
-# A loss, but none of now; a norm, but none of gradients.
-_OTHERS = re.compile(
-    r"(?:best|lowest|minimum|previous|target|final)[ _](?:\w+[ _/])?(?:loss|norm)|"
-    r"(?:param(?:eter)?s?|weights?|updates?|layer|batch)[ _]norm",
-    re.IGNORECASE,
+    r"(?<![\w/.-])(?:validat\w*|valid|val|eval\w*|test)(?![\w/.-])"
 )
 # A line that only tells where the run is: `Epoch 3/10`, `[step=100/556000,epoch=0]`.
-_PLACE = re.compile(r"(?:.*[\]\s])?\[?(?:step|iter|iteration|epoch)\b", re.IGNORECASE)
-_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_PLACE = re.compile(r"(?:.*[\]\s])?\[?(?:step|iter|iteration|epoch)\b")
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _VALUES = ("train_loss", "loss", "val_loss", "grad_norm", "raw_grad_norm")
 _LONGEST = 4000
 
@@ -63,7 +58,7 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
     for number, line in _lines(text):
         cells = _cells(line)
         if not any(name in cells for name in _VALUES):
-            if _PLACE.match(line) and len(line) < 200:
+            if _PLACE.match(line.lower()) and len(line) < 200:
                 place |= {k: x for k, x in cells.items() if k in ("step", "epoch")}
             continue
         if "step" in cells or "epoch" in cells:
@@ -110,24 +105,21 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _cells(line: str) -> dict[str, float]:
+    line = line.lower()
     for pattern in LINES:
-        if found := pattern.fullmatch(line):
-            texts = found.groupdict().items()
+        if whole := pattern.fullmatch(line):
+            texts = whole.groupdict().items()
             return _numbers({k: x for k, x in texts if x is not None})
     if "train_runtime" in line:
         return {}  # The summary of Hugging Face's trainer: means of the whole run.
-    line = _OTHERS.sub("", line)
-    found = {}
-    for name, label in _LABELED.items():
-        match = label.search(line)
-        if match is None:
-            continue
-        word = _EVALUATION.search(line[: match.start()])
+    found: dict[str, str] = {}
+    for match in _LABELED.finditer(line):
+        name = next(name for name in FIELDS if match[name] is not None)
         # `validate step: 1 loss: 7.7`: this is the loss of the evaluation.
-        is_of_evaluation = name == "loss" and word and "val_loss" not in found
-        found["val_loss" if is_of_evaluation else name] = match[1]
-        line = label.sub(" ", line)
-    return _numbers(found)
+        if name == "loss" and _EVALUATION.search(line[: match.start()]):
+            name = "val_loss"
+        found.setdefault(name, match[match.lastindex or 0])
+    return _numbers({k: x for k, x in found.items() if not k.startswith("_")})
 
 
 def _numbers(texts: dict[str, str]) -> dict[str, float]:
