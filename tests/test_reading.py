@@ -207,6 +207,8 @@ def test_short_series_of_evaluations_are_spread_over_the_epochs(tmp_path):
         ('INFO {"step": "12", "loss": "1.5"}', (12, 1.5, None, None)),
         ("step 4 aux_loss 3.0 grad_norm_clip 1.0 loss 2", (4, 2.0, None, None)),
         ("\rstep 3 loss 9\rstep 4 loss 8\r", (4, 8.0, None, None)),
+        ("step 4 loss = 8\n    val_loss = 0.0  # code", (4, 8.0, None, None)),
+        ("\0\0\0step 4 loss 8", (4, 8.0, None, None)),
     ],
 )
 def test_lines_of_text_are_read(tmp_path, line, expected):

@@ -60,8 +60,7 @@ def read_text(path: Path) -> str:
             return content.decode("utf-16")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text: {error}.") from None
-    if b"\0" in content:
-        raise ValueError(f"{path}: not a text: it holds zero bytes.")
-    # Spreadsheets write a byte order mark, which `utf-8-sig` removes. Other bytes stand
-    # in names and words, not in numbers.
-    return content.decode("utf-8-sig", errors="replace")
+    # A log that was emptied while a job wrote to it begins with zeros. Spreadsheets
+    # write a byte order mark, which `utf-8-sig` removes. Other bytes stand in names and
+    # words, not in numbers.
+    return content.replace(b"\0", b"").decode("utf-8-sig", errors="replace")

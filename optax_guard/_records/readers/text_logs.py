@@ -46,6 +46,7 @@ _EVALUATION = re.compile(
     r"(?<![\w/.-])(?:validat\w*|valid|val|eval\w*|test)(?![\w/.-])"
 )
 # A line that only tells where the run is: `Epoch 3/10`, `[step=100/556000,epoch=0]`.
+_CODE = re.compile(r"\w \+?= ")  # Some scripts write themselves into their log.
 _PLACE = re.compile(r"(?:.*[\]\s])?\[?(?:step|iter|iteration|epoch)\b")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _VALUES = ("train_loss", "loss", "val_loss", "grad_norm", "raw_grad_norm")
@@ -61,7 +62,10 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
             if _PLACE.match(line.lower()) and len(line) < 200:
                 place |= {k: x for k, x in cells.items() if k in ("step", "epoch")}
             continue
-        if "step" in cells or "epoch" in cells:
+        is_placed = "step" in cells or "epoch" in cells
+        if not is_placed and _CODE.search(line):
+            continue
+        if is_placed:
             place |= {k: x for k, x in cells.items() if k in ("step", "epoch")}
         rows.append(RawRow(f"{path}, line {number}", {**place, **cells}))
     if len(rows) < 2 and not any("step" in row.cells for row in rows):
