@@ -223,6 +223,13 @@ def test_lines_of_text_are_read(tmp_path, line, expected):
     assert found == pytest.approx(list(wanted), nan_ok=True)
 
 
+def test_losses_of_other_names_are_told(tmp_path):
+    path = tmp_path / "train.log"
+    path.write_text("ITER 5 loss_vae: 3.5; loss_kl: 1.9; Grad_norm: 5.6e-01\n" * 2)
+    with pytest.warns(UserWarning, match="not read: 'loss_vae', 'loss_kl'; give a"):
+        assert list(History.read(path)) == [{"step": 5, "grad_norm": 0.56}]
+
+
 @pytest.mark.parametrize("text", ["Dear reader,\nloss of 3 % is\n", "1,2\n3,4\n", "{'"])
 def test_what_is_no_log_is_refused_with_a_remedy(tmp_path, text):
     path = tmp_path / "letter.txt"

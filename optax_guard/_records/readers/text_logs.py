@@ -18,7 +18,7 @@ FIELDS = {
     "_other": r"(?:param(?:eter)?s?|weights?|updates?|layer|batch)[ _]norm",
     "val_loss": r"(?:val|valid|validation|eval|dev|test)[_ /](?:\w+[_ /])?loss",
     "train_loss": r"train(?:ing)?[_ /]loss|train/crossentropyloss|train/ce loss",
-    "loss": r"(?:(?:lm|total|avg|average|reduced_train)[_ /])?loss",
+    "loss": r"(?:(?:lm|total|avg|average|reduced_train)[_ /])?loss|xent",
     "raw_grad_norm": r"raw[_ ]grad[_ ]norm",
     "grad_norm": r"(?:(?:total|global)[_ ])?(?:grad(?:ient)?s?[_ -])?norm|gnorm|"
     r"optim/total[_ ]grad[_ ]norm",
@@ -48,6 +48,7 @@ _EVALUATION = re.compile(
 # A line that only tells where the run is: `Epoch 3/10`, `[step=100/556000,epoch=0]`.
 _CODE = re.compile(r"\w \+?= ")  # Some scripts write themselves into their log.
 _PLACE = re.compile(r"(?:.*[\]\s])?\[?(?:step|iter|iteration|epoch)\b")
+_ANY_LOSS = re.compile(r"\b(\w*[Ll]oss\w*)['\"]?\s*[:=]\s*[-+\d.]")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _VALUES = ("train_loss", "loss", "val_loss", "grad_norm", "raw_grad_norm")
 _LONGEST = 4000
@@ -71,7 +72,7 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
     if len(rows) < 2 and not any("step" in row.cells for row in rows):
         return None
     rows = _one_row_an_epoch(_before_clip(_one_loss(rows)))
-    return RawLog("lines of text", rows, [])
+    return RawLog("lines of text", rows, _other_losses(text, rows))
 
 
 def read_pattern(path: Path, text: str, pattern: str) -> RawLog:
@@ -129,6 +130,17 @@ def _cells(line: str) -> dict[str, float]:
 def _numbers(texts: dict[str, str]) -> dict[str, float]:
     numbers = {k: as_number(x.replace(",", "")) for k, x in texts.items()}
     return {k: x for k, x in numbers.items() if x is not None}
+
+
+def _other_losses(text: str, rows: list[RawRow]) -> list[str]:
+    """Says which losses have names that are not known, if no other was read."""
+    if any(x in row.cells for row in rows for x in ("train_loss", "loss", "val_loss")):
+        return []
+    names = list(dict.fromkeys(x.lower() for x in _ANY_LOSS.findall(text)))
+    if not names:
+        return []
+    shown = ", ".join(map(repr, names[:5]))
+    return [f"losses were not read: {shown}; give a `pattern=` for such lines"]
 
 
 def _one_loss(rows: list[RawRow]) -> list[RawRow]:
