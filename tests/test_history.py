@@ -78,7 +78,7 @@ def test_killed_run_loses_its_last_line_only(tmp_path):
     cut = whole.splitlines(keepends=True)
     for size in range(len(whole) - len(cut[-1]) + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.warns(UserWarning, match=r"h\.jsonl, line 3: the last line is"):
+        with pytest.warns(UserWarning, match=r"h\.jsonl: line 3: the last line is"):
             assert same(History.read(path), history[:2])
     resumed = History(path)
     resumed.append(2, loss=2.0)

@@ -153,6 +153,27 @@ def test_steps_that_begin_anew_in_each_epoch_are_counted_on(tmp_path):
     assert [row["step"] for row in steps(*rows, tmp_path=tmp_path)] == [0, 10, 20]
 
 
+def test_epochs_are_steps_where_each_is_told_once(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [{"epoch": e, **x} for e in (1, 2, 3, 2, 3) for x in (LOSS, {"val_loss": e})]
+    assert [row["step"] for row in steps(*rows, tmp_path=tmp_path)] == [1, 2, 3]
+    path.write_text("Epoch 1/2\nloss: 3.0\nEpoch 2/2\nloss: 2.0\n")
+    assert [row["step"] for row in History.read(path)] == [1, 2]
+    path.write_text("Epoch 1/2\nloss: 3.0\nloss: 2.5\nEpoch 2/2\nloss: 2.0\n")
+    with pytest.warns(UserWarning, match="there is no step"):
+        assert [row["step"] for row in History.read(path)] == [0, 1, 2]
+
+
+def test_chart_over_epochs_has_the_steps_of_its_run(tmp_path):
+    path = tmp_path / "chart.csv"
+    path.write_text(
+        '"epoch","a - _step","a - _step__MIN","a - eval/loss"\n'
+        '"1","100","100","2.5"\n"2","200","200","2.0"\n'
+    )
+    wanted = [{"step": 100 * e, "epoch": e, "val_loss": 3 - e / 2} for e in (1, 2)]
+    assert list(History.read(path)) == wanted
+
+
 def test_rows_of_one_step_that_differ_are_told(tmp_path):
     rows = [{"step": 5000, "loss": 1 - i / 10} for i in range(4)]
     with pytest.warns(UserWarning, match="4 rows of step 5000 became one"):

@@ -4,10 +4,9 @@ from bisect import bisect_left
 from collections import Counter
 from operator import itemgetter
 
-Row = dict[str, float]
+from optax_guard._records.readers.steps import MEASURED, Row
+
 _STEP = itemgetter("step")
-# These tell when a row was measured. Others, such as a time, may come with every row.
-_MEASURED = ("train_loss", "val_loss", "value", "grad_norm")
 _PLACE = {"step", "epoch"}
 
 
@@ -41,7 +40,7 @@ class Timeline:
         i = len(rows) if not rows or rows[-1]["step"] < step else self._index(step)
         if i < len(rows) and rows[i]["step"] == step:
             old = rows[i]
-            differs = any(x in row and old.get(x, row[x]) != row[x] for x in _MEASURED)
+            differs = any(x in row and old.get(x, row[x]) != row[x] for x in MEASURED)
             if differs and not has_gone_back:
                 self.num_replaced[step] += 1
             rows[i] = {**old, **row}
@@ -56,5 +55,5 @@ class Timeline:
         return bisect_left(self.rows, step, key=_STEP)
 
     def _goes_back(self, row: Row) -> bool:
-        named = [x for x in _MEASURED if x in row] or row.keys() - _PLACE
+        named = [x for x in MEASURED if x in row] or row.keys() - _PLACE
         return any(self._last.get(x, -1) > row["step"] for x in named)

@@ -71,11 +71,13 @@ def read_log(
 def _select_run(path: Path, rows: list[RawRow], run: str | None) -> list[RawRow]:
     runs = list(dict.fromkeys(row.run for row in rows if row.run is not None))
     if run is None and len(runs) > 1:
-        is_table = len(runs) == len(rows)
+        word = (
+            "This is a table of runs, of one row each. "
+            if len(runs) == len(rows)
+            else ""
+        )
         raise ValueError(
-            f"{path} holds several runs: {_listed(runs)}. "
-            + ("Each has one row: this is a table of runs, no history. " * is_table)
-            + "Choose one with `run=`."
+            f"{path} holds several runs: {_listed(runs)}. {word}Choose one with `run=`."
         )
     if run is not None and run not in runs:
         raise ValueError(

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from optax_guard._records.readers.json_files import warn_of_half_line
 from optax_guard._records.readers.names import COLUMN_NAMES, plain
-from optax_guard._records.readers.raw import RawLog, RawRow
+from optax_guard._records.readers.raw import RawLog, RawRow, unfinished
 from optax_guard._records.readers.values import (
     as_number,
     is_missing,
@@ -37,16 +36,16 @@ def read_delimited(path: Path, text: str) -> RawLog | None:
     if not _is_heading(heading, second[1] if second else None):
         return None
     later = [second, *lines] if second else []
-    rows = _rows(path, text, heading, later, delimiter)
+    rows, notes = _rows(path, text, heading, later, delimiter)
     if [name.lower() for name in heading] == _TENSORBOARD:
-        return _tensorboard(path, heading, rows)
+        return _tensorboard(path, heading, rows, notes)
     if _is_chart(heading):
-        return RawLog("a chart of Weights & Biases", _chart(heading, rows), [])
+        return RawLog("a chart of Weights & Biases", _chart(heading, rows), notes)
     label = _run_column(heading)
     return RawLog(
         "CSV",
         [row._replace(run=row.cells.get(label) if label else None) for row in rows],
-        [],
+        notes,
     )
 
 
@@ -75,7 +74,8 @@ def _is_heading(heading: list[str], second: list[str] | None) -> bool:
 
 def _rows(
     path: Path, text: str, heading: list[str], lines: Sequence[Line], delimiter: str
-) -> list[RawRow]:
+) -> tuple[list[RawRow], list[str]]:
+    """The rows, and a note if the last line is left out."""
     is_whole = text.endswith(("\n", "\r"))
     rows = []
     for i, (line, cells) in enumerate(lines):
@@ -85,8 +85,7 @@ def _rows(
         extra = cells[len(heading) :]
         if len(cells) < len(heading) or any(map(str.strip, extra)):
             if i == len(lines) - 1 and not is_whole and not extra:
-                warn_of_half_line(place)
-                break
+                return rows, [unfinished(f"line {line}")]
             raise ValueError(
                 f"{place}: must have {len(heading)} cells like the heading, got "
                 f"{len(cells)}."
@@ -95,10 +94,12 @@ def _rows(
             cells = list(map(with_decimal_point, cells))
         pairs = zip(heading, cells, strict=False)
         rows.append(RawRow(place, {k: v for k, v in pairs if not is_missing(v)}))
-    return rows
+    return rows, []
 
 
-def _tensorboard(path: Path, heading: list[str], rows: list[RawRow]) -> RawLog:
+def _tensorboard(
+    path: Path, heading: list[str], rows: list[RawRow], notes: list[str]
+) -> RawLog:
     tag = _TAG.search(path.stem)
     name = tag[1] if tag else heading[-1]
     named = [
@@ -107,7 +108,7 @@ def _tensorboard(path: Path, heading: list[str], rows: list[RawRow]) -> RawLog:
         if (value := row.cells.get(heading[2])) is not None
     ]
     note = "the file does not say of what `Value` is; it is judged as an evaluation"
-    return RawLog("a download of TensorBoard", named, [] if tag else [note])
+    return RawLog("a download of TensorBoard", named, notes if tag else [note, *notes])
 
 
 def _is_chart(heading: list[str]) -> bool:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_guard._records.readers.json_files import warn_of_half_line
-from optax_guard._records.readers.raw import RawLog, RawRow
+from optax_guard._records.readers.raw import RawLog, RawRow, unfinished
 
 # In the first record of every event file.
 SIGNATURE = b"brain.Event:"
@@ -40,11 +39,12 @@ def read_events(path: Path) -> RawLog:
     folders = {file.parent.relative_to(top).as_posix() for file in files}
     is_one_run = all(_is_split(x) or x == "." for x in folders)
     found: list[tuple[float, RawRow]] = []
+    notes: list[str] = []
     for file in files:
         folder = file.parent.relative_to(top).as_posix()
         prefix = f"{folder.rpartition('/')[2]}/" if _is_split(folder) else ""
         run = None if is_one_run else folder.rpartition("/")[0] if prefix else folder
-        for i, record in enumerate(_records(file)):
+        for i, record in enumerate(_records(file, notes)):
             place = f"{file}, record {i}"
             try:
                 event = Event.FromString(record)
@@ -59,7 +59,7 @@ def read_events(path: Path) -> RawLog:
                     found.append((event.wall_time, RawRow(place, cells, run)))
     # The parts of a run are in files of their own. The order in a file stays.
     found.sort(key=lambda x: x[0])
-    return RawLog("event files of TensorBoard", [row for _, row in found], [])
+    return RawLog("event files of TensorBoard", [row for _, row in found], notes)
 
 
 def event_files(path: Path) -> list[Path]:
@@ -75,14 +75,14 @@ def _is_split(folder: str) -> bool:
     return folder.rpartition("/")[2].lower() in _SPLITS
 
 
-def _records(path: Path) -> Iterator[bytes]:
+def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
     """The records: a length and its checksum, the bytes and theirs."""
     with path.open("rb") as file:
         size, i = path.stat().st_size, 0
         while header := file.read(12):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
             if length > size - file.tell() - 4:
-                warn_of_half_line(f"{path}, record {i}")
+                notes.append(unfinished(f"{path.name}, record {i}"))
                 return
             yield file.read(length)
             file.read(4)

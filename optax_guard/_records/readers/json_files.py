@@ -2,13 +2,12 @@
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optax_guard._records.readers.names import COLUMN_NAMES, plain
-from optax_guard._records.readers.raw import RawLog, RawRow
+from optax_guard._records.readers.raw import RawLog, RawRow, unfinished
 from optax_guard._records.readers.values import NOT_FINITE, as_number
 
 _START = re.compile(r"\s*[{\[]")
@@ -47,7 +46,7 @@ def _parsed(line: str) -> Any:
 
 
 def _json_lines(path: Path, lines: list[str]) -> RawLog:
-    rows = []
+    rows, notes = [], []
     for i, line in enumerate(lines, start=1):
         place = f"{path}, line {i}"
         if not line.strip():
@@ -56,13 +55,13 @@ def _json_lines(path: Path, lines: list[str]) -> RawLog:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if i == len(lines):
-                warn_of_half_line(place)
+                notes.append(unfinished(f"line {i}"))
                 break
             raise ValueError(f"{place}: not JSON: {error}.") from None
         if not isinstance(row, dict):
             raise ValueError(f"{place}: must be a JSON object, got {str(row)[:40]!r}.")
         rows.append(_raw(place, row))
-    return RawLog("JSON Lines", _without_summary(rows), [])
+    return RawLog("JSON Lines", _without_summary(rows), notes)
 
 
 def _raw(place: str, row: Mapping[str, Any]) -> RawRow:
@@ -137,12 +136,3 @@ def _history_of_series(path: Path, series: dict[str, list[Any]]) -> RawLog:
             rows[(i + 1) * every - 1][name] = value
     raw = [RawRow(f"{path}, value {i}", row) for i, row in enumerate(rows)]
     return RawLog("lists by name, as Keras' history", raw, notes, says_step=True)
-
-
-def warn_of_half_line(place: str) -> None:
-    """Says that the last line was left out."""
-    warnings.warn(
-        f"{place}: the last line is unfinished, as a killed run leaves it. It is left "
-        "out.",
-        stacklevel=8,
-    )

@@ -111,7 +111,7 @@ class Renamer:
 
     Args:
       sources: The column of a name in a history, where it is known already.
-      leave: Names in a history that no column is given.
+      leave: A name in a history that no column is given.
     """
 
     def __init__(self, sources: Mapping[str, str] | None = None, leave: str = ""):

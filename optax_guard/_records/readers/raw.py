@@ -33,3 +33,8 @@ class RawLog(NamedTuple):
     rows: list[RawRow]
     notes: list[str]
     says_step: bool = False
+
+
+def unfinished(place: str) -> str:
+    """The note on a last line, or record, that is left out."""
+    return f"{place}: the last line is unfinished, as a killed run leaves it"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 Row = dict[str, float]
+# These tell when a row was measured. Others, such as a time, may come with every row.
+MEASURED = ("train_loss", "val_loss", "value", "grad_norm")
 
 
 def number_steps(
@@ -40,25 +42,36 @@ def _whole(place: str, step: float) -> int:
 
 
 def _without_steps(rows: list[Row], says_step: bool) -> tuple[list[Row], list[str]]:
-    epochs = [row.get("epoch", -1.0) for row in rows]
-    if _rises(epochs):
-        numbered = [
-            {"step": int(epoch), **row} for epoch, row in zip(epochs, rows, strict=True)
-        ]
-        return numbered, []
+    if _tells_epochs(rows):
+        return [{"step": int(row["epoch"]), **row} for row in rows], []
     numbered = [{"step": i, **row} for i, row in enumerate(rows)]
     if says_step or len(rows) < 2:
         return numbered, []
     return numbered, ["there is no step; rows are numbered from 0"]
 
 
-def _rises(epochs: list[float]) -> bool:
-    """Whether they are whole and rise, but for a resume that repeats some."""
-    if not epochs or not all(0 <= x < float("inf") and not x % 1 for x in epochs):
+def _tells_epochs(rows: list[Row]) -> bool:
+    """Whether epochs are whole and rise, and each has one loss and one norm.
+
+    A resumed run repeats some; training and evaluation may have rows of their own.
+    """
+    if not rows or not all(
+        0 <= row.get("epoch", -1) < float("inf") and not row["epoch"] % 1
+        for row in rows
+    ):
         return False
-    num_rises = sum(b > a for a, b in pairwise(epochs))
-    num_equal = sum(b == a for a, b in pairwise(epochs))
-    return num_equal == 0 and 2 * num_rises >= len(epochs) - 1
+    seen = set(rows[0])
+    num_rises = num_falls = 0
+    for a, b in pairwise(rows):
+        if a["epoch"] == b["epoch"]:
+            if any(name in b for name in MEASURED if name in seen):
+                return False
+            seen |= set(b)
+            continue
+        num_rises += b["epoch"] > a["epoch"]
+        num_falls += b["epoch"] < a["epoch"]
+        seen = set(b)
+    return num_rises >= num_falls
 
 
 def _begins_anew(rows: list[Row]) -> bool:

@@ -45,8 +45,9 @@ LINES = tuple(
 _EVALUATION = re.compile(
     r"(?<![\w/.-])(?:validat\w*|valid|val|eval\w*|test)(?![\w/.-])"
 )
+# Some scripts write themselves into their log.
+_CODE = re.compile(r"\w \+?= ")
 # A line that only tells where the run is: `Epoch 3/10`, `[step=100/556000,epoch=0]`.
-_CODE = re.compile(r"\w \+?= ")  # Some scripts write themselves into their log.
 _PLACE = re.compile(r"(?:.*[\]\s])?\[?(?:step|iter|iteration|epoch)\b")
 _ANY_LOSS = re.compile(r"\b(\w*[Ll]oss\w*)['\"]?\s*[:=]\s*[-+\d.]")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -71,7 +72,7 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
         rows.append(RawRow(f"{path}, line {number}", {**place, **cells}))
     if len(rows) < 2 and not any("step" in row.cells for row in rows):
         return None
-    rows = _one_row_an_epoch(_before_clip(_one_loss(rows)))
+    rows = _before_clip(_one_loss(rows))
     return RawLog("lines of text", rows, _other_losses(text, rows))
 
 
@@ -165,19 +166,3 @@ def _before_clip(rows: list[RawRow]) -> list[RawRow]:
 
 def _renamed(row: RawRow, names: dict[str, str]) -> RawRow:
     return row._replace(cells={names.get(k, k): x for k, x in row.cells.items()})
-
-
-def _one_row_an_epoch(rows: list[RawRow]) -> list[RawRow]:
-    """Takes the epoch for the step, where lines have whole epochs, and each once."""
-    if any("step" in row.cells for row in rows):
-        return rows
-    seen = set()
-    for row in rows:
-        epoch = row.cells.get("epoch")
-        named = {(epoch, name) for name in _VALUES if name in row.cells}
-        if epoch is None or epoch % 1 or named & seen:
-            return rows
-        seen |= named
-    return [
-        row._replace(cells={**row.cells, "step": row.cells["epoch"]}) for row in rows
-    ]
