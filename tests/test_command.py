@@ -76,7 +76,8 @@ def test_every_rule_has_an_example_that_is_one():
 
 
 def test_escapes_in_foreign_names_are_shown_and_not_sent(tmp_path, capsys):
-    path = tmp_path / "runs.csv"
+    path, nameless = tmp_path / "runs.csv", tmp_path / f"{ESCAPE}.csv"
+    nameless.write_text("loss\n1\n2\n")
     head = f"run,step,loss,{ESCAPE}grad_norm2\n"
     path.write_text(head + f"a{ESCAPE},1,2,3\nb,1,2,3\n", newline="")
     for arguments in (
@@ -84,7 +85,8 @@ def test_escapes_in_foreign_names_are_shown_and_not_sent(tmp_path, capsys):
         ["report", "--json", str(path), "--run", f"a{ESCAPE}"],
         ["report", "--json", str(path), "--run", "b", "--column", f"step={ESCAPE}"],
         ["replay", str(path), "--run", "b"],
-        ["report", str(tmp_path / f"{ESCAPE}.csv")],
+        ["report", "--json", str(nameless)],  # There is no step, which is told.
+        ["report", str(tmp_path / f"{ESCAPE}.log")],
     ):
         main(arguments)
     shown = capsys.readouterr()
@@ -146,6 +148,7 @@ def test_finding_is_told_once_when_it_first_holds(tmp_path):
     wanted = {(f.code, f.step) for f in diagnose([*CALM, *LOST]) if f.step >= 30}
     assert {(f.code, f.step) for f, _ in found if isinstance(f, Finding)} >= wanted
     assert len(found) == len({str(f) for f, _ in found})
+    assert all(isinstance(f, Finding) for f, _ in found)
     # At the row of step 30 two more parts were to come.
     assert all(
         left == 2 for f, left in found if isinstance(f, Finding) and f.step == 30

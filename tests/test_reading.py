@@ -134,6 +134,10 @@ def test_late_evaluation_belongs_to_its_step_and_a_repeated_loss_goes_back(tmp_p
     assert found[1] == {"step": 2, "train_loss": 2.0, "val_loss": 9.0, "time": 5}
     found = steps(*train, late, {"step": 2, "loss": 7.0}, tmp_path=tmp_path)
     assert [row["train_loss"] for row in found] == [1.0, 7.0]
+    # What was dropped does not make a later evaluation early.
+    dropped = {"step": 3, "val_loss": 8.0}
+    found = steps(*train, dropped, *train, late, tmp_path=tmp_path)
+    assert [row.get("val_loss") for row in found] == [None, 9.0, None]
 
 
 def test_row_without_a_step_belongs_to_the_step_before(tmp_path):
@@ -229,7 +233,6 @@ def test_short_series_of_evaluations_are_spread_over_the_epochs(tmp_path):
         ("step 4 aux_loss 3.0 grad_norm_clip 1.0 loss 2", (4, 2.0, None, None)),
         ("\rstep 3 loss 9\rstep 4 loss 8\r", (4, 8.0, None, None)),
         ("step 4 loss = 8\n    val_loss = 0.0  # code", (4, 8.0, None, None)),
-        ("\0\0\0step 4 loss 8", (4, 8.0, None, None)),
     ],
 )
 def test_lines_of_text_are_read(tmp_path, line, expected):
@@ -298,32 +301,51 @@ def test_rows_written_to_event_files_are_read_back(tmp_path):
         assert len(History.read(tmp_path)) == 4
 
 
-def record(data: bytes) -> bytes:
-    return struct.pack("<Q", len(data)) + b"\0" * 4 + data + b"\0" * 4
+def write_events(path: Path, events: list[Any]) -> None:
+    """An event file: of each record its length, two checksums and its bytes."""
+    event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [event_pb2.Event(file_version="brain.Event:2"), *events]
+    data = [event.SerializeToString() for event in records]
+    path.write_bytes(b"".join(struct.pack("<Q4x", len(x)) + x + bytes(4) for x in data))
 
 
 def test_tensors_of_tensorflow_are_numbers_and_folders_are_runs(tmp_path):
     event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
 
-    def write(path: Path, values: list[Any], kind: int, **field: Any) -> None:
-        path.parent.mkdir(parents=True)
-        data = record(event_pb2.Event(file_version="brain.Event:2").SerializeToString())
+    def write(path: Path, values: list[Any], kind: int, dtype: str) -> None:
+        events = []
         for i, value in enumerate(values):
             event = event_pb2.Event(wall_time=i, step=i + 2**31)
             one = event.summary.value.add(tag="loss")
             one.tensor.dtype = kind
-            one.tensor.tensor_content = np.array(value, field["dtype"]).tobytes()
-            data += record(event.SerializeToString())
-        path.write_bytes(data)
+            one.tensor.tensor_content = np.array(value, dtype).tobytes()
+            events.append(event)
+        write_events(path, events)
 
-    write(tmp_path / "a/train/events.out.tfevents.1", [2, 1], 2, dtype="<f8")
-    write(tmp_path / "b/events.out.tfevents.1", [3, [4, 5]], 1, dtype="<f4")
+    write(tmp_path / "a/train/events.out.tfevents.1", [2, 1], 2, "<f8")
+    write(tmp_path / "b/events.out.tfevents.1", [3, [4, 5]], 1, "<f4")
     with pytest.raises(ValueError, match="several runs: a, b"):
         History.read(tmp_path)
     # The second value is a vector, which is none of a series.
     assert [row["train_loss"] for row in History.read(tmp_path, run="b")] == [3.0]
     found = History.read(tmp_path, run="a")
     assert [(r["step"], r["train_loss"]) for r in found] == [(2**31, 2), (2**31 + 1, 1)]
+
+
+def test_parts_of_a_run_that_was_resumed_are_read_in_the_order_of_time(tmp_path):
+    event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
+    for session, steps in enumerate([(0, 1, 2), (1, 2, 3)]):
+        for folder in (".", "eval"):
+            events = []
+            for step in steps:
+                event = event_pb2.Event(wall_time=10 * session + step, step=step)
+                event.summary.value.add(tag="loss", simple_value=10 * session + step)
+                events.append(event)
+            write_events(tmp_path / folder / f"events.tfevents.{session}", events)
+    history = History.read(tmp_path)
+    assert [row["train_loss"] for row in history] == [0, 11, 12, 13]
+    assert [row["val_loss"] for row in history] == [0, 11, 12, 13]
 
 
 def test_metrics_of_mlflow_that_come_again_count(tmp_path):
@@ -352,6 +374,11 @@ def test_content_tells_the_format_and_not_the_name(tmp_path):
         path = tmp_path / "log.jsonl"
         shutil.copy(LOGS / source, path)
         assert History.read(path)[:] == History.read(LOGS / source)[:]
+    rows = [{"step": i, "train_loss": 1.0, "reward": 2} for i in (1, 2)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    # As a job leaves it whose log was emptied while it wrote.
+    path.write_bytes(bytes(100) + content)
+    assert list(History.read(path)) == rows
     path.write_bytes((LOGS / "keras/csv_logger.csv").read_text().encode("utf-16"))
     assert History.read(path)[:] == History.read(LOGS / "keras/csv_logger.csv")[:]
 
