@@ -1,7 +1,7 @@
 """The arguments of each command of `optax-guard`."""
 
 import argparse
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="optax-guard", description="The safety layer of a JAX training step."
     )
     parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {version('optax-guard')}"
+        "--version", action="version", version=f"%(prog)s {_version()}"
     )
     group = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(group)
@@ -31,6 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_replay(group)
     _add_suggest(group)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("optax-guard")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _add_demo(group: Commands) -> None:
