@@ -21,9 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="optax-guard", description="The safety layer of a JAX training step."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {_version()}"
-    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     group = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(group)
     _add_report(group)
