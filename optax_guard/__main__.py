@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from optax_guard._cli.arguments import make_parser
+from optax_guard._cli.words import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {shown(error)}", file=sys.stderr)
         return 1
 
 

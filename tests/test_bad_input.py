@@ -228,6 +228,7 @@ RIGHT: dict[str, set[str]] = {
     "analysis.History.read.columns": NOTHING | {"{}"},
     "analysis.History.read.max_norm": NOTHING | POSITIVE,
     "analysis.History.read.path": set(),
+    "analysis.History.read.pattern": NOTHING,
     "analysis.History.read.run": NOTHING,
     "analysis.diagnose.history": NO_ITEMS,
     "analysis.landscape.exclude": NOTHING,

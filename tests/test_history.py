@@ -78,7 +78,7 @@ def test_killed_run_loses_its_last_line_only(tmp_path):
     cut = whole.splitlines(keepends=True)
     for size in range(len(whole) - len(cut[-1]) + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.warns(UserWarning, match=r"h\.jsonl, line 3: the last line is"):
+        with pytest.warns(UserWarning, match=r"h\.jsonl: line 3: the last line is"):
             assert same(History.read(path), history[:2])
     resumed = History(path)
     resumed.append(2, loss=2.0)
@@ -93,7 +93,8 @@ def test_killed_run_loses_its_last_line_only(tmp_path):
     [
         ('{"loss": 1}\n{"loss": \n{"loss": 2}\n', r"h\.jsonl, line 2: not JSON"),
         ('{"loss": 1}\n{"loss": \n', r"h\.jsonl, line 2: not JSON"),
-        ("[1]\n", r"line 1: must be a JSON object"),
+        ("[1]\n", r"h\.jsonl: JSON, but no log"),
+        ('{"loss": 1}\n[1]\n', r"line 2: must be a JSON object"),
         ('{"loss": "high"}\n', r"line 1: `train_loss` must be a number, got 'high'"),
         ('{"step": -1, "loss": 1}\n', r"line 1: `step` must be a whole number"),
     ],
@@ -197,8 +198,10 @@ def test_other_names_can_be_given(tmp_path):
     }
     with pytest.raises(ValueError, match=r"`columns` must name columns .* got 'cots'"):
         History.read(path, columns={"train_loss": "cots"})
+    with pytest.warns(UserWarning, match="not used are 'my/norm'"):
+        history = History.read(path)
     with pytest.raises(ValueError, match="`history` must have a loss or a gradient"):
-        diagnose(History.read(path))
+        diagnose(history)
 
 
 def test_one_of_several_runs_is_chosen(tmp_path):

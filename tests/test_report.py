@@ -89,7 +89,7 @@ def test_exit_code_tells_a_warning_from_an_error(tmp_path, capsys):
         ('{"cost": 1}\n', [], 1, "must have a loss or a gradient norm"),
         ('{"cost": 1}\n', ["--column", "train_loss=cost"], 0, ""),
         ('{"cost": 1}\n', ["--column", "cost"], 2, "must be NAME=THEIRS"),
-        ('{"loss": 1}\n', ["--max-norm", "-1"], 1, "`max_norm` must be positive"),
+        ('{"loss": 1}\n', ["--max-norm", "-1"], 1, "`--max-norm` must be positive"),
         ('{"run": "a", "loss": 1}\n{"run": "b", "loss": 1}', [], 1, "runs: a, b"),
         ('{"run": "a", "loss": 1}\n{"run": "b", "loss": 1}', ["--run", "b"], 0, ""),
         ('{"loss": 1}\n{"lo', [], 0, "line 2: the last line is unfinished"),

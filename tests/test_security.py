@@ -39,7 +39,9 @@ def dangerous(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Call):
             function = node.func
             name = getattr(function, "attr", None) or getattr(function, "id", "")
-            yield from {name} & CALLS
+            # A pattern is no program.
+            is_pattern = ast.unparse(function) == "re.compile"
+            yield from set() if is_pattern else {name} & CALLS
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             yield "allow_pickle"
 

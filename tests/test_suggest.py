@@ -219,4 +219,4 @@ def test_command(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["clip_rate"] == pytest.approx(0.5, abs=0.05)
     assert main(["suggest", str(tmp_path), "--clip-rate", "2"]) == 1
-    assert "`clip_rate` must be" in capsys.readouterr().err
+    assert "`--clip-rate` must be" in capsys.readouterr().err

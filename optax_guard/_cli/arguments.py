@@ -1,6 +1,7 @@
 """The arguments of each command of `optax-guard`."""
 
 import argparse
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -8,18 +9,33 @@ from optax_guard._cli import commands
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+_FORMATS = (
+    "Reads JSON Lines, CSV, Hugging Face's trainer_state.json, Keras' history, event "
+    "files of TensorBoard, exports of Weights & Biases, metrics of MLflow, trackio's "
+    "database, and text such as `step 10 loss 2.5 norm 0.7`."
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``run_command`` is the function to call."""
     parser = argparse.ArgumentParser(
         prog="optax-guard", description="The safety layer of a JAX training step."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     group = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(group)
     _add_report(group)
+    _add_watch(group)
     _add_replay(group)
     _add_suggest(group)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("optax-guard")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _add_demo(group: Commands) -> None:
@@ -46,8 +62,7 @@ def _add_report(group: Commands) -> None:
         "report",
         help="table, findings and plots of a recorded run",
         description="Says what the norms and losses of a run mean, and what to try. "
-        "Reads JSON Lines, CSV such as Lightning's metrics.csv, and Hugging Face's "
-        "trainer_state.json. Exit code: 0 if nothing is worse than an info, 3 if there "
+        f"{_FORMATS} Exit code: 0 if nothing is worse than an info, 3 if there "
         "is a warning, 4 if there is an error; 1 if the run could not be read.",
     )
     report.add_argument(
@@ -69,6 +84,17 @@ def _add_report(group: Commands) -> None:
         "--max-norm", type=float, help="threshold of the clip, if the file lacks it"
     )
     report.set_defaults(run_command=commands.run_report)
+
+
+def _add_watch(group: Commands) -> None:
+    watch = group.add_parser(
+        "watch",
+        help="the findings of a run while it runs",
+        description="Follows a growing file or folder, and prints each finding when it "
+        f"first holds, until it is interrupted. {_FORMATS}",
+    )
+    _add_reading(watch)
+    watch.set_defaults(run_command=commands.run_watch)
 
 
 def _add_replay(group: Commands) -> None:
@@ -119,6 +145,12 @@ def _add_suggest(group: Commands) -> None:
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
     """Adds the arguments of `History.read`."""
+    command.add_argument(
+        "--pattern",
+        metavar="REGEX",
+        help="for other lines of text, a regular expression with named groups, as in "
+        r"'it (?P<step>\d+) cost (?P<train_loss>\S+)'",
+    )
     command.add_argument("path", metavar="RUN", type=Path, help="a file, or its folder")
     command.add_argument(
         "--run", metavar="NAME", help="which of several runs in a file"

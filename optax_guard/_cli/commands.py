@@ -5,8 +5,10 @@ A command imports its modules itself: `demo` needs extras that others do not nee
 
 import argparse
 import json
-import sys
 import warnings
+from typing import Any
+
+from optax_guard._cli.words import complain, say
 
 _EXTRA = "optax-guard[demo]"
 _OPTIONAL = ("flax", "matplotlib", "rich")
@@ -20,7 +22,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in _OPTIONAL:
             raise
-        _complain("demo", f"{missing} is missing: pip install '{_EXTRA}'")
+        complain("demo", f"{missing} is missing: pip install '{_EXTRA}'")
         return 1
     recipe = demo.QUICK if arguments.quick else demo.FULL
     return 130 if demo.run(recipe, arguments.seed, arguments.out) is None else 0
@@ -34,27 +36,27 @@ def run_report(arguments: argparse.Namespace) -> int:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             made = report.make_report(
-                arguments.path,
-                run=arguments.run,
-                columns=dict(arguments.column),
-                max_norm=arguments.max_norm,
+                arguments.path, max_norm=arguments.max_norm, **_how(arguments)
             )
-    except ValueError as error:
-        _complain("report", error)
+    except (ImportError, ValueError) as error:
+        complain("report", error)
         return 1
     for warning in caught:
-        _complain("report", warning.message)
-    print(report.as_json(made) if arguments.json else report.as_text(made))
+        complain("report", warning.message)
+    say(report.as_json(made) if arguments.json else report.as_text(made))
     if not arguments.json or arguments.html or arguments.out is not None:
-        out = arguments.out or made.source.parent / "report"
+        out = arguments.out or report.own_folder(arguments.path)
+        if arguments.out is None and out.is_symlink():
+            complain("report", f"{out} is a link; name a folder with `--out`")
+            return 1
         written = report.write(made, out, html=arguments.html)
         if all(path.suffix != ".png" for path in written):
-            _complain(
+            complain(
                 "report",
                 "no plot, for matplotlib is missing: pip install 'optax-guard[plot]'",
             )
         if not arguments.json:
-            print(f"\nFiles in {out}: {', '.join(path.name for path in written)}")
+            say(f"\nFiles in {out}: {', '.join(path.name for path in written)}")
     return report.exit_code(made)
 
 
@@ -64,18 +66,21 @@ def run_replay(arguments: argparse.Namespace) -> int:
     from optax_guard.analysis._table import table
 
     try:
-        history, outcomes = replay.play(
-            arguments.path,
-            arguments.rule,
-            key=arguments.key,
-            mode=arguments.mode,
-            run=arguments.run,
-            columns=dict(arguments.column),
-        )
-    except ValueError as error:
-        _complain("replay", error)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history, outcomes = replay.play(
+                arguments.path,
+                arguments.rule,
+                key=arguments.key,
+                mode=arguments.mode,
+                **_how(arguments),
+            )
+    except (ImportError, ValueError) as error:
+        complain("replay", error)
         return 1
-    print(replay.as_json(outcomes) if arguments.json else table(outcomes))
+    for warning in caught:
+        complain("replay", warning.message)
+    say(replay.as_json(outcomes) if arguments.json else table(outcomes))
     if arguments.out is not None:
         replay.write(history, outcomes, arguments.out, key=arguments.key)
     return 0
@@ -86,16 +91,39 @@ def run_suggest(arguments: argparse.Namespace) -> int:
     from optax_guard.analysis import History, suggest_max_norm
 
     try:
-        history = History.read(
-            arguments.path, run=arguments.run, columns=dict(arguments.column)
-        )
-        suggestion = suggest_max_norm(history, clip_rate=arguments.clip_rate)
-    except ValueError as error:
-        _complain("suggest", error)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history = History.read(arguments.path, **_how(arguments))
+            suggestion = suggest_max_norm(history, clip_rate=arguments.clip_rate)
+    except (ImportError, ValueError) as error:
+        complain("suggest", error)
         return 1
-    print(json.dumps(suggestion._asdict()) if arguments.json else suggestion)
+    for warning in caught:
+        complain("suggest", warning.message)
+    say(json.dumps(suggestion._asdict()) if arguments.json else suggestion)
     return 0
 
 
-def _complain(command: str, message: object) -> None:
-    print(f"optax-guard {command}: {message}", file=sys.stderr)
+def run_watch(arguments: argparse.Namespace) -> int:
+    """Prints the findings of a run while it runs, until it is interrupted."""
+    from optax_guard._cli import watch
+    from optax_guard._records.findings import Finding
+
+    try:
+        for each in watch.follow(arguments.path, **_how(arguments)):
+            if isinstance(each, Finding):
+                say(each)
+            else:
+                complain("watch", each)
+    except ImportError as error:
+        complain("watch", error)
+    return 1
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `History.read`."""
+    return {
+        "run": arguments.run,
+        "columns": dict(arguments.column),
+        "pattern": arguments.pattern,
+    }

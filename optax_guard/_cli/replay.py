@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,28 @@ from optax_guard.analysis._replay import Replayed, replay
 from optax_guard.analysis._table import table
 from optax_guard.stop._rule import StopRule
 
+# Deeper nesting than a reader could follow would exhaust Python's own parser.
+_LONGEST = 1000
+# What to write for a rule of which only the name was given.
+EXAMPLES = {
+    "all_of": "all_of(patience(5), target(0.1))",
+    "any_of": "any_of(patience(5), target(0.1))",
+    "budget": "budget(evaluations=50)",
+    "cooldown": "cooldown(patience(5), 3)",
+    "divergence": "divergence(2.0)",
+    "generalization_loss": "generalization_loss(5.0)",
+    "held_for": "held_for(target(0.1), 3)",
+    "lag": "lag(5)",
+    "monitor": "monitor('val_accuracy', patience(5))",
+    "not_before": "not_before(patience(5), evaluations=10)",
+    "overfitting": "overfitting(5)",
+    "patience": "patience(5)",
+    "plateau": "plateau(10)",
+    "progress_quotient": "progress_quotient(0.5, 5)",
+    "skip_storm": "skip_storm(3)",
+    "successive_rises": "successive_rises(3)",
+    "target": "target(0.1)",
+}
 DEFAULT_RULES = tuple(f"patience({n})" for n in (1, 2, 3, 5, 8, 13, 20))
 
 
@@ -75,9 +97,17 @@ def parse_rule(text: str) -> StopRule:
       >>> parse_rule("patience(5, min_delta=0.01)").needs
       frozenset()
     """
+    if len(text) > _LONGEST:
+        raise ValueError(
+            f"`rule` must have at most {_LONGEST} characters, got {len(text)}."
+        )
+    if text.strip() in EXAMPLES:
+        raise ValueError(
+            f"`rule` must be a call, got {text!r}: write {EXAMPLES[text.strip()]}."
+        )
     try:
         rule = _node_value(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError as error:
+    except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"`rule` must be a call, got {text!r}.") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"`rule` {text!r}: {error}") from error
@@ -86,16 +116,20 @@ def parse_rule(text: str) -> StopRule:
     return rule
 
 
-def _node_value(node: ast.AST) -> Any:
-    if not isinstance(node, ast.Call):
-        return ast.literal_eval(node)
-    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
-    known = {
+def _known_rules() -> dict[str, Callable[..., StopRule]]:
+    return {
         name: function
         for name, function in vars(stop).items()
         if inspect.isfunction(function)
         and inspect.signature(function).return_annotation is StopRule
     }
+
+
+def _node_value(node: ast.AST) -> Any:
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+    known = _known_rules()
     if name not in known:
         raise ValueError(f"no rule {name!r}; there are {', '.join(sorted(known))}.")
     if any(isinstance(x, ast.Starred) for x in node.args) or any(

@@ -52,6 +52,13 @@ def make_report(path: Path, **how: Any) -> Report:
     return Report(source, history, diagnose(history))
 
 
+def own_folder(path: Path) -> Path:
+    """Where the report on a file or folder goes: `report` in it, or beside the file."""
+    # In the folder of MLflow's metrics every file is a metric.
+    is_folder = path.is_dir() and path.name != "metrics"
+    return (path if is_folder else path.parent) / "report"
+
+
 def exit_code(report: Report) -> int:
     """0 if nothing is worse than an info, 3 for a warning, 4 for an error."""
     severities = {finding.severity for finding in report.findings}

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -10,8 +12,9 @@ from typing import Any, overload
 import numpy as np
 
 from optax_guard._checks import check_count, check_kind, check_positive
-from optax_guard._records.readers import Row, read_rows, rename
+from optax_guard._records.readers import Renamer, Row, read_log
 from optax_guard._records.rows import number_of
+from optax_guard._records.timeline import Timeline
 
 
 class History(Sequence[Row]):
@@ -24,9 +27,11 @@ class History(Sequence[Row]):
     ``"-Infinity"``; there are no other strings, so rows are read back as they were.
 
     Rows are in the order of their steps. A row for the last step adds to that row:
-    losses and norms need not come in one call. A row for an earlier step means that the
-    run went back to a checkpoint or to its start; it replaces the rows from that step
-    on. (The file keeps the old rows; reading replaces them in the same way.)
+    losses and norms need not come in one call. A row for an earlier step with a loss or
+    a norm that was recorded since means that the run went back to a checkpoint or to
+    its start; the rows after that step are dropped. Other rows for an earlier step,
+    such as a late evaluation, add to that step. (The file keeps the old rows; reading
+    treats them in the same way.)
 
     Args:
       path: File to write to, ending in .jsonl. It is made if it is missing, with its
@@ -47,7 +52,9 @@ class History(Sequence[Row]):
     """
 
     def __init__(self, path: str | Path | None = None):
-        self._rows: list[Row] = []
+        self._timeline = Timeline()
+        # `append` is told the step: a metric named `iter` keeps its name.
+        self._rename = Renamer(leave="step")
         if path is not None:
             check_kind("path", path, (str, os.PathLike), "a path or None")
         self._path = None if path is None else Path(path)
@@ -57,8 +64,8 @@ class History(Sequence[Row]):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 _drop_half_line(self._path)
-                for row in read_rows(self._path):
-                    self._add(row)
+                for row in read_log(self._path).rows:
+                    self._timeline.add(row)
 
     @classmethod
     def read(
@@ -67,26 +74,44 @@ class History(Sequence[Row]):
         *,
         run: str | None = None,
         columns: Mapping[str, str] | None = None,
+        pattern: str | None = None,
         max_norm: float | None = None,
     ) -> "History":
-        """Reads the record that this library or another has written.
+        r"""Reads the record that this library or another has written.
 
-        Formats: JSON Lines (``.jsonl``, ``.ndjson``), CSV with a heading, such as
-        Lightning's ``metrics.csv``, and Hugging Face's ``trainer_state.json``; or a
-        folder with one of these. An unfinished last line, as a killed run leaves it, is
-        left out with a warning. Reading changes no file and runs no code (it does not
-        unpickle).
+        The content tells the format, not the name of the file:
 
-        These columns get one name, whatever the usual name in the file is (``loss`` or
-        ``train/loss``, ``eval_loss``, ``gradient_norm``, ``lr``, ``global_step``):
-        ``step``, ``epoch``, ``train_loss``, ``val_loss``, ``grad_norm``,
-        ``clipped_norm``, ``clip_threshold``, ``clip_rate``, ``learning_rate``. Other
-        columns keep their names.
+        * JSON Lines, of this library, detectron2, LLaMA-Factory and others; Hugging
+          Face's trainer state; lists of numbers by name, such as Keras' history;
+        * CSV with a heading, its cells parted by commas, semicolons or tabs: Lightning,
+          Keras, YOLO; a download of TensorBoard; charts and tables of Weights & Biases;
+        * event files of TensorBoard, with ``pip install 'optax-guard[log]'``; metrics
+          of MLflow; a database of trackio;
+        * lines of text such as ``step 10 loss 2.5 norm 0.7``: nanoGPT, llm.c,
+          torchtitan, Megatron, OLMo, MaxText, printed dicts; and any other with a
+          ``pattern``.
+
+        A folder is searched for one of these. Reading changes no file and runs no code
+        (it does not unpickle).
+
+        These columns get one name, whatever their usual name is (``loss``,
+        ``train/loss``, ``eval_loss``, ``optim/total_grad_norm``, ``lr``,
+        ``global_step``): ``step``, ``epoch``, ``train_loss``, ``val_loss``,
+        ``grad_norm``, ``clipped_norm``, ``clip_threshold``, ``clip_rate``,
+        ``learning_rate``. Each comes from one column: of a loss of steps and its mean
+        of epochs, the mean keeps its name. Of YOLO's parts of a loss it is the sum.
+        Other columns keep their names. Rows without a step belong to the step before.
+
+        One warning tells what was not understood: columns that look like a loss, a norm
+        or an evaluation and were not used; that there is no step; rows of one step that
+        replaced each other; an unfinished last line, as a killed run leaves it.
 
         Args:
           path: File or folder.
-          run: Name of the run, if rows have a ``run``, as those of `optax-guard demo`.
+          run: Name of the run, if there are several.
           columns: Unusual names in the file, as in ``{"grad_norm": "my/norm"}``.
+          pattern: Regular expression for the lines of a text, with named groups, as in
+            ``r"it (?P<step>\d+) cost (?P<train_loss>\S+)"``.
           max_norm: Threshold to which global norms were clipped, in units of the
             gradient, if the file does not hold it.
 
@@ -95,21 +120,28 @@ class History(Sequence[Row]):
 
         Raises:
           TypeError: If an argument is of another type.
-          ValueError: If the file is broken (the text names file and line); if ``run``
-            or a name in ``columns`` is not in it; if there are several runs and ``run``
-            is ``None``; if ``max_norm`` is not positive.
+          ValueError: If the file is broken (the text names file and line), or no log is
+            recognised in it; if ``run``, ``pattern`` or a name in ``columns`` is not in
+            it; if there are several runs and ``run`` is ``None``; if ``max_norm`` is
+            not positive.
           FileNotFoundError: If there is no such file, or none in the folder.
+          ImportError: If a package is missing that reads event files.
         """
         check_kind("path", path, (str, os.PathLike), "a path")
         check_kind("run", run, (str, type(None)), "a name or None")
         check_kind("columns", columns, (Mapping, type(None)), "a dict or None")
+        check_kind("pattern", pattern, (str, type(None)), "a text or None")
         if max_norm is not None:
             check_positive("max_norm", max_norm)
+        log = read_log(path, run=run, columns=columns, pattern=pattern)
         history = cls()
-        for row in read_rows(path, run=run, columns=columns):
+        for row in log.rows:
             if max_norm is not None and "grad_norm" in row:
                 row.setdefault("clip_threshold", max_norm)
-            history._add(row)
+            history._timeline.add(row)
+        notes = log.notes + _note_of_replaced(history._timeline.num_replaced)
+        if notes:
+            warnings.warn(f"{path}: {'; '.join(notes)}.", stacklevel=2)
         return history
 
     def append(self, step: Any, row: Mapping[str, Any] | None = None, **scalars: Any):
@@ -132,7 +164,7 @@ class History(Sequence[Row]):
             raise ValueError(f"`step` must be a whole number >= 0, got {number}.")
         named = {**(row or {}), **scalars}
         numbers = {name: number_of(name, value) for name, value in named.items()}
-        row = {"step": 0, **rename(numbers)} | {"step": int(number)}
+        row = {"step": 0, **self._rename(numbers)} | {"step": int(number)}
         if self._path is not None:
             try:
                 # Open, write and close: a kill finds nothing left to flush.
@@ -143,7 +175,7 @@ class History(Sequence[Row]):
                 if self._path.exists():
                     _drop_half_line(self._path)
                 raise
-        self._add(row)
+        self._timeline.add(row)
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> None:
         """Adds a row, as a logger of `fit`."""
@@ -171,7 +203,7 @@ class History(Sequence[Row]):
                 f"`buffers` must be vectors of one length, got the shapes {shapes}. "
                 "Take one member of a population."
             )
-        first = self._rows[-1]["step"] + 1 if self._rows else 1
+        first = self._timeline.rows[-1]["step"] + 1 if self._timeline.rows else 1
         (length,) = next(iter(shapes.values()))
         steps = arrays.pop("step", np.arange(first, first + length))
         for i in range(length if num_rows is None else min(length, int(num_rows))):
@@ -180,13 +212,15 @@ class History(Sequence[Row]):
     def column(self, name: str) -> np.ndarray:
         """The values of a name, float64[rows]; NaN in rows without it."""
         check_kind("name", name, str, "a name")
-        return np.array([row.get(name, math.nan) for row in self._rows], np.float64)
+        return np.array(
+            [row.get(name, math.nan) for row in self._timeline.rows], np.float64
+        )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._timeline.rows)
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
+        return iter(self._timeline.rows)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -195,19 +229,21 @@ class History(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
 
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        return self._rows[index]
+        return self._timeline.rows[index]
 
     def __repr__(self) -> str:
         where = "" if self._path is None else f" in {str(self._path)!r}"
         return f"<History of {len(self)} rows{where}>"
 
-    def _add(self, row: Row) -> None:
-        rows = self._rows
-        while rows and rows[-1]["step"] > row["step"]:
-            rows.pop()
-        if rows and rows[-1]["step"] == row["step"]:
-            row = {**rows.pop(), **row}
-        rows.append(row)
+
+def _note_of_replaced(num_replaced: Counter[float]) -> list[str]:
+    """Says that rows of one step became one, though their losses or norms differ."""
+    # A resumed run may repeat one step.
+    if num_replaced.total() < 2:
+        return []
+    (step, most), *others = num_replaced.most_common()
+    more = f", and so at {len(others)} more steps" if others else ""
+    return [f"{most + 1} rows of step {step} became one{more}: are they several runs?"]
 
 
 def _json_line(row: Row) -> str:

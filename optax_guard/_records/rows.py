@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from optax_guard._checks import check_iterable
-from optax_guard._records.readers import NOT_FINITE, Row, rename
+from optax_guard._records.readers import NOT_FINITE, Renamer, Row
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Completer:
@@ -17,11 +19,13 @@ class Completer:
     Names become those of `COLUMN_NAMES`. ``clipped_norm`` and ``clip_rate`` are
     computed from norm and threshold if they are missing. Rates of `optax_guard.metrics`
     are shares of all ``num_updates`` so far; they become shares of the updates since
-    the row before, as `fit` records them. A complete row stays as it is.
+    the row before, as `fit` records them. What float32 cannot hold is infinite. A
+    complete row stays as it is.
     """
 
     def __init__(self):
         self._index = 0
+        self._rename = Renamer()
         self._counts: dict[str, float] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
@@ -33,11 +37,11 @@ class Completer:
             )
         # Texts such as the name of the run are left out.
         full = {
-            name: number_of(name, value)
+            name: _within_float32(number_of(name, value))
             for name, value in row.items()
             if not isinstance(value, str) or value in NOT_FINITE
         }
-        full = {"step": self._index, **rename(full)}
+        full = {"step": self._index, **self._rename(full)}
         self._index += 1
         if "num_updates" in full:
             self._set_rates_since_last_row(full)
@@ -70,6 +74,11 @@ def as_rows(history: Iterable[Mapping[str, Any]]) -> list[Row]:
     """The completed rows of a `History` or of a list of dicts."""
     check_iterable("history", history, "a `History` or rows")
     return list(map(Completer(), history))
+
+
+def _within_float32(number: float) -> float:
+    # No step has computed such a number, and squares of it do not fit into a float.
+    return math.copysign(math.inf, number) if abs(number) > _LARGEST else number
 
 
 def number_of(name: str, value: Any) -> float:

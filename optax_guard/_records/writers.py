@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-_GROUPED_NAMES = {
+# Name in a history -> its name in an event file.
+GROUPED_NAMES = {
     "grad_norm": "grad/norm",
     "grad_norm_mean": "grad/norm_mean",
     "norm_mean": "grad/norm_mean",
@@ -90,8 +91,8 @@ def grouped_name(name: str) -> str:
     number = re.search(r"_\d+$|$", name)
     suffix = number[0] if number else ""
     base = name.removesuffix(suffix)
-    if base in _GROUPED_NAMES:
-        return _GROUPED_NAMES[base] + suffix
+    if base in GROUPED_NAMES:
+        return GROUPED_NAMES[base] + suffix
     for group in ("train_", "val_"):
         if name.startswith(group) and len(name) > len(group):
             return name.replace("_", "/", 1)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from optax_guard._checks import check_kind
+from optax_guard._records.readers import rename
 from optax_guard._records.rows import as_rows
 from optax_guard.analysis._noise import least_difference, least_fall, noise_of
 from optax_guard.stop._rule import StopReason, StopRule, sign_of
@@ -108,6 +109,7 @@ def replay(
         raise ValueError("`rules` must have at least one rule, got none.")
     sign = sign_of(mode)
     evaluations, key = evaluations_of(as_rows(history), key)
+    steps = [int(row["step"]) for row in evaluations]
     outcomes = []
     for name, rule in rules.items():
         if isinstance(rule, EarlyStopping):
@@ -121,7 +123,7 @@ def replay(
                 f"of `early_stopping`, got {rule!r}."
             )
         columns = _needed_columns(name, stopper.needs, keys, key, evaluations)
-        outcomes.append(_play_to_rule(name, stopper, sign, key, keys, columns))
+        outcomes.append(_play_to_rule(name, stopper, sign, key, keys, columns, steps))
     return outcomes
 
 
@@ -147,7 +149,9 @@ def evaluations_of(
     if key is not None:
         check_kind("key", key, str, "a string or None")
     wanted = ("val_loss", "value") if key is None else (key,)
-    for name in wanted:
+    # A column that was renamed is also known by its name in the file.
+    renamed = () if key is None else rename({key: 0.0})
+    for name in (*wanted, *renamed):
         found = [row for row in rows if name in row]
         if found:
             return found, name
@@ -181,7 +185,15 @@ def _needed_columns(
         column: np.array([row[column] for row in evaluations], np.float32)
         for column in wanted
     }
-    return columns | {"step": np.array([row["step"] for row in evaluations], np.int32)}
+    steps = np.array([row["step"] for row in evaluations], np.float64)
+    if "step" in needs and steps[-1] >= 2**31:
+        raise ValueError(
+            f"`rules[{name!r}]` counts steps, which must be below 2**31, got "
+            f"{steps[-1]:.0f}. Count evaluations instead."
+        )
+    # Tokens or frames may be counted as steps, more than the stopper's int32 holds.
+    numbers = steps if "step" in needs else np.arange(len(steps))
+    return columns | {"step": numbers.astype(np.int32)}
 
 
 def _play_to_rule(
@@ -191,6 +203,7 @@ def _play_to_rule(
     key: str,
     keys: frozenset[str],
     columns: dict[str, np.ndarray],
+    steps: list[int],
 ) -> Replayed:
     def judge(state: Any, row: dict[str, jax.Array]) -> Any:
         value = {name: row[name] for name in {key, *keys}} if keys else row[key]
@@ -200,7 +213,7 @@ def _play_to_rule(
 
     play = jax.jit(lambda rows: jax.lax.scan(judge, stopper.init(), rows)[0])
     state = play(columns)
-    steps, values = columns["step"], columns[key]
+    values = columns[key]
     stopped, best = int(state.stopped_at), int(state.best_eval)
     usable = sign * values[np.isfinite(values)]
     best_value = float(values[best]) if best >= 0 else math.nan

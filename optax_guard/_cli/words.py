@@ -1,0 +1,42 @@
+"""What the command prints: in words of the command line, and harmless to a terminal."""
+
+import sys
+
+from optax_guard._records.readers.values import printable
+
+# The words of Python's functions, and those of the command line, the longer first.
+_WORDS = {
+    "`columns=`": "`--column NAME=THEIRS`",
+    "`columns={'train_loss': ...}`": "`--column train_loss=NAME`",
+    "`columns={'val_loss': ...}`": "`--column val_loss=NAME`",
+    "`columns={'grad_norm': ...}`": "`--column grad_norm=NAME`",
+    "`columns`": "`--column`",
+    "`run=`": "`--run NAME`",
+    "`run`": "`--run`",
+    "`key=`": "`--key NAME`",
+    "`key`": "`--key`",
+    "`pattern=`": "`--pattern`",
+    "`pattern`": "`--pattern`",
+    "`max_norm`": "`--max-norm`",
+    "`clip_rate`": "`--clip-rate`",
+    "`rule`": "`--rule`",
+    "`history` must": "the run must",
+}
+
+
+def shown(text: object) -> str:
+    """A text with its control characters written out; lines stay lines."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def say(text: object) -> None:
+    """Prints to standard output."""
+    print(shown(text), flush=True)
+
+
+def complain(command: str, message: object) -> None:
+    """Prints an error or a warning in the words of the command line."""
+    text = str(message)
+    for ours, theirs in _WORDS.items():
+        text = text.replace(ours, theirs)
+    print(f"optax-guard {command}: {shown(text)}", file=sys.stderr, flush=True)
