@@ -53,6 +53,7 @@ class Settings(NamedTuple):
     """How much is run; half of the seeds are for development."""
 
     seeds: int = 20
+    first_seed: int = 0
     steps: int = 600
     lstm_steps: int = 240
     rows: int = 50
@@ -412,7 +413,7 @@ def runs_of(name: str, settings: Settings) -> list[Run]:
         keys = [
             (title, seed)
             for title, treatment in mine.items()
-            for seed in range(settings.seeds)
+            for seed in seeds_of(settings)
             if treatment.kind == kind
         ]
         faults = [varied(mine[title].fault, seed) for title, seed in keys]

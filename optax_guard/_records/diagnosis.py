@@ -13,21 +13,27 @@ from optax_guard._records.rules_clipping import (
     ClippingWorks,
     DirectionDistorted,
     NeverClipped,
-    NonfiniteLoss,
     OverClipped,
 )
-from optax_guard._records.rules_losses import Endings, LossSpike, Overfitting
-from optax_guard._records.rules_norms import (
-    Exploding,
-    RegimeShift,
+from optax_guard._records.rules_finite import (
+    NonfiniteBatch,
+    NonfiniteLoss,
+    NonfiniteParameters,
     SkipStorm,
-    Vanishing,
+    StepsSkipped,
 )
+from optax_guard._records.rules_losses import Endings, LossSpike, Overfitting
+from optax_guard._records.rules_norms import RegimeShift, Vanishing, ZeroGradients
+from optax_guard._records.rules_steps import Unstable
 
 _RULES = (
     NonfiniteLoss,
-    Exploding,
+    NonfiniteParameters,
+    NonfiniteBatch,
+    Unstable,
     SkipStorm,
+    StepsSkipped,
+    ZeroGradients,
     ClippedTooLate,
     OverClipped,
     DirectionDistorted,
@@ -39,18 +45,26 @@ _RULES = (
     ClippingWorks,
 )
 # These tell a state, and are taken back when the state ends. The others tell an event.
-_STANDING = {FindingCode.CLIPPING_WORKS, FindingCode.NEVER_CLIPPED}
+_STANDING = {
+    FindingCode.CLIPPING_WORKS,
+    FindingCode.NEVER_CLIPPED,
+    FindingCode.NONFINITE_PARAMETERS,
+    FindingCode.STEPS_SKIPPED,
+    FindingCode.ZERO_GRADIENTS,
+}
 # A finding -> the findings that it rules out. A loss that is not finite is no reason to
 # raise the threshold.
+_GOOD = {FindingCode.CLIPPING_WORKS, FindingCode.OVER_CLIPPED}
+_ENDS = {FindingCode.STOPPED_TOO_EARLY, FindingCode.SHORT_PATIENCE}
 _RULES_OUT = {
-    FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING: {
-        FindingCode.CLIPPING_WORKS,
-        FindingCode.OVER_CLIPPED,
-    },
-    FindingCode.EXPLODING: {FindingCode.CLIPPING_WORKS, FindingCode.OVER_CLIPPED},
-    FindingCode.SKIP_STORM: {FindingCode.CLIPPING_WORKS},
+    FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING: _GOOD,
+    FindingCode.NONFINITE_PARAMETERS: _GOOD | _ENDS,
+    FindingCode.EXPLODING: {*_GOOD, *_ENDS, FindingCode.RATE_TOO_HIGH},
+    FindingCode.RATE_TOO_HIGH: _GOOD | _ENDS,
+    FindingCode.SKIP_STORM: {FindingCode.CLIPPING_WORKS, FindingCode.STEPS_SKIPPED},
     FindingCode.OVER_CLIPPED: {FindingCode.CLIPPING_WORKS},
     FindingCode.DIRECTION_DISTORTED: {FindingCode.CLIPPING_WORKS},
+    FindingCode.OVERFITTING: _ENDS,
 }
 _KNOWN = {"train_loss", "val_loss", "value", "grad_norm"}
 _ORDER = [Severity.ERROR, Severity.WARNING, Severity.INFO]
@@ -92,10 +106,12 @@ class Diagnosis:
         self._step = facts.step
         before = {f.code for f in self.findings()}
         for rule in self._rules:
-            evidence = rule.update(facts)
-            if evidence is not None:
-                self._hold(rule.code, evidence)
-            elif rule.code in _STANDING:
+            found = rule.update(facts)
+            if isinstance(found, tuple):
+                self._hold(*found)
+            elif found is not None:
+                self._hold(rule.code, found)
+            elif getattr(rule, "code", None) in _STANDING:
                 self._held.pop(rule.code, None)
         self._endings.update(facts)
         return [f for f in self.findings() if f.code not in before]
@@ -114,7 +130,7 @@ class Diagnosis:
     def finish(self) -> list[Finding]:
         """The findings of a run that ends here, with those about its end."""
         ending = self._endings.finish()
-        if ending is not None and FindingCode.OVERFITTING not in self._held:
+        if ending is not None:
             self._hold(*ending)
         return self.findings()
 
@@ -127,6 +143,8 @@ class Diagnosis:
             step = self._step if before is None else before.step
             severity = code.severity
             if evidence.get("phase") == "warm-up":
+                severity = Severity.INFO
+            if evidence.get("loss_then") == "falls well":
                 severity = Severity.INFO
             self._held[code] = Finding(code, severity, evidence, code.advice, step)
 

@@ -94,6 +94,47 @@ class FindingCode(enum.StrEnum):
         "by zero, overflow in float16, a broken batch. `guard` skips steps with "
         "non-finite gradients, and `skipped_steps(opt_state, params)` names the leaf.",
     )
+    NONFINITE_BATCH = (
+        "NONFINITE_BATCH",
+        Severity.WARNING,
+        "A few steps had gradients that are not finite, though norms were calm before: "
+        "the input or the numerics are at fault, not the learning rate.",
+        "Look at the batches of these steps, and for a log or a division by zero. "
+        "`guard` skips such steps, and `skipped_steps(opt_state, params)` names the "
+        "leaf.",
+    )
+    STEPS_SKIPPED = (
+        "STEPS_SKIPPED",
+        Severity.INFO,
+        "The guard skipped some steps.",
+        "`skipped_steps(opt_state, params)` tells the reason, the norm and the leaf.",
+    )
+    ZERO_GRADIENTS = (
+        "ZERO_GRADIENTS",
+        Severity.INFO,
+        "Many steps had a gradient of exactly zero: they taught nothing.",
+        "If advantages are taken within groups, these are groups of equal rewards: make "
+        "the prompts easier or harder, or the groups larger. Else look for a mask or a "
+        "`stop_gradient` that cuts the loss off.",
+    )
+    NONFINITE_PARAMETERS = (
+        "NONFINITE_PARAMETERS",
+        Severity.ERROR,
+        "From here on nothing was finite any more: the parameters are not.",
+        "Nothing heals them: go back to a checkpoint from before that step.",
+    )
+    RATE_TOO_HIGH = (
+        "RATE_TOO_HIGH",
+        Severity.ERROR,
+        "The learning rate is too high.",
+        "Lower the learning rate.",
+    )
+    TOO_FEW_ROWS = (
+        "TOO_FEW_ROWS",
+        Severity.INFO,
+        "There are too few rows to judge the run.",
+        "Record more rows.",
+    )
     LOSS_SPIKE_WITHOUT_NORM_SPIKE = (
         "LOSS_SPIKE_WITHOUT_NORM_SPIKE",
         Severity.WARNING,
