@@ -45,7 +45,7 @@ class Treatment(NamedTuple):
         first bad row is at most 3 times the median of the 20 rows before.
       true: Findings that follow from what was done; counted neither way.
       kind: ``clip`` by global norm, ``guard`` around that, or clip by ``value``.
-      only: Models that it is done to; if empty, all that have no treatment of their own.
+      only: Models that it is done to; if empty, all without a treatment of their own.
       on_policy: Whether it is done to the policy, too, whose loss tells nothing.
       ends: How the record ends: where the run does, ``cut`` at a third, after ``four``
         rows, or where ``patience`` stops it on few validation examples.
@@ -231,6 +231,7 @@ def _is_above(times: float, norms: list[float], before: list[float]) -> bool:
 
 def _has_moved(rows: list[Row], untreated: list[Row]) -> bool:
     without = {row["step"]: row["grad_norm_mean"] for row in untreated}
-    return statistics.median(
-        row["grad_norm_mean"] / without[row["step"]] for row in rows
-    ) >= 3
+    return (
+        statistics.median(row["grad_norm_mean"] / without[row["step"]] for row in rows)
+        >= 3
+    )

@@ -391,6 +391,6 @@ def too_long(settings: Settings) -> list[Run]:
                 }
                 for j in range(settings.too_long)
             ]
-            due, true = findings_of(TOO_LONG_TITLE, name, rows)
+            due, true = findings_of(TOO_LONG_TITLE, name, rows, [])
             runs.append(Run(TOO_LONG_TITLE, name, seed, rows, due, true))
     return runs

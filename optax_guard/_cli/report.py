@@ -14,6 +14,7 @@ from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.history import History
 from optax_guard._records.readers import Row, find_file
 from optax_guard._records.suggest import FEWEST, usable_norms
+from optax_guard._records.table import thinned
 from optax_guard.analysis._leaf_columns import has_leaves
 from optax_guard.analysis._table import table
 
@@ -163,15 +164,9 @@ def _note(report: Report) -> str:
 
 
 def _thinned(report: Report) -> list[Row]:
-    """Rows at equal distances, with the last row and the rows of findings."""
-    rows = list(report.history)
-    stride = -(-len(rows) // _MOST_ROWS)
+    """The rows of the table."""
     steps = {finding.step for finding in report.findings}
-    return [
-        row
-        for i, row in enumerate(rows)
-        if (len(rows) - 1 - i) % stride == 0 or row["step"] in steps
-    ]
+    return thinned(list(report.history), steps, _MOST_ROWS)
 
 
 def fresh(path: Path) -> Path:

@@ -9,6 +9,7 @@ from optax_guard._records.facts import FactReader
 from optax_guard._records.findings import Evidence, Finding, FindingCode, Severity
 from optax_guard._records.readers import rename
 from optax_guard._records.rules_clipping import (
+    FALLS_WELL,
     ClippedTooLate,
     ClippingWorks,
     DirectionDistorted,
@@ -66,6 +67,12 @@ _RULES_OUT = {
     FindingCode.DIRECTION_DISTORTED: {FindingCode.CLIPPING_WORKS},
     FindingCode.OVERFITTING: _ENDS,
 }
+# Findings that steps of the guard's record explain.
+_NAMED = {
+    FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING,
+    FindingCode.NONFINITE_BATCH,
+    FindingCode.STEPS_SKIPPED,
+}
 _KNOWN = {"train_loss", "val_loss", "value", "grad_norm"}
 _ORDER = [Severity.ERROR, Severity.WARNING, Severity.INFO]
 
@@ -93,7 +100,7 @@ class Diagnosis:
         skipped_steps = list(skipped_steps)
         for each in skipped_steps:
             check_kind("skipped_steps", each, SkippedStep, "a list of `SkippedStep`")
-        self._leaf = next((r.leaf for r in skipped_steps if r.leaf is not None), None)
+        self._skipped = skipped_steps
         self._facts = FactReader()
         self._rules = [rule() for rule in _RULES]
         self._endings = Endings()
@@ -135,18 +142,30 @@ class Diagnosis:
         return self.findings()
 
     def _hold(self, code: FindingCode, evidence: Evidence) -> None:
-        if code == FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING and self._leaf:
-            evidence = {**evidence, "leaf": str(self._leaf)}
         before = self._held.get(code)
         # An event keeps the evidence of the row at which it first held.
         if before is None or code in _STANDING or "phase" in evidence:
             step = self._step if before is None else before.step
             severity = code.severity
-            if evidence.get("phase") == "warm-up":
+            if (
+                evidence.get("phase") == "warm-up"
+                or evidence.get("loss_then") == FALLS_WELL
+            ):
                 severity = Severity.INFO
-            if evidence.get("loss_then") == "falls well":
-                severity = Severity.INFO
+            evidence = evidence | self._named_steps(code)
             self._held[code] = Finding(code, severity, evidence, code.advice, step)
+
+    def _named_steps(self, code: FindingCode) -> Evidence:
+        """The leaf of a loss that is lost; steps and reasons of those skipped."""
+        if not self._skipped or code not in _NAMED:
+            return {}
+        leaf = next((x.leaf for x in self._skipped if x.leaf is not None), None)
+        named: Evidence = {} if leaf is None else {"leaf": str(leaf)}
+        if code == FindingCode.STEPS_SKIPPED:
+            named["at_steps"] = ", ".join(
+                f"{x.update} ({x.reason.name})" for x in self._skipped[-5:]
+            )
+        return named
 
 
 def diagnose(

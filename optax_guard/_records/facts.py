@@ -39,8 +39,8 @@ class Facts(NamedTuple):
         over the row's steps, or that of its last step.
       leaf_norm_ratio: Of the matrices, the smallest norm of a leaf's gradients in units
         of the largest.
-      start_loss: The loss before training: the user's baseline, else the evaluation
-        before the first step, else NaN.
+      start_loss: The loss before training: the user's baseline, else the validation
+        loss before the first step, else NaN.
       typical_norm: Geometric mean of the finite norms above 0 of all rows before.
       num_norms: How many such norms there are.
       past_norms: The last of these norms, at most `RECENT`.
@@ -105,7 +105,10 @@ class FactReader:
         is_val_lost = not math.isfinite(val) and ("val_loss" in row or "value" in row)
         is_known = self._num_norms > 0
         if math.isnan(self._start_loss):
-            self._start_loss = row.get("baseline", get("initial_value"))
+            self._start_loss = row.get("baseline", math.nan)
+            if math.isnan(self._start_loss) and "val_loss" in row:
+                # Under another name it may be no loss, but an accuracy.
+                self._start_loss = get("initial_value")
         facts = Facts(
             step=int(row["step"]),
             num_steps=num_steps,

@@ -7,6 +7,9 @@ from statistics import median
 from optax_guard._records.facts import Facts, mean, noise
 from optax_guard._records.findings import Evidence, FindingCode
 
+# The evidence of OVER_CLIPPED if a tight threshold does no harm.
+FALLS_WELL = "falls well"
+
 
 class ClippingWorks:
     """Steps are clipped, and the loss falls."""
@@ -99,7 +102,7 @@ class OverClipped:
             "phase": phase,
             "clip_share": overall,
             "norm_over_threshold": self._times,
-            "loss_then": "falls slowly" if self._was_slow else "falls well",
+            "loss_then": "falls slowly" if self._was_slow else FALLS_WELL,
             "first_loss": f.first_loss,
             "loss": f.loss,
         }

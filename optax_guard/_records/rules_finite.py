@@ -1,4 +1,4 @@
-"""Rules of the diagnosis about numbers that are not finite, and steps skipped for it."""
+"""Rules of the diagnosis about numbers that are not finite, and skipped steps."""
 
 import math
 from collections import deque

@@ -1,5 +1,6 @@
 """Rules of the diagnosis about losses. `diagnose` explains their numbers."""
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ from typing import NamedTuple
 
 from optax_guard._records.facts import Facts, is_calm, mean, noise, unit_of
 from optax_guard._records.findings import Evidence, FindingCode
-
 
 # Most rules need as many rows before they say anything.
 _FEWEST = 8
@@ -26,7 +26,7 @@ class LossSpike:
             return None
         if len(past) < 3 or not math.isfinite(f.loss) or f.update_ratio > 0.05:
             return None
-        rises = [b - a for a, b in zip(past, past[1:], strict=False)]
+        rises = [b - a for a, b in itertools.pairwise(past)]
         needed = max(
             6 * noise(past),
             10 * unit_of([*past, f.loss]),
@@ -50,7 +50,7 @@ class LossSpike:
 
 
 class Overfitting:
-    """The validation loss rises steadily from its best while the training loss falls."""
+    """The validation loss rises steadily from its best while training goes on."""
 
     code = FindingCode.OVERFITTING
 
@@ -206,9 +206,7 @@ def line_through(values: Sequence[float]) -> Line:
     deviation = max(math.sqrt(sum(squares) / (n - 2)), 1e-9, unit_of(values) / unit)
     error = deviation / math.sqrt(n * (n * n - 1) / 12)
     size = mean(map(abs, scaled)) or 1.0
-    return Line(
-        slope * unit, deviation * unit, slope / error, -slope * (n - 1) / size
-    )
+    return Line(slope * unit, deviation * unit, slope / error, -slope * (n - 1) / size)
 
 
 def trend(values: Sequence[float]) -> float:

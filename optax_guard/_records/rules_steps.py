@@ -4,7 +4,7 @@ import math
 from collections import deque
 from statistics import median
 
-from optax_guard._records.facts import Facts, mean, noise
+from optax_guard._records.facts import Facts
 from optax_guard._records.findings import Evidence, FindingCode
 from optax_guard._records.rules_finite import have_risen, is_lost
 
@@ -19,12 +19,8 @@ class Unstable:
         self._risen_rows = 0
         self._largest = math.nan
         self._first_val = math.nan
-        self._ratios: deque[float] = deque(maxlen=3)
-        self._vals: deque[float] = deque(maxlen=5)
-        self._means: deque[float] = deque(maxlen=3)
-        self._best_mean = math.inf
-        self._last_val = math.nan
-        self._jumps: deque[float] = deque(maxlen=5)
+        self._past_ratios: deque[float] = deque(maxlen=8)
+        self._vals: deque[float] = deque(maxlen=3)
 
     def update(self, facts: Facts) -> Ruling | None:
         """The finding, if the rule holds at this row."""
@@ -61,18 +57,31 @@ class Unstable:
         return None
 
     def _from_losses(self, f: Facts) -> Evidence | None:
+        before = median(self._past_ratios or [math.nan])
+        if math.isfinite(f.update_ratio):
+            self._past_ratios.append(f.update_ratio)
         if f.is_loss_nonfinite:
             return None
-        if math.isfinite(f.update_ratio):
-            self._ratios.append(f.update_ratio)
         if math.isfinite(f.val):
             self._vals.append(f.val)
-        start, ratio = f.start_loss, median(self._ratios or [0.0])
-        if len(self._ratios) >= 2:
-            is_high = f.loss > 0.95 * start
-            if ratio > 0.1 or (ratio > 0.05 and is_high):
-                return {"update_ratio": ratio, "loss": f.loss, "start_loss": start}
-        vals = list(self._vals)
-        if len(vals) >= 3 and min(vals[-3:]) > start:
+        start, recent = f.start_loss, list(self._past_ratios)[-3:]
+        ratio = median(recent or [0.0])
+        # Healthy runs had at most 0.017, in their first row.
+        is_large = f.update_ratio > 0.03
+        is_first = not f.past_losses and f.train > 1.05 * start
+        is_jump = f.update_ratio > 10 * before and f.loss > max(
+            f.past_losses[-5:], default=math.inf
+        )
+        is_lasting = len(recent) >= 2 and (
+            ratio > 0.1 or (ratio > 0.05 and f.loss > 0.95 * start)
+        )
+        if is_lasting or (is_large and (is_first or is_jump)):
+            return {
+                "update_ratio": f.update_ratio,
+                "ratio_before": before,
+                "loss": f.loss,
+                "start_loss": start,
+            }
+        if len(self._vals) == 3 and min(self._vals) > start:
             return {"val_loss": f.val, "start_loss": start}
         return None

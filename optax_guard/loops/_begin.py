@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
 from optax_guard.loops._checkpoint import Checkpointer, Store, open_store
-from optax_guard.loops._evaluation import tracked
+from optax_guard.loops._evaluation import VALUE, named_values, tracked
 from optax_guard.loops._host import Interrupt, Record
 from optax_guard.loops._host_run import Ending, HostRun, Plan
 from optax_guard.loops._inputs import check_steps, copied
@@ -28,6 +30,7 @@ def open_run(
     loggers: Sequence[Logger],
     progress: bool | Progress,
     checkpointer: Checkpointer | None,
+    baseline: float | None,
 ) -> HostRun:
     """The run before its first step here. The stack closes all that it has opened."""
     # Signals come first, so that they are held until the last checkpoint is written.
@@ -56,10 +59,25 @@ def open_run(
         rewound=start.rewound,
         evaluated_at=start.step,
         ending=_ending_at_start(start, num_steps),
+        first_items={} if start.history else _first_items(plan, start, baseline),
         origins=SkipOrigins(plan.train_step, plan.batch_at, start.step)
         if plan.explains_skips
         else None,
     )
+
+
+def _first_items(plan: Plan, start: Snapshot, baseline: float | None) -> dict[str, Any]:
+    """The losses to which those of the run will be compared."""
+    items: dict[str, Any] = {}
+    if baseline is not None:
+        items["baseline"] = np.float32(baseline)
+    if plan.evaluate is not None:
+        values = named_values(plan.evaluate(start.state))
+        names = [x for x in (VALUE, "val_loss") if x in values]
+        names += [x for x in values if "loss" in x]
+        if names:
+            items["initial_value"] = values[names[0]]
+    return items
 
 
 def _first_snapshot(

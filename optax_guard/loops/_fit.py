@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import optax
 
-from optax_guard._checks import static_count
+from optax_guard._checks import static_count, static_number
 from optax_guard._public import answers_wrong_calls
 from optax_guard._records.progress import Progress
 from optax_guard._records.writers import Logger
@@ -46,6 +46,7 @@ def fit(
     rewind: Rewind | None = None,
     learning_rate: optax.Schedule | None = None,
     on_skip: Literal["explain"] | None = None,
+    baseline: float | None = None,
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -125,6 +126,9 @@ def fit(
         origin is printed and kept in ``origins``, at most five in a run. Without skips
         this costs nothing. ``batches`` must be a function, each step must be an update,
         and the run must have one process.
+      baseline: The validation loss of a guess without learning, such as the entropy of
+        the classes. `diagnose` compares the losses of the run with it; without it, with
+        the evaluation before the first step.
 
     Returns:
       A `FitResult`. A row of the history has these items, as Python numbers:
@@ -143,6 +147,18 @@ def fit(
         a rewind has undone. With `accumulate` also ``num_dropped``, the micro-batches
         that were dropped, and the rates are shares of accumulated steps;
       * ``learning_rate`` of the last update, if the state or `learning_rate` has it;
+      * ``update_ratio``: norm of a step in units of that of the parameters. With
+        ``max_update`` of `guard` it is a mean, as above; else it is that of the last
+        step before the row, for which `fit` holds one more copy of the parameters, and
+        0 if that step was skipped;
+      * ``leaf_norm_ratio``, with two matrices or more: of these, the smallest norm of a leaf's gradients in
+        units of the largest; the gradients are the optimizer's mean of past ones, or
+        the last step if it keeps none;
+      * ``initial_value``, in the first row only: the value before the first step, for
+        which ``evaluate`` is called once more. Of a dict it is ``val_loss``, else the
+        first value with "loss" in its name. The stopper is not told of it;
+      * ``baseline``, in the first row only: the argument;
+      * ``stop_reason``, in the row at which the stopper stops: its `StopReason`;
       * ``rewinds``, with `rewind`: rewinds so far;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
@@ -174,6 +190,10 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
+    if baseline is not None:
+        baseline = float(
+            static_number("baseline", baseline, "a row holds it")
+        )
     batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
@@ -204,6 +224,7 @@ def fit(
             loggers=loggers,
             progress=progress,
             checkpointer=checkpointer,
+            baseline=baseline,
         )
         while run.ending is None:
             train_interval(run)

@@ -12,7 +12,7 @@ _MEANS = ("mu", "trace")
 
 
 def last_step_facts(before: Any, params: Any, opt_state: Any) -> dict[str, jax.Array]:
-    """How far the last step moved the parameters, and how unequal the layers' norms are.
+    """How far the last step moved the parameters, and how unequal layers are.
 
     Args:
       before: The parameters before the step.
@@ -21,11 +21,11 @@ def last_step_facts(before: Any, params: Any, opt_state: Any) -> dict[str, jax.A
 
     Returns:
       ``update_ratio``, float32[]: the norm of the step in units of that of the
-      parameters before it; NaN if nothing moved, as in a step that was skipped.
-      ``leaf_norm_ratio``, float32[]: of the matrices, the smallest norm of a leaf's
-      gradients in units of the largest. The gradients are the optimizer's mean of past
-      ones (``mu``, ``trace``) if it keeps one, else the step. NaN if there are no two
-      matrices. A leaf that is exactly zero is frozen, and does not count.
+      parameters before it; 0 if nothing moved, as in a step that was skipped.
+      ``leaf_norm_ratio``, float32[], if there are two matrices or more: of these, the
+      smallest norm of a leaf's gradients in units of the largest. The gradients are the
+      optimizer's mean of past ones (``mu``, ``trace``) if it keeps one, else the step.
+      A leaf that is exactly zero is frozen, and does not count.
     """
     pairs = [
         (x, y)
@@ -34,11 +34,15 @@ def last_step_facts(before: Any, params: Any, opt_state: Any) -> dict[str, jax.A
     ]
     steps = [y - x for x, y in pairs]
     moved, size = _norm(_norms(steps)), _norm(_norms([x for x, _ in pairs]))
-    ratio = moved / jnp.where(size > 0, size, 1)
-    return {
-        "update_ratio": jnp.where((moved > 0) & (size > 0), ratio, jnp.nan),
-        "leaf_norm_ratio": _smallest_to_largest(_gradients(opt_state) or steps),
-    }
+    facts = {"update_ratio": moved / jnp.where(size > 0, size, 1)}
+    matrices = [x for x in _gradients(opt_state) or steps if jnp.ndim(x) >= 2]
+    if len(matrices) >= 2:
+        norms = _norms(matrices)
+        smallest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
+        largest = jnp.max(norms)
+        ratio = smallest / jnp.where(largest > 0, largest, 1)
+        facts["leaf_norm_ratio"] = jnp.where(largest > 0, ratio, jnp.nan)
+    return facts
 
 
 def _gradients(opt_state: Any) -> list[jax.Array]:
@@ -47,14 +51,6 @@ def _gradients(opt_state: Any) -> list[jax.Array]:
         for state in states_with(opt_state, name):
             return [x for x in jax.tree.leaves(getattr(state, name)) if is_inexact(x)]
     return []
-
-
-def _smallest_to_largest(leaves: list[jax.Array]) -> jax.Array:
-    norms = _norms([x for x in leaves if jnp.ndim(x) >= 2])
-    if norms.size < 2:
-        return jnp.full((), jnp.nan, jnp.float32)
-    smallest, largest = jnp.min(jnp.where(norms > 0, norms, jnp.inf)), jnp.max(norms)
-    return jnp.where(largest > 0, smallest / jnp.where(largest > 0, largest, 1), jnp.nan)
 
 
 def _norms(leaves: list[jax.Array]) -> jax.Array:
