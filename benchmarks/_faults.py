@@ -80,9 +80,10 @@ SPIKE = codes("LOSS_SPIKE_WITHOUT_NORM_SPIKE")
 BROKEN = codes("NONFINITE_BATCH", "NONFINITE_PARAMETERS")
 # As may these where norms are of another size for good.
 OTHER_SCALE = codes("CLIPPING_WORKS", "OVER_CLIPPED")
+UNTREATED = "healthy, clip at the typical norm"
 TREATMENTS = {
     "healthy, no clip": Treatment(Fault(), on_policy=True),
-    "healthy, clip at the typical norm": Treatment(Fault(clip=1.0), WORKS),
+    UNTREATED: Treatment(Fault(clip=1.0), WORKS),
     "healthy, 1 batch in 50 NaN, guarded": Treatment(
         Fault(clip=1.0, end=1.0, share=0.02, loss_factor=NAN),
         WORKS | codes("STEPS_SKIPPED"),

@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 import optax_guard as og
 from benchmarks import _held_out, _text_run, generalization
-from benchmarks._faults import TOO_LONG_TITLE, TREATMENTS, Fault, findings_of
+from benchmarks._faults import TOO_LONG_TITLE, TREATMENTS, UNTREATED, Fault, findings_of
 from benchmarks._small_runs import (
     NUM_DIGITS,
     Data,
@@ -323,7 +323,7 @@ def runs_of(name: str, titles: tuple[str, ...], settings: Settings) -> list[Run]
             if initial is not None:
                 rows[0]["initial_value"] = initial[i].item()
             runs += ended(Run(title, name, seed, rows), subject.decimals)
-    return runs
+    return with_findings(runs)
 
 
 def first_values(subject: Subject, seeds: np.ndarray) -> np.ndarray | None:
@@ -364,8 +364,18 @@ def ended(run: Run, decimals: int | None = None) -> list[Run]:
         if last < 0 or min(fulls) > 0.95 * min(fulls[: last + 1]):
             return []
     rows = [_recorded(row, decimals) for row in rows[: last + 1]]
-    due, true = findings_of(run.treatment, run.subject, rows)
-    return [run._replace(rows=rows, due=due, true=true)]
+    return [run._replace(rows=rows)]
+
+
+def with_findings(runs: list[Run]) -> list[Run]:
+    """The runs with the findings that are due and true."""
+    untreated = {run.seed: run.rows for run in runs if run.treatment == UNTREATED}
+    found = []
+    for run in runs:
+        twin = untreated.get(run.seed, [])
+        due, true = findings_of(run.treatment, run.subject, run.rows, twin)
+        found.append(run._replace(due=due, true=true))
+    return found
 
 
 def _recorded(row: Row, decimals: int | None) -> Row:

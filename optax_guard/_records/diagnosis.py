@@ -139,6 +139,8 @@ class Diagnosis:
         ending = self._endings.finish()
         if ending is not None:
             self._hold(*ending)
+        elif not self._held and (too_few := self._endings.too_few()):
+            self._hold(*too_few)
         return self.findings()
 
     def _hold(self, code: FindingCode, evidence: Evidence) -> None:
@@ -147,10 +149,8 @@ class Diagnosis:
         if before is None or code in _STANDING or "phase" in evidence:
             step = self._step if before is None else before.step
             severity = code.severity
-            if (
-                evidence.get("phase") == "warm-up"
-                or evidence.get("loss_then") == FALLS_WELL
-            ):
+            does_no_harm = evidence.get("loss_then") == FALLS_WELL
+            if does_no_harm or evidence.get("phase") == "warm-up":
                 severity = Severity.INFO
             evidence = evidence | self._named_steps(code)
             self._held[code] = Finding(code, severity, evidence, code.advice, step)

@@ -180,23 +180,25 @@ def noise(values: Sequence[float]) -> float:
 
     It is measured by the median size of second differences. A trend does not change
     that, and a few jumps hardly do. For normal noise the median is 0.6745 * sqrt(6)
-    standard deviations. Rounded values have at least the noise of one unit of their
-    last decimal.
+    standard deviations. Rounded values have at least the noise of the rounding.
     """
     if len(values) < 3:
         return 0.0
     triples = zip(values, values[1:], values[2:], strict=False)
     # A third of each, so that finite losses have a finite sum.
     spread = 3 * median(abs(a / 3 - 2 * (b / 3) + c / 3) for a, b, c in triples)
-    return max(spread / (0.6745 * 6**0.5), unit_of(values))
+    # Rounding moves a value by up to half a unit, evenly.
+    return max(spread / (0.6745 * 6**0.5), unit_of(values) / 12**0.5)
 
 
 def unit_of(values: Sequence[float]) -> float:
     """The unit of the last decimal of values that are rounded to at most 6; else 0."""
-    for decimals in range(1, 7):
-        if all(x == round(x, decimals) for x in values):
-            return 10.0**-decimals
-    return 0.0
+    decimals = 6
+    if any(x != round(x, decimals) for x in values):
+        return 0.0
+    while decimals > 1 and all(x == round(x, decimals - 1) for x in values):
+        decimals -= 1
+    return 10.0**-decimals
 
 
 def mean(values: Iterable[float]) -> float:

@@ -39,10 +39,11 @@ class ClippingWorks:
         # One noisy value says little: take means of three.
         losses = [*f.past_losses, f.loss]
         first, lately = mean(self._first), mean(losses[-3:])
-        needed = max(0.05 * abs(first), 4 * noise(losses))
-        is_falling = lately < first - needed
         is_clipped = f.has_clip and self._shares[0] > 0
-        if self._num_losses < 4 or not (is_falling and is_clipped):
+        if self._num_losses < 4 or not is_clipped:
+            return None
+        fall = first - lately
+        if not fall > 0.05 * abs(first) or not fall > 4 * noise(losses):
             return None
         return {
             "clip_share": self._shares[0] / self._shares[1],

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from optax_guard._records.facts import Facts, is_calm, mean, noise, unit_of
 from optax_guard._records.findings import Evidence, FindingCode
 
-# Most rules need as many rows before they say anything.
-_FEWEST = 8
+# With fewer rows nearly all rules are silent.
+_FEWEST = 5
 
 
 class LossSpike:
@@ -26,20 +26,17 @@ class LossSpike:
             return None
         if len(past) < 3 or not math.isfinite(f.loss) or f.update_ratio > 0.05:
             return None
-        rises = [b - a for a, b in itertools.pairwise(past)]
-        needed = max(
-            6 * noise(past),
-            10 * unit_of([*past, f.loss]),
-            0.2 * abs(median(past[-5:])),
-            # Near to zero, a rise by a share of the loss is none.
-            0.02 * abs(f.first_loss),
-            # Losses with heavy tails have such rises now and then.
-            2 * max(rises),
-        )
+        # Near to zero, a rise by a share of the loss is none.
+        rise, least = f.loss - max(past[-5:]), 0.02 * abs(f.first_loss)
+        if rise <= max(least, 0.2 * abs(median(past[-5:]))):
+            return None
+        # Losses with heavy tails have such rises now and then.
+        largest = max(b - a for a, b in itertools.pairwise(past))
+        needed = max(2 * largest, 6 * noise(past), 10 * unit_of([*past, f.loss]))
         if len(past) < 8:
             # So few do not tell the noise: their range stands in for it.
             needed = max(needed, 2 * (max(past) - min(past)))
-        if f.loss - max(past[-5:]) <= needed:
+        if rise <= needed:
             return None
         return {
             "loss": f.loss,
@@ -79,13 +76,14 @@ class Overfitting:
         if len(vals) >= 3:
             self._best_mean = min(self._best_mean, lately)
         rise = lately - self._best_mean
-        is_high = rise > max(0.02 * abs(self._best_mean), 5 * noise(vals))
-        if self._num_since < 5 or not is_high:
+        if self._num_since < 5 or self._train_rose:
+            return None
+        if rise <= 0.02 * abs(self._best_mean) or rise <= 5 * noise(vals):
             return None
         # One step that makes half of the rise is an accident, not overfitting.
-        if self._largest_rise > 0.5 * rise and self._largest_rise > 5 * noise(vals):
+        if self._largest_rise > max(0.5 * rise, 5 * noise(vals)):
             return None
-        if self._train_rose or not self._is_steady():
+        if not self._is_steady():
             return None
         return {
             "best_val_loss": self._best,
@@ -106,8 +104,9 @@ class Overfitting:
         else:
             self._num_since += 1
             self._largest_rise = max(self._largest_rise, val - before)
-            limit = max(0.2 * abs(self._train_at_best), 6 * noise(list(self._trains)))
-            self._train_rose |= train > self._train_at_best + limit
+            rise = train - self._train_at_best
+            if rise > 0.2 * abs(self._train_at_best):
+                self._train_rose |= rise > 6 * noise(list(self._trains))
         self._since.append((val, train))
 
     def _is_steady(self) -> bool:
@@ -141,13 +140,6 @@ class Endings:
 
     def finish(self) -> tuple[FindingCode, Evidence] | None:
         """The finding on a run that ends here, with its evidence."""
-        if 0 < self._num_all < _FEWEST:
-            return FindingCode.TOO_FEW_ROWS, {
-                "rows": self._num_all,
-                "needed": _FEWEST,
-                "not_judged": "the end of the run, overfitting, clipping too much, "
-                "vanishing",
-            }
         n, since = self._num_rows, self._since_best
         is_best_late = n >= 10 and since <= 2
         is_cut = n >= 6 and 3 <= since <= 6
@@ -177,6 +169,16 @@ class Endings:
         if val.fall > 0.02 and val.t < -6 and train.slope < 0:
             return True
         return is_cut and train.fall > 0.05 and train.t < -4 and val.slope < 0
+
+    def too_few(self) -> tuple[FindingCode, Evidence] | None:
+        """The finding that nothing could be judged."""
+        if not 0 < self._num_all < _FEWEST:
+            return None
+        return FindingCode.TOO_FEW_ROWS, {
+            "rows": self._num_all,
+            "needed": _FEWEST,
+            "not_judged": "overfitting, vanishing gradients, the threshold, the end",
+        }
 
 
 class Line(NamedTuple):

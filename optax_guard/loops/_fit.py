@@ -191,9 +191,7 @@ def fit(
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
     if baseline is not None:
-        baseline = float(
-            static_number("baseline", baseline, "a row holds it")
-        )
+        baseline = float(static_number("baseline", baseline, "a row holds it"))
     batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
