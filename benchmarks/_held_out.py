@@ -61,14 +61,17 @@ def _patches(x: jax.Array) -> jax.Array:
 
 def fine_tuning() -> Task:
     """Digits by parameters that have seen a quarter of them before."""
-    task = digits(1200, label_noise=0.0)
-    return task._replace(init=lambda key: jax.tree.map(jnp.asarray, _pretrained()))
+    pretrained = _pretrained()  # Here, because `init` is traced.
+    return digits(1200, label_noise=0.0)._replace(
+        init=lambda key: jax.tree.map(jnp.asarray, pretrained)
+    )
 
 
 @functools.cache
 def _pretrained() -> Any:
     task = digits(300, label_noise=0.0)
-    data, tx = task.split(7)["train"], optax.adam(1e-3)
+    data = jax.tree.map(jnp.asarray, task.split(7)["train"])
+    tx = optax.adam(1e-3)
 
     def step(carry: Any, i: jax.Array) -> Any:
         params, state = carry
@@ -82,8 +85,7 @@ def _pretrained() -> Any:
         params = task.init(jax.random.key(7))
         return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(250))[0][0]
 
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(np.asarray, run())
+    return jax.tree.map(np.asarray, run())
 
 
 class Prompts(NamedTuple):

@@ -138,7 +138,7 @@ def policy() -> Subject:
         batch_size=2,
         optimizer=optax.adam,
         learning_rate=1e-3,
-        typical_norm=2.0,
+        typical_norm=1.15,
         failures=made.failures,
         eval_every=1,
     )
@@ -150,9 +150,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "lstm": lstm,
     "tiny weights": lambda: of_task(deep(jnp.tanh, 0.1, False), sgd, 0.05, 1.0),
     "sigmoid layers": lambda: of_task(deep(jax.nn.sigmoid, 1.0, True), sgd, 0.05, 1.0),
-    "convolution": lambda: of_task(_held_out.convolution(), optax.adam, 3e-3, 1.0),
+    "convolution": lambda: of_task(_held_out.convolution(), optax.adam, 3e-3, 1.65),
     "fine-tuning": lambda: of_task(
-        _held_out.fine_tuning(), optax.adamw, 3e-4, 1.0
+        _held_out.fine_tuning(), optax.adamw, 3e-4, 0.95
     )._replace(decimals=4),
     "policy": policy,
 }
@@ -250,7 +250,7 @@ def build(
 class Settings(NamedTuple):
     """How much is run; `rows` of each run are recorded."""
 
-    seeds: int = 6
+    seeds: int = 3
     first_seed: int = 100
     steps: int = 600
     lstm_steps: int = 240
@@ -258,6 +258,7 @@ class Settings(NamedTuple):
     rows: int = 50
     too_long: int = 100
     few: int = 16
+    healthy: int = 25
 
 
 class Run(NamedTuple):
@@ -338,6 +339,27 @@ def first_values(subject: Subject, seeds: np.ndarray) -> np.ndarray | None:
         return subject.loss(params, subject.data["val"], 1.0, False)
 
     return np.asarray(first(seeds))
+
+
+# Model and treatment of the healthy runs.
+KINDS = [
+    ("digits", "healthy, no clip"),
+    ("digits", "healthy, 1 batch in 100 x 1e4, clipped"),
+    ("characters", "healthy, clip at the typical norm"),
+    ("characters", "healthy, 1 batch in 50 NaN, guarded"),
+    ("lstm", "healthy, clip at the typical norm"),
+    ("convolution", "healthy, learning rate / 10 midway"),
+    ("fine-tuning", "healthy, no clip"),
+    ("policy", "healthy, no clip"),
+]
+
+
+def healthy_runs(settings: Settings) -> list[Run]:
+    """Runs of each kind with seeds of their own."""
+    mine = settings._replace(
+        seeds=settings.healthy, first_seed=settings.first_seed + 1000
+    )
+    return [run for name, title in KINDS for run in runs_of(name, (title,), mine)]
 
 
 PATIENCE = og.early_stopping(og.stop.patience(3), nonfinite="wait")
