@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optax_guard._cli.report_html import page
+from optax_guard._cli.report_summary import run_name, summary_of
 from optax_guard._records.diagnosis import diagnose
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.history import History
@@ -98,11 +99,12 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
     files = {"report.md": _as_markdown(report, list(images)).encode(), **images}
     if html:
         files["report.html"] = page(
-            str(report.source),
+            run_name(report.source),
             _note(report),
             report.findings or _NOTHING,
             _thinned(report),
             {_CAPTIONS[name]: image for name, image in images.items()},
+            summary_of(report.history, report.findings),
         ).encode()
     for name, content in files.items():
         fresh(out / name).write_bytes(content)
@@ -119,7 +121,7 @@ def _images(report: Report) -> dict[str, bytes]:
         return {}
     history = report.history
     # A dollar sign would begin a formula.
-    title = report.source.name.replace("$", r"\$")
+    title = run_name(report.source).replace("$", r"\$")
     names = {name for row in history for name in row}
     figures = {
         "history.png": plotting.plot_history(
@@ -143,7 +145,10 @@ def _as_png(figure: Any) -> bytes:
 
 def _as_markdown(report: Report, figures: Sequence[str]) -> str:
     # Names come from outside, and Markdown may contain HTML.
-    parts = [f"# Report on {_escaped(report.source.name)}", _escaped(_note(report))]
+    parts = [
+        f"# Report on {_escaped(run_name(report.source))}",
+        _escaped(_note(report)),
+    ]
     parts += [f"![{_CAPTIONS[name]}]({name})" for name in figures]
     findings = [f"* {_escaped(str(finding))}" for finding in report.findings]
     parts += ["## Findings", *findings]

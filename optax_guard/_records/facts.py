@@ -41,6 +41,7 @@ class Facts(NamedTuple):
         of the largest.
       start_loss: The loss before training: the user's baseline, else the validation
         loss before the first step, else NaN.
+      stop_reason: The `StopReason` of the stopper that stopped here; 0 without one.
       typical_norm: Geometric mean of the finite norms above 0 of all rows before.
       num_norms: How many such norms there are.
       past_norms: The last of these norms, at most `RECENT`.
@@ -68,6 +69,7 @@ class Facts(NamedTuple):
     update_ratio: float
     leaf_norm_ratio: float
     start_loss: float
+    stop_reason: int
     typical_norm: float
     num_norms: int
     past_norms: Sequence[float]
@@ -133,6 +135,7 @@ class FactReader:
             update_ratio=get("update_ratio") or math.nan,
             leaf_norm_ratio=get("leaf_norm_ratio"),
             start_loss=self._start_loss,
+            stop_reason=int(row.get("stop_reason", 0)),
             typical_norm=math.exp(self._log_norms / self._num_norms)
             if is_known
             else math.nan,

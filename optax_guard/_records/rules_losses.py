@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 from optax_guard._records.facts import Facts, is_calm, mean, noise, unit_of
 from optax_guard._records.findings import Evidence, FindingCode
+from optax_guard.stop._rule import StopReason
 
 # With fewer rows nearly all rules are silent.
 _FEWEST = 5
+# At another reason to stop, such as a target, the end is no end of patience.
+_EARLY = {StopReason.RUNNING, StopReason.PATIENCE, StopReason.BUDGET}
 
 
 class LossSpike:
@@ -122,11 +125,13 @@ class Endings:
         self._best = math.inf
         self._num_rows = self._since_best = 0
         self._num_all = 0
+        self._may_be_early = True
 
     def update(self, facts: Facts) -> None:
         """Adds a row."""
         f = facts
         self._num_all += 1
+        self._may_be_early = f.stop_reason in _EARLY
         if f.is_loss_nonfinite:
             # If the loss is not finite, the end of the run says nothing.
             self._rows.clear()
@@ -143,7 +148,9 @@ class Endings:
         n, since = self._num_rows, self._since_best
         is_best_late = n >= 10 and since <= 2
         is_cut = n >= 6 and 3 <= since <= 6
-        if not (is_best_late or is_cut) or not self._still_falls(is_cut):
+        if not self._may_be_early or not (is_best_late or is_cut):
+            return None
+        if not self._still_falls(is_cut):
             return None
         vals = [val for val, _ in self._rows]
         line = line_through(vals)

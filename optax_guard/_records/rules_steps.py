@@ -72,8 +72,10 @@ class Unstable:
         is_jump = f.update_ratio > 10 * before and f.loss > max(
             f.past_losses[-5:], default=math.inf
         )
+        # Few parameters may take large steps to their optimum.
+        is_falling = f.loss < median(f.past_losses[-3:] or [-math.inf])
         is_lasting = len(recent) >= 2 and (
-            ratio > 0.1 or (ratio > 0.05 and f.loss > 0.95 * start)
+            (ratio > 0.1 and not is_falling) or (ratio > 0.05 and f.loss > 0.95 * start)
         )
         if is_lasting or (is_large and (is_first or is_jump)):
             return {

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from optax_guard._checks import check_not_nan, static_number
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
@@ -30,7 +31,7 @@ def open_run(
     loggers: Sequence[Logger],
     progress: bool | Progress,
     checkpointer: Checkpointer | None,
-    baseline: float | None,
+    first_items: dict[str, Any],
 ) -> HostRun:
     """The run before its first step here. The stack closes all that it has opened."""
     # Signals come first, so that they are held until the last checkpoint is written.
@@ -59,25 +60,29 @@ def open_run(
         rewound=start.rewound,
         evaluated_at=start.step,
         ending=_ending_at_start(start, num_steps),
-        first_items={} if start.history else _first_items(plan, start, baseline),
+        first_items={} if start.history else first_items | _first_value(plan, start),
         origins=SkipOrigins(plan.train_step, plan.batch_at, start.step)
         if plan.explains_skips
         else None,
     )
 
 
-def _first_items(plan: Plan, start: Snapshot, baseline: float | None) -> dict[str, Any]:
-    """The losses to which those of the run will be compared."""
-    items: dict[str, Any] = {}
-    if baseline is not None:
-        items["baseline"] = np.float32(baseline)
-    if plan.evaluate is not None:
-        values = named_values(plan.evaluate(start.state))
-        names = [x for x in (VALUE, "val_loss") if x in values]
-        names += [x for x in values if "loss" in x]
-        if names:
-            items["initial_value"] = values[names[0]]
-    return items
+def items_of_baseline(baseline: Any) -> dict[str, Any]:
+    """The argument `baseline` of `fit`, as an item of the first row."""
+    if baseline is None:
+        return {}
+    check_not_nan("baseline", baseline)
+    return {"baseline": np.float32(static_number("baseline", baseline, "rows hold it"))}
+
+
+def _first_value(plan: Plan, start: Snapshot) -> dict[str, Any]:
+    """The value before the first step, as an item of the first row."""
+    if plan.evaluate is None:
+        return {}
+    values = named_values(plan.evaluate(start.state))
+    names = [x for x in (VALUE, "val_loss") if x in values]
+    names += [x for x in values if "loss" in x]
+    return {"initial_value": values[names[0]]} if names else {}
 
 
 def _first_snapshot(

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import optax
 
-from optax_guard._checks import static_count, static_number
+from optax_guard._checks import static_count
 from optax_guard._public import answers_wrong_calls
 from optax_guard._records.progress import Progress
 from optax_guard._records.writers import Logger
-from optax_guard.loops._begin import open_run
+from optax_guard.loops._begin import items_of_baseline, open_run
 from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
 from optax_guard.loops._host import open_source
@@ -151,9 +151,9 @@ def fit(
         ``max_update`` of `guard` it is a mean, as above; else it is that of the last
         step before the row, for which `fit` holds one more copy of the parameters, and
         0 if that step was skipped;
-      * ``leaf_norm_ratio``, with two matrices or more: of these, the smallest norm of a leaf's gradients in
-        units of the largest; the gradients are the optimizer's mean of past ones, or
-        the last step if it keeps none;
+      * ``leaf_norm_ratio``, with two matrices or more: of these, the smallest norm of a
+        leaf's gradients in units of the largest; the gradients are the optimizer's mean
+        of past ones, or the last step if it keeps none;
       * ``initial_value``, in the first row only: the value before the first step, for
         which ``evaluate`` is called once more. Of a dict it is ``val_loss``, else the
         first value with "loss" in its name. The stopper is not told of it;
@@ -190,8 +190,6 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
-    if baseline is not None:
-        baseline = float(static_number("baseline", baseline, "a row holds it"))
     batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
@@ -222,7 +220,7 @@ def fit(
             loggers=loggers,
             progress=progress,
             checkpointer=checkpointer,
-            baseline=baseline,
+            first_items=items_of_baseline(baseline),
         )
         while run.ending is None:
             train_interval(run)
