@@ -69,7 +69,6 @@ def codes(*names: str) -> frozenset[str]:
 
 
 WORKS = codes("CLIPPING_WORKS")
-STILL_FALLS = codes("STOPPED_TOO_EARLY")
 # Of a run that was ruined, all of these may be true.
 RUINED = codes(
     "EXPLODING", "RATE_TOO_HIGH", "REGIME_SHIFT", "VANISHING", "NONFINITE_PARAMETERS"
@@ -117,9 +116,7 @@ TREATMENTS = {
         Fault(clip=1.0, begin=0.5, end=0.52, loss_factor=NAN),
         BROKEN | codes("NONFINITE_LOSS_DESPITE_CLIPPING"),
     ),
-    "clip 100 times too tight": Treatment(
-        Fault(clip=0.01), codes("OVER_CLIPPED"), STILL_FALLS
-    ),
+    "clip 100 times too tight": Treatment(Fault(clip=0.01), codes("OVER_CLIPPED")),
     "clip 100 times too loose": Treatment(
         Fault(clip=100.0), codes("NEVER_CLIPPED"), on_policy=True
     ),
@@ -131,7 +128,7 @@ TREATMENTS = {
     "values clipped far too tight": Treatment(
         Fault(clip=1e-5),
         codes("DIRECTION_DISTORTED"),
-        codes("OVER_CLIPPED") | STILL_FALLS,
+        codes("OVER_CLIPPED"),
         kind="value",
     ),
     "half of the batches NaN, guarded": Treatment(
@@ -144,7 +141,7 @@ TREATMENTS = {
     "skips above 0.7 of the typical norm": Treatment(
         Fault(skip_above=0.7),
         codes("SKIP_STORM"),
-        STILL_FALLS | codes("STEPS_SKIPPED"),
+        codes("STEPS_SKIPPED"),
         kind="guard",
     ),
     "labels shuffled for a while": Treatment(
@@ -167,13 +164,10 @@ TREATMENTS = {
         codes("REGIME_SHIFT"),
         OTHER_SCALE,
     ),
-    "cut off at a third": Treatment(
-        Fault(rate=0.3, decays=0.0), STILL_FALLS, ends="cut"
-    ),
+    "cut off at a third": Treatment(Fault(rate=0.3, decays=0.0), ends="cut"),
     "patience 3 on 16 examples": Treatment(
         Fault(rate=0.3, decays=0.0),
         codes("SHORT_PATIENCE"),
-        STILL_FALLS,
         ends="patience",
     ),
     "recorded for 4 rows": Treatment(

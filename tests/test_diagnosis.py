@@ -121,11 +121,6 @@ CASES = {
             val_loss=[2, 1.7, 1.5, 1.4, 1.38, 1.45, 1.5, 1.6, 1.65, 1.7],
         ),
     ),
-    "STOPPED_TOO_EARLY": (
-        rows(val_loss=FALLING[:12]),
-        # No more than noise, though the last is the best.
-        rows(val_loss=[1, 1.1, 0.95, 1.05, 0.9, 1.1, 0.95, 1.0, 0.92, 0.89]),
-    ),
     "SHORT_PATIENCE": (
         rows(val_loss=NOISY, train_loss=[2 * 0.98**i for i in range(40)]),
         # Training has come to its end.
@@ -332,8 +327,9 @@ def test_huge_batches_under_a_clip_are_no_explosion_and_no_tight_threshold():
 
 
 def test_run_that_was_lost_is_not_told_to_train_on():
-    history = rows(val_loss=[*FALLING[:12], NAN], train_loss=2.0, grad_norm=1.0)
-    assert "STOPPED_TOO_EARLY" not in codes(history)
+    shows, _ = CASES["SHORT_PATIENCE"]
+    history = [*shows, {"step": 41, "val_loss": NAN, "train_loss": 0.8}]
+    assert "SHORT_PATIENCE" not in codes(history)
 
 
 def test_leaf_is_named_if_the_skipped_steps_are_known():

@@ -188,13 +188,6 @@ class FindingCode(enum.StrEnum):
         "Use the parameters of the best evaluation (`early_stopping(stop.patience(5))` "
         "keeps them). Regularize, add data, or make the model smaller.",
     )
-    STOPPED_TOO_EARLY = (
-        "STOPPED_TOO_EARLY",
-        Severity.INFO,
-        "The run ended while the validation loss was still falling.",
-        "Train longer. If a rule stopped the run, raise its patience or lower its "
-        "`min_delta`.",
-    )
     SHORT_PATIENCE = (
         "SHORT_PATIENCE",
         Severity.INFO,

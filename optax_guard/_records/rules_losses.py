@@ -118,7 +118,7 @@ class Overfitting:
 
 
 class Endings:
-    """The last losses, for the two rules about the end of a run."""
+    """The last losses, for the rule about the end of a run."""
 
     def __init__(self):
         self._rows: deque[tuple[float, float]] = deque(maxlen=10)
@@ -146,11 +146,10 @@ class Endings:
     def finish(self) -> tuple[FindingCode, Evidence] | None:
         """The finding on a run that ends here, with its evidence."""
         n, since = self._num_rows, self._since_best
-        is_best_late = n >= 10 and since <= 2
         is_cut = n >= 6 and 3 <= since <= 6
-        if not self._may_be_early or not (is_best_late or is_cut):
+        if not self._may_be_early or not is_cut:
             return None
-        if not self._still_falls(is_cut):
+        if not self._still_falls():
             return None
         vals = [val for val, _ in self._rows]
         line = line_through(vals)
@@ -160,11 +159,9 @@ class Endings:
             "noise": line.deviation,
             "evaluations_since_best": since,
         }
-        if is_best_late:
-            return FindingCode.STOPPED_TOO_EARLY, evidence
         return FindingCode.SHORT_PATIENCE, evidence
 
-    def _still_falls(self, is_cut: bool) -> bool:
+    def _still_falls(self) -> bool:
         vals, trains = zip(*self._rows, strict=True)
         val = line_through(vals)
         knows_train = all(map(math.isfinite, trains))
@@ -175,7 +172,7 @@ class Endings:
             return True
         if val.fall > 0.02 and val.t < -6 and train.slope < 0:
             return True
-        return is_cut and train.fall > 0.05 and train.t < -4 and val.slope < 0
+        return train.fall > 0.05 and train.t < -4 and val.slope < 0
 
     def too_few(self) -> tuple[FindingCode, Evidence] | None:
         """The finding that nothing could be judged."""

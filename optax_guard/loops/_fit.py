@@ -190,24 +190,22 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
-    batch_at = open_source(batches)
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
-    evaluation = Evaluation(
-        compiled_judge(stopper),
-        keeps_best=checkpointer is None,
-        writes_rewinds=rewind is not None,
-    )
     plan = Plan(
         train_step=train_step,
         step=compiled_step(train_step),
-        batch_at=batch_at,
+        batch_at=open_source(batches),
         eval_every=eval_every,
         evaluate=evaluate,
         stopper=stopper,
         rewind=rewind,
         learning_rate=learning_rate,
-        evaluation=evaluation,
+        evaluation=Evaluation(
+            compiled_judge(stopper),
+            keeps_best=checkpointer is None,
+            writes_rewinds=rewind is not None,
+        ),
         explains_skips=on_skip is not None,
     )
     with contextlib.ExitStack() as stack:
