@@ -255,6 +255,26 @@ def test_stop_at_the_last_evaluation_is_seen():
     )
     assert explained(result).startswith("stopped at evaluation 1 (TARGET)")
     assert result.state.step == 4
+    assert [row.get("stop_reason") for row in result.history] == [
+        None,
+        og.StopReason.TARGET,
+    ]
+
+
+def test_run_that_came_to_its_end_says_so_and_keeps_its_baseline():
+    result = fit(
+        made(),
+        train_step,
+        targets,
+        num_steps=4,
+        eval_every=2,
+        evaluate=scripted([2.0, 1.5]),
+        stopper=og.early_stopping(og.stop.target(1.0)),
+        baseline=2.5,
+    )
+    assert og.explain(result).startswith("took all of its 4 steps, best 1.5")
+    assert [row.get("baseline") for row in result.history] == [2.5, None]
+    assert [row.get("initial_value") for row in result.history] == [-1.0, None]
 
 
 def test_rows_come_after_the_next_steps_and_before_the_next_evaluation():
