@@ -114,11 +114,13 @@ class Diagnosis:
         before = {f.code for f in self.findings()}
         for rule in self._rules:
             found = rule.update(facts)
-            if isinstance(found, tuple):
-                self._hold(*found)
+            if isinstance(rule, Unstable):
+                # It holds under one of two codes.
+                if isinstance(found, tuple):
+                    self._hold(*found)
             elif found is not None:
                 self._hold(rule.code, found)
-            elif getattr(rule, "code", None) in _STANDING:
+            elif rule.code in _STANDING:
                 self._held.pop(rule.code, None)
         self._endings.update(facts)
         return [f for f in self.findings() if f.code not in before]
