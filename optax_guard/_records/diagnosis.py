@@ -118,7 +118,7 @@ class Diagnosis:
                 # It holds under one of two codes.
                 if isinstance(found, tuple):
                     self._hold(*found)
-            elif found is not None:
+            elif isinstance(found, dict):
                 self._hold(rule.code, found)
             elif rule.code in _STANDING:
                 self._held.pop(rule.code, None)
