@@ -76,9 +76,15 @@ def oracle(num_steps, data=targets):
 
 
 def scripted(values):
-    """An `evaluate` that ignores the state."""
+    """An `evaluate` that returns one value after the other, and -1 before step 1."""
     rest = iter(values)
-    return lambda state: next(rest)
+    return lambda state: next(rest) if int(state.step) else -1.0
+
+
+def moved_by(steps, i):
+    """How far a step moved the parameters, in units of their norm before it."""
+    before = np.asarray(START, float) if i == 0 else steps[i - 1][0]
+    return np.linalg.norm(steps[i][0] - before) / np.linalg.norm(before)
 
 
 def test_rows_are_those_of_a_plain_loop():
@@ -102,7 +108,10 @@ def test_rows_are_those_of_a_plain_loop():
             "skip_rate": 0.0,
             "num_skipped": 0,
             "value": np.sum(steps[end - 1][0] ** 2),
+            "update_ratio": moved_by(steps, end - 1),
         }
+        if begin == 0:
+            expected["initial_value"] = np.sum(np.square(START))
         assert row == pytest.approx(expected, rel=1e-5)
         assert {type(x) for x in row.values()} <= {int, float}
     np.testing.assert_allclose(result.state.params["w"], steps[-1][0], rtol=1e-5)
@@ -144,7 +153,9 @@ def test_bare_loss_and_flaxs_own_state_without_a_guard():
     for step in range(3):
         state, _ = flax_step(state, targets(step))
     np.testing.assert_allclose(result.state.params["w"], state.params["w"], rtol=1e-6)
-    assert [set(row) for row in result.history] == [{"step", "train_loss"}] * 2
+    assert [set(row) for row in result.history] == [
+        {"step", "train_loss", "update_ratio"}
+    ] * 2
 
 
 def test_other_metrics_of_the_step_are_means_and_those_of_the_guard_not_repeated():
@@ -245,6 +256,26 @@ def test_stop_at_the_last_evaluation_is_seen():
     )
     assert explained(result).startswith("stopped at evaluation 1 (TARGET)")
     assert result.state.step == 4
+    assert [row.get("stop_reason") for row in result.history] == [
+        None,
+        og.StopReason.TARGET,
+    ]
+
+
+def test_run_that_came_to_its_end_says_so_and_keeps_its_baseline():
+    result = fit(
+        made(),
+        train_step,
+        targets,
+        num_steps=4,
+        eval_every=2,
+        evaluate=scripted([2.0, 1.5]),
+        stopper=og.early_stopping(og.stop.target(1.0)),
+        baseline=2.5,
+    )
+    assert og.explain(result).startswith("took all of its 4 steps, best 1.5")
+    assert [row.get("baseline") for row in result.history] == [2.5, None]
+    assert [row.get("initial_value") for row in result.history] == [-1.0, None]
 
 
 def test_rows_come_after_the_next_steps_and_before_the_next_evaluation():
@@ -268,7 +299,7 @@ def test_rows_come_after_the_next_steps_and_before_the_next_evaluation():
         loggers=[lambda step, row: events.append(f"row {step}")],
     )
     assert events == [
-        *("step 0", "step 1", "evaluate"),
+        *("evaluate", "step 0", "step 1", "evaluate"),
         *("step 2", "step 3", "row 2", "evaluate"),
         *("step 4", "step 5", "row 4", "evaluate", "row 6"),
     ]
@@ -325,8 +356,8 @@ def test_next_steps_are_dispatched_while_the_evaluation_runs():
         return jnp.minimum(matrix[0, 0], 1.0)
 
     def batches(step):
-        if values:
-            was_ready.append(values[0].is_ready())
+        if step >= 2:
+            was_ready.append(values[1].is_ready())
         return targets(step)
 
     def evaluated(state):

@@ -51,13 +51,13 @@ def test_rows_appear_at_once():
         assert "3123" in file.getvalue()
 
 
-def test_epoch_replaces_step_and_other_values_have_their_own_column():
+def test_epoch_is_beside_step_and_other_values_have_their_own_column():
     file = io.StringIO()
     with Progress(2, file=file) as progress:
         progress.row({"step": 20, "epoch": 1.5, "val_accuracy": 0.75})
     heading, row = file.getvalue().splitlines()
-    assert heading.split() == ["epoch", "val", "accuracy"]
-    assert row.split() == ["1.5", "0.75"]
+    assert heading.split() == ["step", "epoch", "val", "accuracy"]
+    assert row.split() == ["20", "1.5", "0.75"]
 
 
 def test_value_that_is_missing_later_leaves_a_gap():

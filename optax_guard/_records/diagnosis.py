@@ -9,25 +9,32 @@ from optax_guard._records.facts import FactReader
 from optax_guard._records.findings import Evidence, Finding, FindingCode, Severity
 from optax_guard._records.readers import rename
 from optax_guard._records.rules_clipping import (
+    FALLS_WELL,
     ClippedTooLate,
     ClippingWorks,
     DirectionDistorted,
     NeverClipped,
-    NonfiniteLoss,
     OverClipped,
 )
-from optax_guard._records.rules_losses import Endings, LossSpike, Overfitting
-from optax_guard._records.rules_norms import (
-    Exploding,
-    RegimeShift,
+from optax_guard._records.rules_finite import (
+    NonfiniteBatch,
+    NonfiniteLoss,
+    NonfiniteParameters,
     SkipStorm,
-    Vanishing,
+    StepsSkipped,
 )
+from optax_guard._records.rules_losses import Endings, LossSpike, Overfitting
+from optax_guard._records.rules_norms import RegimeShift, Vanishing, ZeroGradients
+from optax_guard._records.rules_steps import Unstable
 
 _RULES = (
     NonfiniteLoss,
-    Exploding,
+    NonfiniteParameters,
+    NonfiniteBatch,
+    Unstable,
     SkipStorm,
+    StepsSkipped,
+    ZeroGradients,
     ClippedTooLate,
     OverClipped,
     DirectionDistorted,
@@ -39,18 +46,32 @@ _RULES = (
     ClippingWorks,
 )
 # These tell a state, and are taken back when the state ends. The others tell an event.
-_STANDING = {FindingCode.CLIPPING_WORKS, FindingCode.NEVER_CLIPPED}
+_STANDING = {
+    FindingCode.CLIPPING_WORKS,
+    FindingCode.NEVER_CLIPPED,
+    FindingCode.NONFINITE_PARAMETERS,
+    FindingCode.STEPS_SKIPPED,
+    FindingCode.ZERO_GRADIENTS,
+}
 # A finding -> the findings that it rules out. A loss that is not finite is no reason to
 # raise the threshold.
+_GOOD = {FindingCode.CLIPPING_WORKS, FindingCode.OVER_CLIPPED}
+_ENDS = {FindingCode.SHORT_PATIENCE}
 _RULES_OUT = {
-    FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING: {
-        FindingCode.CLIPPING_WORKS,
-        FindingCode.OVER_CLIPPED,
-    },
-    FindingCode.EXPLODING: {FindingCode.CLIPPING_WORKS, FindingCode.OVER_CLIPPED},
-    FindingCode.SKIP_STORM: {FindingCode.CLIPPING_WORKS},
+    FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING: _GOOD,
+    FindingCode.NONFINITE_PARAMETERS: _GOOD | _ENDS,
+    FindingCode.EXPLODING: {*_GOOD, *_ENDS, FindingCode.RATE_TOO_HIGH},
+    FindingCode.RATE_TOO_HIGH: _GOOD | _ENDS,
+    FindingCode.SKIP_STORM: {FindingCode.CLIPPING_WORKS, FindingCode.STEPS_SKIPPED},
     FindingCode.OVER_CLIPPED: {FindingCode.CLIPPING_WORKS},
     FindingCode.DIRECTION_DISTORTED: {FindingCode.CLIPPING_WORKS},
+    FindingCode.OVERFITTING: _ENDS,
+}
+# Findings that steps of the guard's record explain.
+_NAMED = {
+    FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING,
+    FindingCode.NONFINITE_BATCH,
+    FindingCode.STEPS_SKIPPED,
 }
 _KNOWN = {"train_loss", "val_loss", "value", "grad_norm"}
 _ORDER = [Severity.ERROR, Severity.WARNING, Severity.INFO]
@@ -79,7 +100,7 @@ class Diagnosis:
         skipped_steps = list(skipped_steps)
         for each in skipped_steps:
             check_kind("skipped_steps", each, SkippedStep, "a list of `SkippedStep`")
-        self._leaf = next((r.leaf for r in skipped_steps if r.leaf is not None), None)
+        self._skipped = skipped_steps
         self._facts = FactReader()
         self._rules = [rule() for rule in _RULES]
         self._endings = Endings()
@@ -92,9 +113,13 @@ class Diagnosis:
         self._step = facts.step
         before = {f.code for f in self.findings()}
         for rule in self._rules:
-            evidence = rule.update(facts)
-            if evidence is not None:
-                self._hold(rule.code, evidence)
+            found = rule.update(facts)
+            if isinstance(rule, Unstable):
+                # It holds under one of two codes.
+                if isinstance(found, tuple):
+                    self._hold(*found)
+            elif isinstance(found, dict):
+                self._hold(rule.code, found)
             elif rule.code in _STANDING:
                 self._held.pop(rule.code, None)
         self._endings.update(facts)
@@ -114,21 +139,35 @@ class Diagnosis:
     def finish(self) -> list[Finding]:
         """The findings of a run that ends here, with those about its end."""
         ending = self._endings.finish()
-        if ending is not None and FindingCode.OVERFITTING not in self._held:
+        if ending is not None:
             self._hold(*ending)
+        elif not self._held and (too_few := self._endings.too_few()):
+            self._hold(*too_few)
         return self.findings()
 
     def _hold(self, code: FindingCode, evidence: Evidence) -> None:
-        if code == FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING and self._leaf:
-            evidence = {**evidence, "leaf": str(self._leaf)}
         before = self._held.get(code)
         # An event keeps the evidence of the row at which it first held.
         if before is None or code in _STANDING or "phase" in evidence:
             step = self._step if before is None else before.step
             severity = code.severity
-            if evidence.get("phase") == "warm-up":
+            does_no_harm = evidence.get("loss_then") == FALLS_WELL
+            if does_no_harm or evidence.get("phase") == "warm-up":
                 severity = Severity.INFO
+            evidence = evidence | self._named_steps(code)
             self._held[code] = Finding(code, severity, evidence, code.advice, step)
+
+    def _named_steps(self, code: FindingCode) -> Evidence:
+        """The leaf of a loss that is lost; steps and reasons of those skipped."""
+        if not self._skipped or code not in _NAMED:
+            return {}
+        leaf = next((x.leaf for x in self._skipped if x.leaf is not None), None)
+        named: Evidence = {} if leaf is None else {"leaf": str(leaf)}
+        if code == FindingCode.STEPS_SKIPPED:
+            named["at_steps"] = ", ".join(
+                f"{x.update} ({x.reason.name})" for x in self._skipped[-5:]
+            )
+        return named
 
 
 def diagnose(
@@ -145,58 +184,90 @@ def diagnose(
     =============================== ===============================================
     code                            condition
     =============================== ===============================================
-    EXPLODING                       Without a clip or a skip: a norm is not finite, or
-                                    the loss is not finite and the norm not calm. Or:
-                                    in 2 successive rows the norm is above 10 times the
-                                    typical one (of 3 or more), and the loss is not
-                                    below the median of the last 5; with a clip or
-                                    skips, losses are above the first ones instead.
-    NONFINITE_LOSS_DESPITE_CLIPPING A clip is in force, and a loss is not finite. The
-                                    training loss counts if no step was skipped.
-    SKIP_STORM                      In the last 5 rows at least 5 steps and 25 % of the
-                                    steps were skipped.
-    CLIPPED_TOO_LATE                A clip comes into force after a row without one in
-                                    which the norm or the loss was not finite, or the
-                                    norm above 10 times the typical one (of 3 or more).
-    OVER_CLIPPED                    In 8 successive rows 90 % of the steps are clipped,
-                                    and the median norm is at least 10 times the
-                                    threshold (or the clipped norm, if that is larger),
-                                    or 3 times while the loss falls by at most 10 %.
-                                    ``phase`` is "whole run" if 75 % of all steps are
-                                    clipped; "warm-up", an info, if it began within the
-                                    first 3 rows; "part of the run" otherwise.
-    DIRECTION_DISTORTED             The mean ``update_cosine`` of the last 5 rows (3 or
-                                    more) is below 0.9: a turn by 26 degrees.
-    VANISHING                       From row 8 on: the median of the last 3 norms is at
-                                    most 1e-3 of that of the first 5, or at most 1e-6,
-                                    and the loss has fallen by less than 5 % in all.
-    LOSS_SPIKE_WITHOUT_NORM_SPIKE   The norm is calm: at most 3 times the median of the
-                                    last 20. The loss exceeds the last 5 by 6 times the
-                                    noise, by 20 % of their median and, if there are
-                                    only 3 to 7 before, by 2 times their range; or it
-                                    is not finite, and there is no clip.
-    OVERFITTING                     5 evaluations bring no better one, the mean of the
-                                    last 3 exceeds the best such mean by 2 % and by 5
-                                    times the noise of the last 50, and the training
-                                    loss (mean of 3) is 1 % below its value at the best.
-    REGIME_SHIFT                    The medians of 8 norms and of the next 8 differ by a
-                                    factor of 3, and their logarithms by 5 times the
-                                    median deviation within these rows.
-    NEVER_CLIPPED                   10 rows have no clipped step, and the threshold is
-                                    at least 2 times the largest norm. It is taken back
-                                    when that ends.
-    CLIPPING_WORKS                  A clip is in force, a step was clipped, and after 4
-                                    losses the mean of the last 3 is 5 % below the
-                                    first. It is taken back when that ends; errors,
-                                    OVER_CLIPPED and DIRECTION_DISTORTED rule it out.
-    STOPPED_TOO_EARLY               At the end of 10 or more evaluations: the best is
-                                    among the last 2, and a line through the last 10
-                                    falls by 5 % of their mean and by 5 times the noise.
-    SHORT_PATIENCE                  At the end of 10 or more evaluations: the best is
-                                    not among the last 2. A line through the last 20
-                                    falls by 4 standard errors and 3 % in all; a line
-                                    through the last 10 falls at least half as steeply.
-                                    The noise exceeds the line's fall since the best.
+    EXPLODING                       The norm of a row is above 10 times the typical
+                                    one (*risen*), in this row or the 9 before,
+                                    and: 2 successive such rows with a loss not
+                                    below the median of the last 5 (with a clip or
+                                    skips: above the first losses); or a step that
+                                    is not finite and not skipped; or what
+                                    RATE_TOO_HIGH asks for.
+    RATE_TOO_HIGH                   Norms have not risen. The median
+                                    ``update_ratio`` of 3 rows is above 0.1 and the
+                                    loss does not fall, or above 0.05 and the loss
+                                    above 0.95 times that before training; or it is
+                                    above 0.03 and in the first row the training
+                                    loss is 1.05 times that before training, or
+                                    later the ratio 10 times its median and the
+                                    loss above the last 5; or the last 3 validation
+                                    losses are above that before training
+                                    (``baseline``, else ``initial_value`` beside
+                                    ``val_loss``).
+    NONFINITE_BATCH                 A gradient or loss is not finite, was not
+                                    skipped, and norms had not risen.
+    NONFINITE_PARAMETERS            Losses and norms of 3 successive rows are not
+                                    finite. It is taken back if one is.
+    NONFINITE_LOSS_DESPITE_CLIPPING A clip is in force, and a loss is not finite.
+                                    The training loss counts if no step was
+                                    skipped.
+    STEPS_SKIPPED                   Steps were skipped. SKIP_STORM rules it out.
+    SKIP_STORM                      In the last 5 rows at least 5 steps and 25 % of
+                                    the steps were skipped.
+    ZERO_GRADIENTS                  Of 20 norms or more 10 % are exactly 0.
+    CLIPPED_TOO_LATE                A clip comes into force after a row without one
+                                    in which the norm or the loss was not finite,
+                                    or the norm above 10 times the typical one (of
+                                    3 or more).
+    OVER_CLIPPED                    In 8 successive rows 90 % of the steps are
+                                    clipped, and the median norm is at least 10
+                                    times the threshold (or the clipped norm, if
+                                    that is larger), or 3 times while the loss
+                                    falls by at most 10 %. An info if the loss
+                                    falls by more. ``phase`` is "whole run" if 75 %
+                                    of all steps are clipped; "warm-up", an info,
+                                    if it began within the first 3 rows; "part of
+                                    the run" otherwise.
+    DIRECTION_DISTORTED             The mean ``update_cosine`` of the last 5 rows
+                                    (3 or more) is below 0.9: a turn by 26 degrees.
+    VANISHING                       From row 8 on: the median of the last 3 norms
+                                    above 0 is at most 1e-3 of that of the first 5,
+                                    or at most 1e-6, and the loss has fallen by
+                                    less than 5 %. Or the median
+                                    ``leaf_norm_ratio`` of 8 rows is at most 1e-3,
+                                    and the loss has fallen by less than 5 % since
+                                    row 5.
+    LOSS_SPIKE_WITHOUT_NORM_SPIKE   The norm is calm: at most 3 times the median of
+                                    the last 20. The loss exceeds the last 5 by 20
+                                    % of their median, 2 % of the first loss, 6
+                                    times the noise, 10 units of its last decimal,
+                                    twice the largest rise of the last 20 and, if
+                                    there are only 3 to 7 before, 2 times their
+                                    range.
+    OVERFITTING                     5 evaluations bring no better one; the mean of
+                                    the last 3 exceeds the best such mean by 2 %
+                                    and 5 times the noise; since the best,
+                                    validation losses rise and training losses fall
+                                    (Mann-Kendall z of 2.5), no single step makes
+                                    half of the rise, and the training loss is
+                                    never 20 % above its level at the best.
+    REGIME_SHIFT                    The medians of 8 norms and of the next 8 differ
+                                    by a factor of 3, and their logarithms by 5
+                                    times the median deviation within these rows.
+    NEVER_CLIPPED                   10 rows have no clipped step, and the threshold
+                                    is at least 2 times the largest norm. It is
+                                    taken back when that ends.
+    CLIPPING_WORKS                  A clip is in force, a step was clipped, and
+                                    from 4 losses on the mean of the last 3 is
+                                    below that of the first 3 by 5 % and 4 times
+                                    the noise. It is taken back when that ends;
+                                    errors, OVER_CLIPPED and DIRECTION_DISTORTED
+                                    rule it out.
+    SHORT_PATIENCE                  At the end of 6 or more evaluations the best is
+                                    3 to 6 rows old, and over the last 10 the
+                                    training loss falls by 2 % (3 standard errors)
+                                    and the validation loss by 1.5 %, or one of
+                                    them more clearly.
+    TOO_FEW_ROWS                    At the end there are fewer than 5 rows, and
+                                    nothing else was found.
     =============================== ===============================================
 
     False alarms were measured (``tests/test_diagnosis.py``) on 300 simulated runs that

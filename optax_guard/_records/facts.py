@@ -35,6 +35,13 @@ class Facts(NamedTuple):
       loss: The training loss, or the validation loss if there is none.
       cosine: Cosine between gradients before and after clipping.
       learning_rate: The learning rate.
+      update_ratio: Norm of a step's update in units of that of the parameters; a mean
+        over the row's steps, or that of its last step.
+      leaf_norm_ratio: Of the matrices, the smallest norm of a leaf's gradients in units
+        of the largest.
+      start_loss: The loss before training: the user's baseline, else the validation
+        loss before the first step, else NaN.
+      stop_reason: The `StopReason` of the stopper that stopped here; 0 without one.
       typical_norm: Geometric mean of the finite norms above 0 of all rows before.
       num_norms: How many such norms there are.
       past_norms: The last of these norms, at most `RECENT`.
@@ -59,6 +66,10 @@ class Facts(NamedTuple):
     loss: float
     cosine: float
     learning_rate: float
+    update_ratio: float
+    leaf_norm_ratio: float
+    start_loss: float
+    stop_reason: int
     typical_norm: float
     num_norms: int
     past_norms: Sequence[float]
@@ -78,7 +89,7 @@ class FactReader:
         self._num_norms = 0
         self._norms: deque[float] = deque(maxlen=RECENT)
         self._losses: deque[float] = deque(maxlen=RECENT)
-        self._first_loss = math.nan
+        self._first_loss = self._start_loss = math.nan
 
     def __call__(self, row: Mapping[str, Any]) -> Facts:
         """The facts of a row."""
@@ -95,6 +106,11 @@ class FactReader:
         is_train_lost = "train_loss" in row and not math.isfinite(train)
         is_val_lost = not math.isfinite(val) and ("val_loss" in row or "value" in row)
         is_known = self._num_norms > 0
+        if math.isnan(self._start_loss):
+            self._start_loss = row.get("baseline", math.nan)
+            if math.isnan(self._start_loss) and "val_loss" in row:
+                # Under another name it may be no loss, but an accuracy.
+                self._start_loss = get("initial_value")
         facts = Facts(
             step=int(row["step"]),
             num_steps=num_steps,
@@ -115,6 +131,11 @@ class FactReader:
             loss=loss,
             cosine=get("update_cosine"),
             learning_rate=get("learning_rate"),
+            # A step that moved nothing was skipped.
+            update_ratio=get("update_ratio") or math.nan,
+            leaf_norm_ratio=get("leaf_norm_ratio"),
+            start_loss=self._start_loss,
+            stop_reason=int(row.get("stop_reason", 0)),
             typical_norm=math.exp(self._log_norms / self._num_norms)
             if is_known
             else math.nan,
@@ -162,15 +183,28 @@ def noise(values: Sequence[float]) -> float:
 
     It is measured by the median size of second differences. A trend does not change
     that, and a few jumps hardly do. For normal noise the median is 0.6745 * sqrt(6)
-    standard deviations.
+    standard deviations. Rounded values have at least the noise of the rounding.
     """
     if len(values) < 3:
         return 0.0
     triples = zip(values, values[1:], values[2:], strict=False)
-    return median(abs(a - 2 * b + c) for a, b, c in triples) / (0.6745 * 6**0.5)
+    # A third of each, so that finite losses have a finite sum.
+    spread = 3 * median(abs(a / 3 - 2 * (b / 3) + c / 3) for a, b, c in triples)
+    # Rounding moves a value by up to half a unit, evenly.
+    return max(spread / (0.6745 * 6**0.5), unit_of(values) / 12**0.5)
+
+
+def unit_of(values: Sequence[float]) -> float:
+    """The unit of the last decimal of values that are rounded to at most 6; else 0."""
+    decimals = 6
+    if any(x != round(x, decimals) for x in values):
+        return 0.0
+    while decimals > 1 and all(x == round(x, decimals - 1) for x in values):
+        decimals -= 1
+    return 10.0**-decimals
 
 
 def mean(values: Iterable[float]) -> float:
     """Mean of the values that are not NaN; NaN if there are none."""
     known = [x for x in values if not math.isnan(x)]
-    return sum(known) / len(known) if known else math.nan
+    return sum(x / len(known) for x in known) if known else math.nan

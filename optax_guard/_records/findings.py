@@ -55,8 +55,8 @@ class FindingCode(enum.StrEnum):
     EXPLODING = (
         "EXPLODING",
         Severity.ERROR,
-        "Gradients explode: norms are far above the typical one or not finite, and the "
-        "loss does not fall.",
+        "Gradients explode: norms rose far above the typical one, and the loss got "
+        "worse or was lost.",
         "Clip by global norm, at about the norm of healthy steps (`guard(tx, "
         "clip=...)`). Lower the learning rate or warm it up. If norms are clipped "
         "already, the learning rate is too high, or the loss is wrong.",
@@ -64,11 +64,11 @@ class FindingCode(enum.StrEnum):
     OVER_CLIPPED = (
         "OVER_CLIPPED",
         Severity.WARNING,
-        "Nearly all steps are clipped, to much less than their norm. The threshold is "
-        "too tight: steps become tiny and convergence slow.",
-        "Raise the threshold to about the norm of a typical step, or let it follow the "
-        "norms (`threshold.zscore`, `threshold.quantile`). For a warm-up, a schedule "
-        "that starts with a high threshold is enough.",
+        "Nearly all steps are clipped, to much less than their norm.",
+        "If the loss falls too slowly, raise the threshold to about the norm of a "
+        "typical step, or let it follow the norms (`threshold.zscore`, "
+        "`threshold.quantile`). Adam and its kin divide the scale of the gradients "
+        "out, so that with them a constant factor does little.",
     )
     NEVER_CLIPPED = (
         "NEVER_CLIPPED",
@@ -81,10 +81,12 @@ class FindingCode(enum.StrEnum):
     VANISHING = (
         "VANISHING",
         Severity.WARNING,
-        "Gradients vanish while the loss hardly falls.",
-        "Clipping does not help: it only shrinks gradients. Try residual or gated "
-        "connections, normalisation, another initial scale or activation. Look for "
-        "layers that are saturated or cut off (`stop_gradient`).",
+        "Gradients are tiny, of the whole run or of some layers, while the loss "
+        "hardly falls.",
+        "Clipping does not help: it only shrinks gradients. Find the layers by their "
+        "norms (`analysis.leaf_columns`): some may be saturated, cut off "
+        "(`stop_gradient`), or begin at a scale that is too small. In float16, raise "
+        "the scale of the loss.",
     )
     NONFINITE_LOSS_DESPITE_CLIPPING = (
         "NONFINITE_LOSS_DESPITE_CLIPPING",
@@ -93,6 +95,52 @@ class FindingCode(enum.StrEnum):
         "Lower the threshold or the learning rate. Look for a bug: a log or a division "
         "by zero, overflow in float16, a broken batch. `guard` skips steps with "
         "non-finite gradients, and `skipped_steps(opt_state, params)` names the leaf.",
+    )
+    NONFINITE_BATCH = (
+        "NONFINITE_BATCH",
+        Severity.WARNING,
+        "Steps were not finite though norms were calm before: the input or the "
+        "numerics are at fault, not the learning rate.",
+        "Skip such steps: `guard(tx)`; `skipped_steps(opt_state, params)` then names "
+        'the leaf, and `fit(on_skip="explain")` the operation. Look at the batch of '
+        "that step, and for a log or a division by zero.",
+    )
+    STEPS_SKIPPED = (
+        "STEPS_SKIPPED",
+        Severity.INFO,
+        "The guard skipped steps, and the parameters stayed as they were.",
+        "A few are its purpose. `skipped_steps(opt_state, params)` tells step, norm, "
+        "reason and leaf of the last ones.",
+    )
+    ZERO_GRADIENTS = (
+        "ZERO_GRADIENTS",
+        Severity.INFO,
+        "Some steps had a gradient of exactly zero: they taught nothing.",
+        "If advantages are taken within groups, as in GRPO, these are groups of equal "
+        "rewards: mix in prompts that are neither always nor never solved, or make "
+        "groups larger. Otherwise look for a mask that hides all of the loss.",
+    )
+    NONFINITE_PARAMETERS = (
+        "NONFINITE_PARAMETERS",
+        Severity.ERROR,
+        "Since that step nothing has been finite: the parameters are lost.",
+        "Go back to a checkpoint from before it. Training on does not help. "
+        "`guard(tx)` keeps steps that are not finite out of the parameters.",
+    )
+    RATE_TOO_HIGH = (
+        "RATE_TOO_HIGH",
+        Severity.ERROR,
+        "Steps are too large: the loss is worse than before them, and norms do not "
+        "tell it.",
+        "Lower the learning rate by 3 to 10 times, or warm it up. `guard(tx, "
+        "max_update=...)` bounds each step relative to the parameters. Go back to a "
+        "checkpoint from before that step.",
+    )
+    TOO_FEW_ROWS = (
+        "TOO_FEW_ROWS",
+        Severity.INFO,
+        "There are too few rows to judge the run.",
+        "Log more often, or wait.",
     )
     LOSS_SPIKE_WITHOUT_NORM_SPIKE = (
         "LOSS_SPIKE_WITHOUT_NORM_SPIKE",
@@ -128,7 +176,7 @@ class FindingCode(enum.StrEnum):
     REGIME_SHIFT = (
         "REGIME_SHIFT",
         Severity.INFO,
-        "Gradient norms moved to another level and stayed there.",
+        "Gradient norms moved to another level, and stayed there for 8 rows.",
         "Look for a change at that step: data, learning rate, an unfrozen layer. A "
         "fixed threshold may no longer fit; one that follows the norms does "
         "(`threshold.zscore`).",
@@ -140,20 +188,13 @@ class FindingCode(enum.StrEnum):
         "Use the parameters of the best evaluation (`early_stopping(stop.patience(5))` "
         "keeps them). Regularize, add data, or make the model smaller.",
     )
-    STOPPED_TOO_EARLY = (
-        "STOPPED_TOO_EARLY",
-        Severity.INFO,
-        "The run ended while the validation loss was still falling.",
-        "Train longer. If a rule stopped the run, raise its patience or lower its "
-        "`min_delta`.",
-    )
     SHORT_PATIENCE = (
         "SHORT_PATIENCE",
         Severity.INFO,
-        "The run ended after some evaluations without a better one. That was noise: "
-        "under it the validation loss was still falling.",
-        "Raise the patience, smooth the value (`smooth=stop.ema(...)`), or evaluate on "
-        "more data.",
+        "The run ended after some evaluations without a better one, while under their "
+        "noise the loss was still falling.",
+        "Raise the patience, smooth the value (`smooth=stop.ema(...)`), or evaluate "
+        "on more data.",
     )
 
 

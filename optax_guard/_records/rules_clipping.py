@@ -4,8 +4,11 @@ import math
 from collections import deque
 from statistics import median
 
-from optax_guard._records.facts import Facts, mean
+from optax_guard._records.facts import Facts, mean, noise
 from optax_guard._records.findings import Evidence, FindingCode
+
+# The evidence of OVER_CLIPPED if a tight threshold does no harm.
+FALLS_WELL = "falls well"
 
 
 class ClippingWorks:
@@ -16,6 +19,7 @@ class ClippingWorks:
     def __init__(self):
         self._shares: list[float] = [0.0, 0]
         self._largest = self._largest_after = 0.0
+        self._first: list[float] = []
         self._num_losses = 0
 
     def update(self, facts: Facts) -> Evidence | None:
@@ -28,12 +32,18 @@ class ClippingWorks:
             self._largest = max(self._largest, f.norm)
         if math.isfinite(f.clipped_norm) and f.has_clip:
             self._largest_after = max(self._largest_after, f.clipped_norm)
-        self._num_losses += math.isfinite(f.loss)
-        # One noisy value says little: take the mean of three.
-        lately = mean((*f.past_losses[-2:], f.loss))
-        is_falling = lately < f.first_loss - 0.05 * abs(f.first_loss)
+        if math.isfinite(f.loss):
+            self._num_losses += 1
+            if len(self._first) < 3:
+                self._first.append(f.loss)
+        # One noisy value says little: take means of three.
+        losses = [*f.past_losses, f.loss]
+        first, lately = mean(self._first), mean(losses[-3:])
         is_clipped = f.has_clip and self._shares[0] > 0
-        if self._num_losses < 4 or not (is_falling and is_clipped):
+        if self._num_losses < 4 or not is_clipped:
+            return None
+        fall = first - lately
+        if not fall > 0.05 * abs(first) or not fall > 4 * noise(losses):
             return None
         return {
             "clip_share": self._shares[0] / self._shares[1],
@@ -54,6 +64,7 @@ class OverClipped:
         self._num_rows = 0
         self._share = 0.0
         self._began: int | None = None
+        self._was_slow: bool | None = None
         self._times = math.nan
 
     def update(self, facts: Facts) -> Evidence | None:
@@ -80,6 +91,8 @@ class OverClipped:
             self._times = times
         if self._began is None:
             return None
+        if self._was_slow is None:
+            self._was_slow = is_slow
         overall = self._share / self._num_rows
         phase = "part of the run"
         if overall >= 0.75:
@@ -90,6 +103,7 @@ class OverClipped:
             "phase": phase,
             "clip_share": overall,
             "norm_over_threshold": self._times,
+            "loss_then": "falls slowly" if self._was_slow else FALLS_WELL,
             "first_loss": f.first_loss,
             "loss": f.loss,
         }
@@ -110,32 +124,16 @@ class NeverClipped:
         """The evidence, as long as the rule holds."""
         f = facts
         self._has_clipped |= f.clip_share > 0
+        if math.isfinite(f.norm):
+            # Those of before the clip came into force, too: it was not needless then.
+            self._largest = max(self._largest, f.norm)
         if math.isfinite(f.norm) and math.isfinite(f.threshold):
             self._num_rows += 1
-            self._largest = max(self._largest, f.norm)
             self._threshold = min(self._threshold, f.threshold)
         is_near = self._threshold < 2 * self._largest
         if self._num_rows < 10 or self._has_clipped or is_near:
             return None
         return {"largest_norm": self._largest, "clip_threshold": self._threshold}
-
-
-class NonfiniteLoss:
-    """A loss is not finite although a clip is in force."""
-
-    code = FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING
-
-    def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if the rule holds at this row."""
-        f = facts
-        if not (f.has_clip and f.is_loss_nonfinite):
-            return None
-        return {
-            "loss": f.lost_loss,
-            "grad_norm": f.norm,
-            "clipped_norm": f.clipped_norm,
-            "clip_threshold": f.threshold,
-        }
 
 
 class DirectionDistorted:

@@ -4,73 +4,60 @@ import math
 from collections import deque
 from statistics import median
 
-from optax_guard._records.facts import Facts, is_calm
+from optax_guard._records.facts import Facts
 from optax_guard._records.findings import Evidence, FindingCode
 
 
-class Exploding:
-    """Norms are far above the typical one or not finite, and the loss does not fall."""
-
-    code = FindingCode.EXPLODING
-
-    def __init__(self):
-        self._large_in_a_row = 0
-        self._first_val = math.nan
-
-    def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if the rule holds at this row."""
-        f = facts
-        if math.isnan(self._first_val) and math.isfinite(f.val):
-            self._first_val = f.val
-        is_large = f.num_norms >= 3 and f.norm > 10 * f.typical_norm
-        self._large_in_a_row = self._large_in_a_row + 1 if is_large else 0
-        is_bounded = f.has_clip or f.skip_share > 0
-        if is_bounded:
-            # Under a clip or a guard, losses must be worse than at the start. The
-            # training loss does not suffice: it contains huge batches.
-            is_worse = f.loss > f.first_loss and not f.val <= self._first_val
-        else:
-            is_worse = not f.loss < median(f.past_losses[-5:] or [math.inf])
-        grows = self._large_in_a_row >= 2 and is_worse
-        # If the norm is calm, the gradient did not make the loss non-finite.
-        is_lost = f.nonfinite_share > 0 or (f.is_loss_nonfinite and not is_calm(f))
-        if not (grows or (is_lost and not is_bounded)):
-            return None
-        return {
-            "grad_norm": f.norm,
-            "typical_norm": f.typical_norm,
-            "nonfinite_share": f.nonfinite_share,
-            "loss": f.lost_loss,
-        }
-
-
 class Vanishing:
-    """Norms are far below the first ones, or tiny, and the loss has hardly fallen."""
+    """Norms of the run or of some layers are tiny, and the loss hardly falls."""
 
     code = FindingCode.VANISHING
 
     def __init__(self):
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=3)
-        self._best = math.inf
+        self._of_leaves: deque[float] = deque(maxlen=8)
+        self._best = self._fifth_loss = math.inf
+        self._num_losses = 0
 
     def update(self, facts: Facts) -> Evidence | None:
         """The evidence, if the rule holds at this row."""
         f = facts
         if math.isfinite(f.loss):
+            self._num_losses += 1
+            if self._num_losses == 5:
+                self._fifth_loss = f.loss
             self._best = min(self._best, f.loss)
-        if not math.isfinite(f.mean_norm):
+        if math.isfinite(f.leaf_norm_ratio):
+            self._of_leaves.append(f.leaf_norm_ratio)
+        # A step without any gradient tells nothing of those that have one.
+        if 0 < f.mean_norm < math.inf:
+            if len(self._first) < 5:
+                self._first.append(f.mean_norm)
+            self._last.append(f.mean_norm)
+        return self._of_run(f) or self._of_layers(f)
+
+    def _of_run(self, f: Facts) -> Evidence | None:
+        if f.num_norms + 1 < 8 or not self._last:
             return None
-        if len(self._first) < 5:
-            self._first.append(f.mean_norm)
-        self._last.append(f.mean_norm)
         norm, first = median(self._last), median(self._first)
-        # A first loss of 0 cannot fall by a share of itself.
-        fall = (f.first_loss - self._best) / (abs(f.first_loss) or 1.0)
-        is_small = norm <= 1e-3 * first or norm <= 1e-6
-        if f.num_norms + 1 < 8 or not is_small or not fall < 0.05:
+        fall = _share_lost(f.first_loss, self._best)
+        if norm > max(1e-3 * first, 1e-6) or not fall < 0.05:
             return None
         return {"grad_norm": norm, "first_norm": first, "loss_fall": fall}
+
+    def _of_layers(self, f: Facts) -> Evidence | None:
+        if len(self._of_leaves) < 8 or self._num_losses < 12:
+            return None
+        ratio, fall = median(self._of_leaves), _share_lost(self._fifth_loss, f.loss)
+        if ratio > 1e-3 or not fall < 0.05:
+            return None
+        return {"smallest_to_largest_leaf_norm": ratio, "loss_fall": fall}
+
+
+def _share_lost(before: float, after: float) -> float:
+    """By which share a loss has fallen; a loss of 0 cannot fall by a share."""
+    return (before - after) / (abs(before) or 1.0)
 
 
 class RegimeShift:
@@ -105,26 +92,19 @@ class RegimeShift:
         return evidence
 
 
-class SkipStorm:
-    """A large share of the recent steps was skipped."""
+class ZeroGradients:
+    """A share of the norms is exactly zero."""
 
-    code = FindingCode.SKIP_STORM
+    code = FindingCode.ZERO_GRADIENTS
 
     def __init__(self):
-        self._rows: deque[tuple[int, float]] = deque(maxlen=5)
+        self._num_norms = self._num_zero = 0
 
     def update(self, facts: Facts) -> Evidence | None:
-        """The evidence, if the rule holds at this row."""
-        if math.isnan(facts.skip_share):
+        """The evidence, as long as the rule holds."""
+        self._num_norms += math.isfinite(facts.norm)
+        self._num_zero += facts.norm == 0
+        share = self._num_zero / max(self._num_norms, 1)
+        if self._num_norms < 20 or share < 0.1:
             return None
-        skipped = facts.skip_share * facts.num_steps
-        self._rows.append((facts.num_steps, skipped))
-        num_steps = sum(steps for steps, _ in self._rows)
-        num_skipped = sum(skips for _, skips in self._rows)
-        if num_skipped < 4.5 or num_skipped < 0.25 * num_steps:
-            return None
-        return {
-            "skipped": round(num_skipped),
-            "steps": num_steps,
-            "skip_share": num_skipped / num_steps,
-        }
+        return {"zero_norms": self._num_zero, "share": share}

@@ -7,8 +7,8 @@ from optax_guard._records.rows import as_rows
 
 # Key of a row -> heading, format. These columns come first, in this order.
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "step": ("step", "{:.15g}".format),
     "epoch": ("epoch", "{:g}".format),
-    "step": ("step", "{:g}".format),
     "grad_norm": ("grad norm", "{:.4g}".format),
     "clipped_norm": ("after clip", "{:.4g}".format),
     "clip_rate": ("clipped", "{:.1%}".format),
@@ -18,25 +18,75 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "val_loss": ("val loss", "{:.4g}".format),
 }
 # A history has these, but they are not worth a column.
-_LEFT_OUT = {"clip_threshold", "grad_norm_mean", "nonfinite_rate", "skip_rate"}
-
+_LEFT_OUT = {
+    "clip_threshold",
+    "grad_norm_mean",
+    "nonfinite_rate",
+    "skip_rate",
+    "update_ratio",
+    "leaf_norm_ratio",
+    "initial_value",
+    "baseline",
+    "stop_reason",
+}
 _KEYS = (*COLUMNS, "value", "learning_rate")
+# The beginnings of the names under which loops write what they evaluate.
+_EVALUATED = ("val_", "eval_", "val/", "eval/", "valid_", "valid/", "test_", "test/")
 
 
 def history_cells(history: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """The texts of the table: the heading, then a list for each row."""
     rows = as_rows(history)
-    known = {key: 0.0 for key in _KEYS if any(key in row for row in rows)}
+    names = dict.fromkeys(key for row in rows for key in row)
+    known = {key: 0.0 for key in _KEYS if key in names}
+    known |= {key: 0.0 for key in names if key.startswith(_EVALUATED)}
     keys = choose_columns(known)
     first = [heading(key) for key in keys]
     return [first, *([cell(k, row.get(k)) for k in keys] for row in rows)]
 
 
+def thinned(
+    rows: Sequence[Mapping[str, Any]], steps: Collection[float], most: int
+) -> list[Mapping[str, Any]]:
+    """At most about as many rows, at equal distances, and those that tell something.
+
+    These are the last row, the rows at some steps, those that count new skips, and the
+    evaluations: all of them if there are at most ``most``, else the best and some.
+
+    Args:
+      rows: The rows.
+      steps: Steps whose rows stay.
+      most: How many rows there may be without those that tell something.
+    """
+    evaluations = [i for i, row in enumerate(rows) if _is_evaluation(row)]
+    kept = {i for i, row in enumerate(rows) if row.get("step") in steps}
+    kept |= set(_spread(range(len(rows)), most)) | set(_spread(evaluations, most))
+    values = {i: rows[i].get("val_loss", rows[i].get("value")) for i in evaluations}
+    known = {i: x for i, x in values.items() if x is not None and x == x}
+    if known:
+        kept.add(min(known, key=lambda i: known[i]))
+    before = 0.0
+    for i, row in enumerate(rows):
+        skipped = row.get("num_skipped", before)
+        if skipped > before or row.get("skip_rate", 0) > 0:
+            kept.add(i)
+        before = skipped
+    return [rows[i] for i in sorted(kept)]
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(key == "value" or key.startswith(_EVALUATED) for key in row)
+
+
+def _spread(places: Sequence[int], most: int) -> Sequence[int]:
+    """At most as many of the places, at equal distances, the last one included."""
+    stride = max(1, -(-len(places) // most))
+    return places[::-1][::stride]
+
+
 def choose_columns(row: Mapping[str, float]) -> list[str]:
     """The keys of a row that get a column, in their order."""
     known = [key for key in COLUMNS if key in row]
-    if "epoch" in row and "step" in row:
-        known.remove("step")
     others = [key for key in row if key not in COLUMNS and key not in _LEFT_OUT]
     return known + others
 

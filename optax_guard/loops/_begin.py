@@ -4,11 +4,19 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from optax_guard._checks import check_not_nan, static_number
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
+<<<<<<< HEAD
 from optax_guard.loops._checkpoint import Checkpointer
 from optax_guard.loops._evaluation import tracked
+=======
+from optax_guard.loops._checkpoint import Checkpointer, Store, open_store
+from optax_guard.loops._evaluation import VALUE, named_values, tracked
+>>>>>>> logjudge
 from optax_guard.loops._host import Interrupt, Record
 from optax_guard.loops._host_run import Ending, HostRun, Plan
 from optax_guard.loops._inputs import check_steps, copied
@@ -29,6 +37,7 @@ def open_run(
     loggers: Sequence[Logger],
     progress: bool | Progress,
     checkpointer: Checkpointer | None,
+    first_items: dict[str, Any],
 ) -> HostRun:
     """The run before its first step here. The stack closes all that it has opened."""
     # Signals come first, so that they are held until the last checkpoint is written.
@@ -59,10 +68,29 @@ def open_run(
         rewound=start.rewound,
         evaluated_at=start.step,
         ending=_ending_at_start(start, num_steps),
+        first_items={} if start.history else first_items | _first_value(plan, start),
         origins=SkipOrigins(plan.train_step, plan.batch_at, start.step)
         if plan.explains_skips
         else None,
     )
+
+
+def items_of_baseline(baseline: Any) -> dict[str, Any]:
+    """The argument `baseline` of `fit`, as an item of the first row."""
+    if baseline is None:
+        return {}
+    check_not_nan("baseline", baseline)
+    return {"baseline": np.float32(static_number("baseline", baseline, "rows hold it"))}
+
+
+def _first_value(plan: Plan, start: Snapshot) -> dict[str, Any]:
+    """The value before the first step, as an item of the first row."""
+    if plan.evaluate is None:
+        return {}
+    values = named_values(plan.evaluate(start.state))
+    names = [x for x in (VALUE, "val_loss") if x in values]
+    names += [x for x in values if "loss" in x]
+    return {"initial_value": values[names[0]]} if names else {}
 
 
 def _first_snapshot(

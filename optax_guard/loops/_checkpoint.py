@@ -11,6 +11,7 @@ from optax_guard._checks import check_flag, static_count
 from optax_guard._guarding.readout import metrics
 from optax_guard._guarding.state import GuardState
 from optax_guard._trees import find_states
+from optax_guard.loops._carrier import carried, released
 from optax_guard.loops._ending import flags_of_guard
 from optax_guard.loops._intact import check_format, damage_of, steps_in
 from optax_guard.loops._orbax import (
@@ -116,7 +117,7 @@ class Checkpointer:
 
         Args:
           step: Steps done.
-          state: A state as `fit` takes it, with ``params`` and ``replace``.
+          state: A state as `fit` takes it.
           stop: The state of the stopper, if there is one. The checkpoint of its best
             evaluation is kept.
 
@@ -130,6 +131,7 @@ class Checkpointer:
             damaged.
         """
         step = static_count("step", step, least=0)
+        state = carried(state)
         check_checkpointer(self, state)
         store = self._open()
         if store.latest is not None and step <= store.latest:
@@ -171,17 +173,18 @@ class Checkpointer:
           ValueError: If ``state`` or ``stop`` are not those of this run.
           RuntimeError: If another run holds the directory, or no checkpoint is intact.
         """
-        check_checkpointer(self, state)
+        like = carried(state)
+        check_checkpointer(self, like)
         store = self._open()
         if store.latest is None:
             return 0, state, stop
-        found = store.load_latest(state, stop)
+        found = store.load_latest(like, stop)
         stop = found.stop
         if self.continue_stopped and stop is not None and bool(stop.should_stop):
             if stopper is None:
                 raise ValueError("`continue_stopped` needs `stopper`, to reset it.")
             stop = stopper.reset(stop)
-        return found.step, found.state, stop
+        return found.step, released(found.state), stop
 
     def close(self) -> None:
         """Waits until all is written, and lets go of the directory."""

@@ -16,6 +16,7 @@ from optax_guard._trees import find_states
 from optax_guard.loops._compiled import CompiledFor
 from optax_guard.loops._ending import flags_of_guard
 from optax_guard.loops._interval import Interval, close, totals
+from optax_guard.loops._last_step import last_step_facts
 from optax_guard.loops._learning_rate import learning_rate_item, with_plateau
 from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
@@ -49,11 +50,13 @@ class Facts(NamedTuple):
       seconds: Time since the evaluation before, float32[]; ``None`` if no rule needs it
         or there is no clock.
       scheduled_rate: The learning rate by the user's schedule; ``None`` without one.
+      last_step: The parameters before and after the last step, or ``None``.
     """
 
     step: ArrayLike
     seconds: ArrayLike | None = None
     scheduled_rate: jax.Array | None = None
+    last_step: tuple[Any, Any] | None = None
 
 
 class Judged(NamedTuple):
@@ -155,6 +158,9 @@ def judge(
       facts: Step, seconds and learning rate.
     """
     row, interval = close(interval)
+    if facts.last_step is not None:
+        # A mean over the steps, which a bound on updates knows, comes first.
+        row = last_step_facts(*facts.last_step, opt_state) | row
     flags: dict[str, jax.Array] = {}
     if update is not None and stop is not None:
         told = {"step": facts.step, "train_value": row["train_loss"]}

@@ -10,8 +10,12 @@ from optax_guard._checks import static_count
 from optax_guard._public import answers_wrong_calls
 from optax_guard._records.progress import Progress
 from optax_guard._records.writers import Logger
+<<<<<<< HEAD
 from optax_guard.loops._audit import open_audit
 from optax_guard.loops._begin import open_run
+=======
+from optax_guard.loops._begin import items_of_baseline, open_run
+>>>>>>> logjudge
 from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
 from optax_guard.loops._ema import with_ema
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
@@ -50,8 +54,12 @@ def fit(
     rewind: Rewind | None = None,
     learning_rate: optax.Schedule | None = None,
     on_skip: Literal["explain"] | None = None,
+<<<<<<< HEAD
     audit_every: int | None = None,
     ema: float | None = None,
+=======
+    baseline: float | None = None,
+>>>>>>> logjudge
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -139,6 +147,7 @@ def fit(
         origin is printed and kept in ``origins``, at most five in a run. Without skips
         this costs nothing. ``batches`` must be a function, each step must be an update,
         and the run must have one process.
+<<<<<<< HEAD
       audit_every: Steps from one audit for silent data corruption to the next; ``None``
         for no audits. An audited step is taken twice, from copies of the state, and its
         results, loss and gradient norm included, are compared to the bit. If they
@@ -153,6 +162,11 @@ def fit(
         alone. `evaluate` gets the state with the average for its parameters, and the
         stopper and the checkpoints keep the best average. It is held in float32 if
         parameters are of half precision: one more copy of them.
+=======
+      baseline: The validation loss of a guess without learning, such as the entropy of
+        the classes. `diagnose` compares the losses of the run with it; without it, with
+        the evaluation before the first step.
+>>>>>>> logjudge
 
     Returns:
       A `FitResult`. A row of the history has these items, as Python numbers:
@@ -171,6 +185,18 @@ def fit(
         a rewind has undone. With `accumulate` also ``num_dropped``, the micro-batches
         that were dropped, and the rates are shares of accumulated steps;
       * ``learning_rate`` of the last update, if the state or `learning_rate` has it;
+      * ``update_ratio``: norm of a step in units of that of the parameters. With
+        ``max_update`` of `guard` it is a mean, as above; else it is that of the last
+        step before the row, for which `fit` holds one more copy of the parameters, and
+        0 if that step was skipped;
+      * ``leaf_norm_ratio``, with two matrices or more: of these, the smallest norm of a
+        leaf's gradients in units of the largest; the gradients are the optimizer's mean
+        of past ones, or the last step if it keeps none;
+      * ``initial_value``, in the first row only: the value before the first step, for
+        which ``evaluate`` is called once more. Of a dict it is ``val_loss``, else the
+        first value with "loss" in its name. The stopper is not told of it;
+      * ``baseline``, in the first row only: the argument;
+      * ``stop_reason``, in the row at which the stopper stops: its `StopReason`;
       * ``rewinds``, with `rewind`: rewinds so far;
       * ``value``, or the keys of the dict that ``evaluate`` returned.
 
@@ -204,6 +230,7 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
+<<<<<<< HEAD
     source = Source(batches)
     batch_at = source.at
     if rewind is not None:
@@ -214,6 +241,14 @@ def fit(
         step=compiled_step(train_step),
         batch_at=batch_at,
         source=source,
+=======
+    if rewind is not None:
+        check_rewind(rewind, state, batches, stopper, checkpointer)
+    plan = Plan(
+        train_step=train_step,
+        step=compiled_step(train_step),
+        batch_at=open_source(batches),
+>>>>>>> logjudge
         eval_every=eval_every,
         evaluate=evaluate,
         stopper=stopper,
@@ -236,6 +271,7 @@ def fit(
             loggers=loggers,
             progress=progress,
             checkpointer=checkpointer,
+            first_items=items_of_baseline(baseline),
         )
         _train(run)
         return result_of(run)

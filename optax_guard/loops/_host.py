@@ -48,6 +48,8 @@ class Record:
         row, flags = jax.device_get((row, flags))
         numbers: dict[str, float] = {"step": step}
         numbers |= {name: np.asarray(x).item() for name, x in row.items()}
+        if flags.get("should_stop", False):
+            numbers["stop_reason"] = int(flags["stop_reason"])
         self.history.append(numbers)
         # The display comes first: a logger may print a remark about the row below it.
         self._display.row(numbers)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -97,6 +99,8 @@ class HostRun:
       origins: The search for the origins of skipped steps, or ``None``.
       group: The batches that wait for their dispatch; ``None`` before the first batch,
         and if each is dispatched alone.
+      before: A copy of the parameters before the last step of an interval.
+      first_items: Items that only the first row of the run has.
     """
 
     plan: Plan
@@ -115,6 +119,8 @@ class HostRun:
     interval: Interval | None = None
     origins: SkipOrigins | None = None
     group: Group | None = None
+    before: Any = None
+    first_items: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def train_interval(run: HostRun) -> None:
@@ -132,6 +138,9 @@ def train_interval(run: HostRun) -> None:
             break
         if run.interval is None:
             _prepare(run, batch)
+        if step == until - 1:
+            _dispatch_group(run)
+            run.before = _copy(run.state.params)
         group = run.group
         if plan.audit is not None and plan.audit.is_due(step):
             _dispatch_group(run)
@@ -144,6 +153,11 @@ def train_interval(run: HostRun) -> None:
         elif group.is_due():
             _dispatch_group(run)
     _dispatch_group(run)
+
+
+@jax.jit
+def _copy(params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params)
 
 
 def _prepare(run: HostRun, batch: Any) -> None:
@@ -230,6 +244,7 @@ def evaluate_run(run: HostRun) -> None:
         np.int32(run.step),
         np.float32(seconds) if needs_seconds else None,
         scheduled_rate(plan.learning_rate, state.opt_state, run.step),
+        None if run.before is None else (run.before, state.params),
     )
     point, row, flags = evaluate_point(
         plan.evaluation,
@@ -240,6 +255,7 @@ def evaluate_run(run: HostRun) -> None:
         lr_scale=run.rewound.lr_scale,
     )
     run.state, run.interval, run.stop = point
+    row, run.first_items, run.before = row | run.first_items, {}, None
     run.record.put(run.step, row, {**flags, "preempted": preempted})
     run.evaluated_at = run.step
 

@@ -20,8 +20,8 @@ from optax_guard.loops._group import stacked
 
 # Skipped steps, and the micro-batches that an accumulation has dropped.
 _TOTALS = ("num_skipped", "num_dropped")
-# Measurements of a step that only some clips make.
-_OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped")
+# Measurements of a step that only some clips make, or the bound on updates.
+_OF_CLIPS = ("update_cosine", "entries_clipped", "units_clipped", "update_ratio")
 _MEAN_NORM = "grad_norm_mean"
 
 

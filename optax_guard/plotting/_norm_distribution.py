@@ -68,7 +68,7 @@ def plot_norm_distribution(
     figure, (above, below) = marks.two_panels(rows, title)
     _draw_histograms(above, norms, candidates)
     above.yaxis.get_major_locator().set_params(integer=True)
-    _note_missing_norms(above, found)
+    _note_missing_norms(above, found, _limits(norms, candidates))
     _draw_clipped_shares(below, norms, candidates)
     marks.finish(above, below)
     below.set_xlabel(marks.NORM_LABEL.replace("\n", " "))
@@ -85,9 +85,7 @@ def _suggested_thresholds(rows: Sequence[Row], num_norms: int) -> list[float]:
 def _draw_histograms(
     panel: marks.Axes, norms: np.ndarray, candidates: Sequence[float]
 ) -> None:
-    low, high = min([*norms, *candidates]), max([*norms, *candidates])
-    if low == high:
-        low, high = low / 2, high * 2
+    low, high = _limits(norms, candidates)
     edges = np.geomspace(low, high, min(60, 10 + len(norms) // 10))
     first, last = np.array_split(norms, 2)
     for half, name, curve in (
@@ -95,7 +93,7 @@ def _draw_histograms(
         (last, "second half", marks.LARGEST),
     ):
         panel.stairs(
-            np.histogram(half, edges)[0],
+            np.histogram(np.clip(half, low, high), edges)[0],
             edges,
             label=f"{name}, {len(half)} norms",
             color=curve["color"],
@@ -107,10 +105,30 @@ def _draw_histograms(
         panel.axvline(
             at, color=marks.BLACK, linestyle=dashes, label=f"{q:.0%} are below {at:.3g}"
         )
+    panel.set_xlim(low / 1.1, high * 1.1)
     panel.set_ylabel("number of norms")
 
 
-def _note_missing_norms(panel: marks.Axes, found: np.ndarray) -> None:
+def _limits(norms: np.ndarray, candidates: Sequence[float]) -> tuple[float, float]:
+    """The range of the histogram: a few huge norms do not make it flat."""
+    low, high = np.quantile(norms, [0.02, 0.98])
+    # All that is within 10 times of nearly all norms is shown where it is.
+    low = min(float(norms[norms >= low / 10].min()), *candidates, low)
+    high = max(float(norms[norms <= high * 10].max()), *candidates, high)
+    return (low / 2, high * 2) if low == high else (float(low), float(high))
+
+
+def _note_missing_norms(
+    panel: marks.Axes, found: np.ndarray, limits: tuple[float, float]
+) -> None:
+    finite = found[np.isfinite(found) & (found > 0)]
+    beyond = np.sum(finite < limits[0]) + np.sum(finite > limits[1])
+    if beyond:
+        panel.set_title(
+            f"in the outermost bars: {beyond} beyond, at most {finite.max():.3g}",
+            loc="left",
+            fontsize="small",
+        )
     counts = {
         "NaN": np.isnan(found).sum(),
         "infinite": np.isinf(found).sum(),

@@ -1,5 +1,7 @@
 """The state of a run in words."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -8,19 +10,20 @@ from optax_guard.stop._rule import StopReason
 from optax_guard.stop._state import EarlyStoppingState
 
 
-def explain(state: EarlyStoppingState) -> str:
+def explain(state: Any) -> str:
     """Says in words how the run stands, or why it stopped, with advice.
 
     Reads the state on the host, so it waits for the device.
 
     Args:
-      state: State of one run; of a population, index its leaves first.
+      state: `EarlyStoppingState` of one run; of a population, index its leaves first.
+        Or the `FitResult` of `fit`, of which it also says whether it came to its end.
 
     Returns:
       One line of text. Evaluations are counted from 0.
 
     Raises:
-      TypeError: If ``state`` is no `EarlyStoppingState`.
+      TypeError: If ``state`` is neither, or the result of a run without a stopper.
       ValueError: If the state is that of a population.
 
     Examples:
@@ -31,6 +34,15 @@ def explain(state: EarlyStoppingState) -> str:
       >>> explain(stopper.update(0.4, stopper.init()))
       'stopped at evaluation 0 (TARGET), best 0.4 at evaluation 0. ...'
     """
+    rows = getattr(state, "history", None)
+    if rows is not None and hasattr(state, "stop"):
+        # A `FitResult`, which is of a room above this one.
+        was_cut = state.interrupted or state.preempted
+        told = explain(state.stop)
+        if not told.startswith("running") or not rows:
+            return told
+        how = "was ended from outside after" if was_cut else "took all of its"
+        return f"{how} {rows[-1]['step']} steps{told.removeprefix('running')}"
     check_kind("state", state, EarlyStoppingState, "an `EarlyStoppingState`")
     if np.shape(state.should_stop):
         raise ValueError(
