@@ -10,13 +10,9 @@ from optax_guard._checks import check_not_nan, static_number
 from optax_guard._records.diagnosis import Diagnosis
 from optax_guard._records.progress import Progress, open_display
 from optax_guard._records.writers import Logger
-<<<<<<< HEAD
+from optax_guard.loops._carrier import evaluated
 from optax_guard.loops._checkpoint import Checkpointer
-from optax_guard.loops._evaluation import tracked
-=======
-from optax_guard.loops._checkpoint import Checkpointer, Store, open_store
 from optax_guard.loops._evaluation import VALUE, named_values, tracked
->>>>>>> logjudge
 from optax_guard.loops._host import Interrupt, Record
 from optax_guard.loops._host_run import Ending, HostRun, Plan
 from optax_guard.loops._inputs import check_steps, copied
@@ -87,7 +83,7 @@ def _first_value(plan: Plan, start: Snapshot) -> dict[str, Any]:
     """The value before the first step, as an item of the first row."""
     if plan.evaluate is None:
         return {}
-    values = named_values(plan.evaluate(start.state))
+    values = named_values(plan.evaluate(evaluated(start.state)))
     names = [x for x in (VALUE, "val_loss") if x in values]
     names += [x for x in values if "loss" in x]
     return {"initial_value": values[names[0]]} if names else {}

@@ -34,6 +34,11 @@ class Carrier:
         """The carrier after a step of the user has returned this state."""
         raise NotImplementedError
 
+    @property
+    def trained_params(self) -> Any:
+        """The parameters that a step changes."""
+        return self.params
+
     def evaluated(self) -> Any:
         """The state that the user's ``evaluate`` gets."""
         return self.released()
@@ -66,6 +71,11 @@ def released(state: Any) -> Any:
 def evaluated(state: Any) -> Any:
     """The state for the user's ``evaluate``."""
     return state.evaluated() if isinstance(state, Carrier) else state
+
+
+def trained_params(state: Any) -> Any:
+    """The parameters that a step changes, and no average of them."""
+    return state.trained_params if isinstance(state, Carrier) else state.params
 
 
 def params_of_user(state: Any, params: Any) -> Any:

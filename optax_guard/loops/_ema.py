@@ -50,6 +50,10 @@ class EmaCarrier(Carrier):
         return self.state.opt_state
 
     @property
+    def trained_params(self) -> Any:
+        return self.state.params
+
+    @property
     def batch_stats(self) -> Any:
         return getattr(self.state, "batch_stats", None)
 

@@ -10,12 +10,8 @@ from optax_guard._checks import static_count
 from optax_guard._public import answers_wrong_calls
 from optax_guard._records.progress import Progress
 from optax_guard._records.writers import Logger
-<<<<<<< HEAD
 from optax_guard.loops._audit import open_audit
-from optax_guard.loops._begin import open_run
-=======
 from optax_guard.loops._begin import items_of_baseline, open_run
->>>>>>> logjudge
 from optax_guard.loops._checkpoint import Checkpointer, check_checkpointer
 from optax_guard.loops._ema import with_ema
 from optax_guard.loops._evaluation import Evaluation, compiled_judge
@@ -54,12 +50,9 @@ def fit(
     rewind: Rewind | None = None,
     learning_rate: optax.Schedule | None = None,
     on_skip: Literal["explain"] | None = None,
-<<<<<<< HEAD
     audit_every: int | None = None,
     ema: float | None = None,
-=======
     baseline: float | None = None,
->>>>>>> logjudge
 ) -> FitResult:
     """Trains on the host's loop, with evaluation, early stopping and logging.
 
@@ -147,7 +140,6 @@ def fit(
         origin is printed and kept in ``origins``, at most five in a run. Without skips
         this costs nothing. ``batches`` must be a function, each step must be an update,
         and the run must have one process.
-<<<<<<< HEAD
       audit_every: Steps from one audit for silent data corruption to the next; ``None``
         for no audits. An audited step is taken twice, from copies of the state, and its
         results, loss and gradient norm included, are compared to the bit. If they
@@ -162,11 +154,9 @@ def fit(
         alone. `evaluate` gets the state with the average for its parameters, and the
         stopper and the checkpoints keep the best average. It is held in float32 if
         parameters are of half precision: one more copy of them.
-=======
       baseline: The validation loss of a guess without learning, such as the entropy of
         the classes. `diagnose` compares the losses of the run with it; without it, with
         the evaluation before the first step.
->>>>>>> logjudge
 
     Returns:
       A `FitResult`. A row of the history has these items, as Python numbers:
@@ -230,7 +220,6 @@ def fit(
     check_checkpointer(checkpointer, state)
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
-<<<<<<< HEAD
     source = Source(batches)
     batch_at = source.at
     if rewind is not None:
@@ -241,14 +230,6 @@ def fit(
         step=compiled_step(train_step),
         batch_at=batch_at,
         source=source,
-=======
-    if rewind is not None:
-        check_rewind(rewind, state, batches, stopper, checkpointer)
-    plan = Plan(
-        train_step=train_step,
-        step=compiled_step(train_step),
-        batch_at=open_source(batches),
->>>>>>> logjudge
         eval_every=eval_every,
         evaluate=evaluate,
         stopper=stopper,

@@ -13,7 +13,7 @@ import optax
 
 from optax_guard._checks import check_leaves
 from optax_guard.loops._audit import Audit
-from optax_guard.loops._carrier import evaluated
+from optax_guard.loops._carrier import evaluated, trained_params
 from optax_guard.loops._ending import is_over
 from optax_guard.loops._evaluation import (
     Evaluation,
@@ -140,7 +140,7 @@ def train_interval(run: HostRun) -> None:
             _prepare(run, batch)
         if step == until - 1:
             _dispatch_group(run)
-            run.before = _copy(run.state.params)
+            run.before = _copy(trained_params(run.state))
         group = run.group
         if plan.audit is not None and plan.audit.is_due(step):
             _dispatch_group(run)
@@ -244,7 +244,7 @@ def evaluate_run(run: HostRun) -> None:
         np.int32(run.step),
         np.float32(seconds) if needs_seconds else None,
         scheduled_rate(plan.learning_rate, state.opt_state, run.step),
-        None if run.before is None else (run.before, state.params),
+        None if run.before is None else (run.before, trained_params(state)),
     )
     point, row, flags = evaluate_point(
         plan.evaluation,
