@@ -271,8 +271,8 @@ def test_page_escapes_title_note_finding_and_alternative_text():
     )
     page = Page(html)
     assert is_harmless(page)
-    # In title, heading, note, and of the finding name, value and advice.
-    assert page.text.count(EVIL) == 6
+    # Title, heading, note, summary twice, caption; of the finding name, value, advice.
+    assert page.text.count(EVIL) == 9
     assert ("alt", EVIL) in page.attributes
     assert not is_harmless(Page(html.replace("&lt;", "<").replace("&gt;", ">")))
 
