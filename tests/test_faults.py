@@ -78,7 +78,7 @@ def clean(tmp_path_factory):
 def test_run_with_a_fault_ends_as_well_as_without(clean, tmp_path, name):
     noise = np.std([result.history[-1]["value"] for result in clean])
     for seed in range(NUM_SEEDS):
-        found, expected = outcome(name, seed, tmp_path / "run"), clean[seed]
+        found, expected = outcome(name, seed, tmp_path / str(seed)), clean[seed]
         if name in EXACT:
             np.testing.assert_array_equal(found.state.params, expected.state.params)
             assert found.history == expected.history

@@ -175,7 +175,7 @@ def _note(report: Report) -> str:
     return f"{report.source.name}: {num_rows} rows{shown}"
 
 
-def _thinned(report: Report) -> list[Row]:
+def _thinned(report: Report) -> Sequence[Row]:
     """The rows of the table."""
     steps = {finding.step for finding in report.findings}
     return thinned(list(report.history), steps, _MOST_ROWS)
