@@ -51,7 +51,7 @@ def train() -> FitResult:
     }
     tx = og.guard(optax.adam(1e-2), clip=1.0)
     return fit(
-        TrainState.create(apply_fn=None, params=params, tx=tx),
+        TrainState.create(apply_fn=loss_of, params=params, tx=tx),
         train_step,
         batches,
         num_steps=600,
@@ -81,7 +81,6 @@ def main() -> None:
     for name, figure in figures.items():
         figure.set_size_inches(8.3, figure.get_size_inches()[1] * 0.9)
         figure.savefig(FOLDER / f"{name}.png", dpi=100)
-    print(og.explain(stop))
 
 
 if __name__ == "__main__":
