@@ -39,6 +39,10 @@ install: .venv/installed  ## create .venv with everything the other targets need
 	$(PIP) --group notebooks
 	@touch $@
 
+.venv/installed-docs: pyproject.toml .venv/installed
+	$(PIP) --group docs
+	@touch $@
+
 # Ahead-of-time compilers, at the versions that belong to the installed JAX. No
 # accelerator is needed to compile, and none of the nvidia-* packages. They stay
 # outside site-packages: JAX would complain of the missing cuDNN on every start.
@@ -209,6 +213,12 @@ notebooks: .venv/installed-notebooks  ## execute every notebook
 	  --ClearMetadataPreprocessor.enabled=True \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
+# A warning fails it, and so does a link inside that leads nowhere. `make test-all` runs
+# the blocks of the pages.
+.PHONY: docs
+docs: .venv/installed-docs  ## build the pages of docs/ and the API reference in build/docs
+	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs $(ARGS)
+
 .PHONY: wheel
 wheel: .venv/installed  ## build wheel and sdist in dist/ and check what is in them
 	rm -rf dist
@@ -217,4 +227,4 @@ wheel: .venv/installed  ## build wheel and sdist in dist/ and check what is in t
 
 .PHONY: clean
 clean:  ## remove what can be made again, except .venv
-	rm -rf build dist runs .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist runs docs/api docs/notebooks .cache .pytest_cache .ruff_cache .hypothesis

@@ -20,8 +20,8 @@ FULL: dict[str, set[str] | None] = {
     # Whole programs: each one trains, compiles for an accelerator or starts processes.
     "test_contract": None,
     "test_debug_faults": None,
-    "test_debug_page": None,
     "test_demo": None,
+    "test_docs": None,
     "test_faults": None,
     "test_notebooks": None,
     "test_packaging": None,
