@@ -4,6 +4,9 @@ A perceptron of digits that overfits. Batch 60 has a NaN, batch 130 is far too l
 batch 190 has an infinity.
 """
 
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import jax
@@ -13,6 +16,7 @@ import optax
 
 import optax_guard as og
 from optax_guard import analysis, plotting
+from optax_guard.__main__ import main as command_line
 from optax_guard.flax import TrainState
 from optax_guard.loops import FitResult, fit
 
@@ -63,8 +67,25 @@ def train() -> FitResult:
     )
 
 
+def draw_report(history: list[dict[str, float]]) -> None:
+    """The page of `optax-guard report --html`, as Chromium shows it, if it is there."""
+    if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
+        print("chromium is not in the PATH: pictures/report.png stays as it is")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "digits.jsonl")
+        record = analysis.History(path)
+        for row in history:
+            record.append(int(row["step"]), row)
+        command_line(["report", str(path), "--html"])
+        options = "--headless --no-sandbox --hide-scrollbars --window-size=1000,760"
+        shot = f"--screenshot={FOLDER / 'report.png'}"
+        page = next(Path(folder).rglob("*.html")).as_uri()
+        subprocess.run([browser, *options.split(), shot, page], check=True)
+
+
 def main() -> None:
-    """Draws three pictures."""
+    """Draws three pictures, and one of a report."""
     result = train()
     history, stop = result.history, result.stop
     skipped = og.skipped_steps(result.state)
@@ -81,6 +102,7 @@ def main() -> None:
     for name, figure in figures.items():
         figure.set_size_inches(8.3, figure.get_size_inches()[1] * 0.9)
         figure.savefig(FOLDER / f"{name}.png", dpi=100)
+    draw_report(history)
 
 
 if __name__ == "__main__":

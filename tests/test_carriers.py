@@ -264,7 +264,8 @@ def plain_step(tx):
 
 
 def test_named_tuple_goes_back_to_its_best_checkpoint(tmp_path):
-    values = iter([2.0, 99.0, 1.0])
+    # The first is that before the first step.
+    values = iter([3.0, 2.0, 99.0, 1.0])
     with pytest.warns(UserWarning, match="back to the checkpoint of step 1"):
         result = fit(
             plain(SCALED),

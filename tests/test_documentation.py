@@ -1,11 +1,10 @@
-"""Every public name is documented, where it is defined and in the README."""
+"""Every public name is documented where it is defined."""
 
 import ast
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,9 +14,8 @@ from optax_guard._rows import entries_of
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 
-from tests.public import is_listed, public_names
+from tests.public import public_names
 
-README = Path(__file__).parents[1] / "README.md"
 NAMES = public_names()
 FUNCTIONS = {k: v for k, v in NAMES.items() if inspect.isfunction(v)}
 CLASSES = {k: v for k, v in NAMES.items() if inspect.isclass(v)}
@@ -118,16 +116,6 @@ def missing_of_class(cls: type) -> list[str]:
 def test_classes_describe_their_fields_and_methods():
     found = {name: missing_of_class(cls) for name, cls in CLASSES.items()}
     assert {name: lacks for name, lacks in found.items() if lacks} == {}
-
-
-@pytest.mark.skipif(not README.exists(), reason="README.md is not beside the tests")
-def test_every_public_name_is_in_the_readme():
-    # As code: many names are words of English, too.
-    text = README.read_text(encoding="utf-8")
-    code = " ".join(re.findall(r"```python\n.*?```|`[^`\n]+`", text, re.DOTALL))
-    words = set(re.findall(r"\w+", code))
-    listed = {name for name in NAMES if is_listed(name)}
-    assert {name for name in listed if name.rpartition(".")[2] not in words} == set()
 
 
 def test_what_is_not_documented_is_found():
