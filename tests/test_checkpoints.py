@@ -48,7 +48,8 @@ def run(
         data,
         num_steps=num_steps,
         eval_every=EVAL_EVERY,
-        evaluate=lambda state: values[int(state.step)],
+        # Before the first step, it is called once more.
+        evaluate=lambda state: values.get(int(state.step), 9.0),
         checkpointer=Checkpointer(directory),
         **{"stopper": PATIENT, **changes},
     )

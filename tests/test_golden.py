@@ -172,9 +172,11 @@ def run(directory: Path, num_steps: int) -> Any:
 
 
 def rows(result: Any) -> list[dict[str, float]]:
-    """Its history without what is of the clock."""
+    """Its history without what is of the clock, or new since."""
+    new = {"update_ratio", "leaf_norm_ratio", "initial_value", "stop_reason"}
     return [
-        {k: v for k, v in row.items() if "second" not in k} for row in result.history
+        {k: v for k, v in row.items() if "second" not in k and k not in new}
+        for row in result.history
     ]
 
 

@@ -58,9 +58,14 @@ def assert_equal_trees(a, b, rtol=1e-6, atol=1e-7):
         np.testing.assert_allclose(x, y, rtol, atol)
 
 
+# Only `fit` looks at the last step before an evaluation, and before the first step.
+OF_FIT = {"update_ratio", "leaf_norm_ratio", "initial_value", "stop_reason"}
+
+
 def assert_equal_rows(got, expected):
     assert len(got) == len(expected)
-    for a, b in zip(got, expected, strict=True):
+    for a, row in zip(got, expected, strict=True):
+        b = {k: x for k, x in row.items() if k not in OF_FIT}
         assert a == pytest.approx(b, rel=1e-6, nan_ok=True)
         assert {k: type(x) for k, x in a.items()} == {k: type(x) for k, x in b.items()}
 
@@ -577,7 +582,7 @@ def test_what_the_users_functions_hold_is_released_with_them(loop):
         def build(params):
             return {"state": state_of(params), "train_step": step, "batches": float_}
 
-        length = {"num_steps": 2, "eval_every": 2}
+        length: dict[str, Any] = {"num_steps": 2, "eval_every": 2}
         if loop == "population":
             train_population(build, jnp.zeros(2), **length)
         else:

@@ -277,5 +277,5 @@ def test_gradients_of_single_examples_are_named_where_they_do_not_fit():
     with pytest.raises(ValueError, match="single examples have an axis more"):
         unit.update(each, unit.init(params), params)
     group: Any = og.accumulate(og.guard(optax.sgd(1.0)), 2)
-    with pytest.raises(ValueError, match="single examples are not"):
+    with pytest.raises(ValueError, match="Gradients per example cannot"):
         group.update(each, group.init(params), params)

@@ -2,7 +2,6 @@
 
 import contextlib
 import warnings
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -114,10 +113,16 @@ def step(tx, state):
     return og.apply_gradients(tx, PARAMS, state, grads=PARAMS)
 
 
+class Held(NamedTuple):
+    step: Any
+    params: Any
+    opt_state: Any
+
+
 def begin_fit(state):
     """Begins a run; what follows the checks of arguments is not of interest."""
-    held = SimpleNamespace(step=0, params=PARAMS, opt_state=state)
-    with contextlib.suppress(TypeError):
+    held = Held(np.int32(0), PARAMS, state)
+    with contextlib.suppress(ValueError):
         og.loops.fit(
             held, lambda state, batch: (state, 0.0), [], num_steps=1, eval_every=1
         )

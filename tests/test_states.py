@@ -93,6 +93,12 @@ def test_a_loop_sets_a_rate_and_asks_for_counts_as_before():
 
 SPECS = {"a": P("x"), "b": {"c": P("y"), "hole": None}}
 ZSCORE = og.threshold.zscore()
+
+
+def is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 CLIPS: dict[str, Any] = {
     "global": ZSCORE,
     "leaf": og.clip_by_leaf_norm(ZSCORE, record_quantiles=True),
@@ -119,23 +125,30 @@ def transformations_of(scope: str) -> list[Any]:
 @pytest.mark.parametrize("scope", CLIPS)
 def test_trees_like_the_parameters_are_mapped_with_their_specs(scope):
     txs = transformations_of(scope)
-    accumulated = txs[-1]
+    accumulated, masks_nothing = txs[-1], scope in ("function", "labels")
     for tx in txs:
         state = jax.eval_shape(tx.init, PARAMS)
         found: Any = optax.tree.map_params(
-            tx, lambda _, spec: spec, state, SPECS, transform_non_params=lambda _: P()
+            tx,
+            lambda x, spec: x if is_masked(x) else spec,
+            state,
+            SPECS,
+            transform_non_params=lambda _: P(),
+            # As for `optax.masked`: where the mask is false there is no accumulator.
+            is_leaf=is_masked,
         )
         assert jax.tree.structure(found) == jax.tree.structure(state)
         num_like = 2 if tx is not accumulated else 3
+        num_y = num_like - (tx is accumulated and not masks_nothing)
         assert jax.tree.leaves(found).count(P("x")) == num_like
-        assert jax.tree.leaves(found).count(P("y")) == num_like
+        assert jax.tree.leaves(found).count(P("y")) == num_y
         assert optax.tree.get(found, "mu") == optax.tree.get(found, "nu") == SPECS
-        if tx is accumulated:
+        if tx is accumulated and masks_nothing:
             assert found.grad_mean == SPECS
         # Without specs, all else stays.
         marked = optax.tree.map_params(tx, lambda _: "here", state)
         assert jax.tree.structure(marked) == jax.tree.structure(state)
-        assert jax.tree.leaves(marked).count("here") == 2 * num_like
+        assert jax.tree.leaves(marked).count("here") == num_like + num_y
 
 
 def test_boxes_of_flax_give_the_specs_of_their_moments():

@@ -3,7 +3,7 @@
 import io
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from optax_guard._cli.report_summary import run_name, summary_of
 from optax_guard._records.diagnosis import diagnose
 from optax_guard._records.findings import Finding, Severity
 from optax_guard._records.history import History
-from optax_guard._records.readers import Row, find_file
+from optax_guard._records.readers import find_file
 from optax_guard._records.suggest import FEWEST, usable_norms
 from optax_guard._records.table import thinned
 from optax_guard.analysis._leaf_columns import has_leaves
@@ -175,7 +175,7 @@ def _note(report: Report) -> str:
     return f"{report.source.name}: {num_rows} rows{shown}"
 
 
-def _thinned(report: Report) -> Sequence[Row]:
+def _thinned(report: Report) -> list[Mapping[str, Any]]:
     """The rows of the table."""
     steps = {finding.step for finding in report.findings}
     return thinned(list(report.history), steps, _MOST_ROWS)

@@ -68,7 +68,10 @@ class Unstable:
         ratio = median(recent or [0.0])
         # Healthy runs had at most 0.017, in their first row.
         is_large = f.update_ratio > 0.03
-        is_first = not f.past_losses and f.train > 1.05 * start
+        # A training loss may hold more than the value before the first step does.
+        is_first = (
+            not f.past_losses and f.train > 1.05 * start and not f.val <= 1.05 * start
+        )
         is_jump = f.update_ratio > 10 * before and f.loss > max(
             f.past_losses[-5:], default=math.inf
         )

@@ -221,14 +221,12 @@ def fit(
     check_host_functions(train_step, learning_rate)
     check_on_skip(on_skip, state, batches)
     source = Source(batches)
-    batch_at = source.at
     if rewind is not None:
         check_rewind(rewind, state, batches, stopper, checkpointer)
-        batch_at = without(batch_at, as_ranges(rewind.skip_steps))
     plan = Plan(
         train_step=train_step,
         step=compiled_step(train_step),
-        batch_at=batch_at,
+        batch_at=_without_skipped(source.at, rewind),
         source=source,
         eval_every=eval_every,
         evaluate=evaluate,
@@ -256,6 +254,15 @@ def fit(
         )
         _train(run)
         return result_of(run)
+
+
+def _without_skipped(
+    batch_at: Callable[[int], Any], rewind: Rewind | None
+) -> Callable[[int], Any]:
+    """The batches but for those that a rewind is told to leave out."""
+    if rewind is None:
+        return batch_at
+    return without(batch_at, as_ranges(rewind.skip_steps))
 
 
 def _train(run: HostRun) -> None:

@@ -1,6 +1,5 @@
 """The inputs of a loop: its arguments, and its own copy of the state."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._records.writers import is_logger
+from optax_guard.loops._warning import warn_user
 from optax_guard.stop._state import EarlyStopping
 
 # The facts that a loop on the device can tell a stopper.
@@ -94,10 +94,9 @@ def warn_of_end(step: int, num_steps: int, is_empty: bool) -> None:
     """Warns that the batches have ended before the run."""
     if is_empty:
         raise ValueError("`batches` is empty.")
-    warnings.warn(
+    warn_user(
         f"`batches` ended after step {step} of {num_steps}, so the run ends too. Pass "
-        "a function `step -> batch`, or an iterable that repeats the data.",
-        stacklevel=5,  # The line that calls `fit`.
+        "a function `step -> batch`, or an iterable that repeats the data."
     )
 
 
