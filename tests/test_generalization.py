@@ -128,7 +128,7 @@ def test_every_finding_is_due_in_some_treatment():
     due = frozenset().union(*(treatment.due for treatment in treatments))
     # Of a rate that is too high, the norms say which of two findings is due.
     assert any(treatment.is_rate for treatment in treatments)
-    # No treatment makes gradients of exactly zero: the logs of `test_logs` have them.
+    # Runs of the policy have gradients of exactly zero without any treatment.
     others = {"EXPLODING", "RATE_TOO_HIGH", "ZERO_GRADIENTS"}
     assert due | others == set(map(str, FindingCode))
 
