@@ -257,6 +257,7 @@ RIGHT: dict[str, set[str]] = {
     "debug.explain_step.batch": ANYTHING,
     "debug.explain_step.state": ANYTHING,
     "debug.find_nonfinite.fn": {"class", "function"},
+    "analysis.replay.mode": NOTHING,
     "find_states.cls": {"class"},
     "find_states.tree": ANYTHING,
     "loops.Checkpointer.continue_stopped": FLAG,

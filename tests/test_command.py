@@ -38,6 +38,10 @@ def test_version_is_told(capsys):
         (["replay", "--key", "x"], "Name its column with `--key NAME`"),
         (["replay", "--rule", "patience"], "`--rule` must be a call, got 'patience': "),
         (["replay", "--rule", "-" * 100_000 + "1"], "`--rule` must have at most 1000"),
+        (
+            ["replay", "--key", "val/top1"],
+            "columns that are called 'top1'",
+        ),
         (["suggest", "--clip-rate", "2"], "`--clip-rate` must be"),
     ],
 )

@@ -62,6 +62,8 @@ def test_patience_stops_where_a_python_loop_does():
 def test_larger_may_be_better():
     history = [{"step": i, "accuracy": -x} for i, x in enumerate(LOSSES.tolist())]
     rules = {"3": og.stop.patience(3)}
+    with pytest.raises(ValueError, match="`mode` must be given for 'accuracy'"):
+        replay(history, rules, key="accuracy")
     (one,) = replay(history, rules, key="accuracy", mode="max")
     stopped, best = after_patience(LOSSES, 3)
     assert (one.stopped_step, one.best_step) == (stopped, best)
@@ -108,8 +110,8 @@ def test_table_has_a_line_a_rule():
 def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ValueError, match="needs seconds, which a history does not"):
         replay(recorded(), {"b": og.stop.budget(seconds=3)})
-    with pytest.raises(ValueError, match="must have rows with 'accuracy'"):
-        replay(recorded(), {"p": og.stop.patience(1)}, key="accuracy")
+    with pytest.raises(ValueError, match="must have rows with 'gap'"):
+        replay(recorded(), {"p": og.stop.patience(1)}, key="gap")
     with pytest.raises(TypeError, match="`rules\\['p'\\]` must be a rule"):
         replay(recorded(), {"p": LOOSE})
     with pytest.raises(ValueError, match="`rules` must have at least one rule"):

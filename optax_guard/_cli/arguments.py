@@ -116,7 +116,12 @@ def _add_replay(group: Commands) -> None:
         "'any_of(lag(3), target(0.1))'; repeatable; default: patience from 1 to 20",
     )
     replay.add_argument("--key", help="column of the value; default: val_loss or value")
-    replay.add_argument("--mode", choices=("min", "max"), default="min")
+    replay.add_argument(
+        "--mode",
+        choices=("min", "max"),
+        help="whether smaller or larger values are better; default: min, but a column "
+        "that is called accuracy, reward or the like needs it",
+    )
     replay.add_argument("--json", action="store_true", help="print one JSON object")
     replay.add_argument(
         "--out", type=Path, help="folder for replay.txt and the plot; default: none"

@@ -41,7 +41,7 @@ DEFAULT_RULES = tuple(f"patience({n})" for n in (1, 2, 3, 5, 8, 13, 20))
 
 
 def play(
-    path: Path, texts: Sequence[str], *, key: str | None, mode: str, **how: Any
+    path: Path, texts: Sequence[str], *, key: str | None, mode: str | None, **how: Any
 ) -> tuple[History, list[Replayed]]:
     """Reads a run and plays it to the rules; ``how`` as for `History.read`."""
     history = History.read(path, **how)

@@ -1,6 +1,7 @@
 """Where other stop rules would have stopped a run that was recorded."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,15 @@ from optax_guard.stop._rule import StopReason, StopRule, sign_of
 from optax_guard.stop._state import EarlyStopping
 from optax_guard.stop._stopper import early_stopping
 
+# Words in the names of values of which larger ones are better.
+_RISING = frozenset(
+    {
+        *("acc", "accuracy", "auc", "auroc", "bleu", "dice", "f1", "iou", "map"),
+        *("map50", "miou", "ndcg", "precision", "psnr", "r2", "recall"),
+        *("return", "returns", "reward", "rewards", "rouge", "score", "ssim"),
+        *("top1", "top5", "win"),
+    }
+)
 # Columns of the table of outcomes that hold texts: the rule and the reason.
 TEXT_COLUMNS = (0, 7)
 
@@ -57,7 +67,7 @@ def replay(
     rules: Mapping[str, StopRule | EarlyStopping],
     *,
     key: str | None = None,
-    mode: str = "min",
+    mode: str | None = None,
 ) -> list[Replayed]:
     """Plays a recorded run to stop rules: where would each stop, save and lose?
 
@@ -80,17 +90,18 @@ def replay(
         your choice.
       key: Column of the value to judge. If ``None``, the one that is recorded of
         ``val_loss`` and ``value``. Rows without it are not evaluations.
-      mode: "min" if smaller values are better, "max" if larger values are. The mode of
-        a stopper should agree.
+      mode: "min" if smaller values are better, "max" if larger values are; "min" if
+        ``None``. A ``key`` that names an accuracy, a reward or the like needs a mode.
+        The mode of a stopper should agree.
 
     Returns:
       A `Replayed` for each rule, in their order; `table` prints them.
 
     Raises:
       TypeError: If one of ``rules`` is neither a rule nor a stopper.
-      ValueError: If no row has the value; if a rule needs a column that evaluations
-        lack, as ``overfitting`` needs ``train_loss``; if it needs seconds or the
-        optimizer's state, which no history records.
+      ValueError: If no row has the value; if ``key`` needs a ``mode``; if a rule needs
+        a column that evaluations lack, as ``overfitting`` needs ``train_loss``; if it
+        needs seconds or the optimizer's state, which no history records.
 
     Examples:
       >>> import optax_guard as og
@@ -107,6 +118,7 @@ def replay(
     check_kind("rules", rules, Mapping, "a dict of rules by name")
     if not rules:
         raise ValueError("`rules` must have at least one rule, got none.")
+    mode = _mode_for(key) if mode is None else mode
     sign = sign_of(mode)
     evaluations, key = evaluations_of(as_rows(history), key)
     steps = [int(row["step"]) for row in evaluations]
@@ -125,6 +137,18 @@ def replay(
         columns = _needed_columns(name, stopper.needs, keys, key, evaluations)
         outcomes.append(_play_to_rule(name, stopper, sign, key, keys, columns, steps))
     return outcomes
+
+
+def _mode_for(key: str | None) -> str:
+    """The mode of a column, unless its name may be of a value that should rise."""
+    words = re.split(r"[^a-z0-9]+", str(key).lower())
+    if rising := sorted(_RISING.intersection(words)):
+        raise ValueError(
+            f"`mode` must be given for {key!r}: larger is better of most columns that "
+            f"are called {rising[0]!r}. Give `mode=max`, or `mode=min` if smaller is "
+            "better."
+        )
+    return "min"
 
 
 def replay_cells(replayed: Iterable[Replayed]) -> list[list[str]]:
