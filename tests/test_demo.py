@@ -122,6 +122,7 @@ def test_skipped_batches_do_not_count_as_training_loss(ran):
 def test_table_has_a_row_an_evaluation_under_the_headings(ran):
     table = ran.printed.partition("\nguarded\n")[2].splitlines()
     assert re.split(r"\s{2,}", table[0].strip()) == [
+        "step",
         "epoch",
         "grad norm",
         "after clip",
@@ -133,7 +134,7 @@ def test_table_has_a_row_an_evaluation_under_the_headings(ran):
     rows = ran.rows["guarded"]
     for line, row in zip(table[1 : len(rows) + 1], rows, strict=True):
         cells = line.split()
-        assert float(cells[1]) == pytest.approx(row["grad_norm"], rel=1e-3)
+        assert float(cells[2]) == pytest.approx(row["grad_norm"], rel=1e-3)
         assert float(cells[-1]) == pytest.approx(row["val_loss"], rel=1e-3)
     assert table[len(rows) + 1] == ""
 
