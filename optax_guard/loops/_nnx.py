@@ -15,6 +15,8 @@ from optax_guard.loops._carrier import Carrier
 # The places of the model and of its optimizer among the objects of a state. They come
 # first, so that a variable that others share counts as the model's.
 _MODEL, _OPTIMIZER = 0, 1
+# Before Flax 0.12 the class of all objects had another name.
+_OBJECT: Any = getattr(nnx, "Pytree", None) or nnx.Object
 
 
 class NnxForm(NamedTuple):
@@ -169,7 +171,7 @@ def _places(named: list[tuple[Any, Any]]) -> tuple[int, ...]:
 
 
 def _is_object(node: Any) -> bool:
-    return isinstance(node, nnx.Pytree | nnx.Variable)
+    return isinstance(node, _OBJECT | nnx.Variable)
 
 
 def _is_generator(path: Any, leaf: Any) -> bool:
