@@ -73,7 +73,7 @@ PYTEST = $(CACHE) $(abspath $(PY)) -m pytest -n $(WORKERS) --dist loadgroup
 BOTH := -m 'not multihost and not soak'
 
 .PHONY: test
-test: .venv/installed  ## run the short tier: the tests of a change, within five minutes
+test: .venv/installed  ## run the short tier: the tests of a change
 	$(QUICK) $(PYTEST) $(ARGS)
 
 # `make test-all` is `make test` and `make test-rest`, or the tests that ARGS names.
