@@ -65,7 +65,10 @@ def step(state, batch):
 
 def get_count(opt):
     """The step, from the state of the schedule, as big_vision finds it."""
-    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+
+    def is_schedule(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
     leaves = jax.tree.leaves(opt, is_leaf=is_schedule)
     [count] = {int(x.count) for x in leaves if is_schedule(x)}
     return count
