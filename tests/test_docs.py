@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 
+from optax_guard.analysis import FindingCode
 from tests import pages
 from tests.public import public_names
 
@@ -93,3 +94,11 @@ def test_text_after_a_block_must_be_what_it_prints():
     assert pages.run(markdown.format(2), "page.md") == 1
     with pytest.raises(AssertionError, match=r"page\.md, line 2"):
         pages.run(markdown.format(3), "page.md")
+
+
+@needs_docs
+def test_every_finding_and_no_other_is_explained():
+    text = (DOCS / "guides" / "reading.md").read_text(encoding="utf-8")
+    table = text.partition("## What the findings mean")[2].partition("\n## ")[0]
+    found = set(re.findall(r"^\| `([A-Z_]+)` \| (\w+)", table, re.MULTILINE))
+    assert found == {(str(code), str(code.severity)) for code in FindingCode}
