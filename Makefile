@@ -105,12 +105,13 @@ elsewhere: .venv/installed
 test-wheel: elsewhere  ## run the tests of numbers with the installed wheel
 	cd $(ELSEWHERE) && PYTHONPATH=site $(PYTEST) $(BOTH) -k 'not gpu and not tpu' $(NUMERIC)
 
-# The lowest versions that pyproject.toml states, and the newest there are.
+# The lowest versions that pyproject.toml states, and the newest there are. pip takes no
+# extras in constraints.
 .venv-lowest/installed: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-lowest
-	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	$(PYTHON) -c "import re, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  stated = p['dependencies'] + sum(p['optional-dependencies'].values(), []); \
-	  print(*(r.replace('>=', '==') for r in stated if '>=' in r), sep='\n')" \
+	  print(*(re.sub(r'\[.*\]', '', r).replace('>=', '==') for r in stated if '>=' in r), sep='\n')" \
 	  > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip --no-input install --quiet 'pip>=25.1'
 	.venv-lowest/bin/python -m pip --no-input install --quiet --group tests \
