@@ -486,45 +486,35 @@ MIDDLE = grads_of_norm(0.04, seed=2)
 # Laws of types -----------------------------------------------------------------
 
 
-def everywhere(tx: Any, params: Any) -> dict[str, Any]:
-    """The state after updates in every context that fixes its types."""
-    update = jax.jit(tx.update)
-    value = jnp.zeros((), jnp.float32)
-
-    def step(state: Any) -> Any:
-        return update(params, state, params, value=value)[1]
-
-    state = tx.init(params)
-    many, states = jax.tree.map(lambda x: jnp.stack([x, x]), (params, state))
-    return {
-        "update": step(state),
-        "two updates": step(step(state)),
-        "scan": jax.lax.scan(lambda s, _: (step(s), None), state, length=2)[0],
-        "while_loop": jax.lax.while_loop(lambda s: jnp.array(False), step, state),
-        "cond": jax.lax.cond(value > 0, step, lambda s: s, state),
-        "vmap": jax.tree.map(
-            lambda x: x[0],
-            jax.vmap(lambda p, s: update(p, s, p, value=value)[1])(many, states),
-        ),
-        "init in jit": jax.jit(tx.init)(params),
-    }
-
-
 @over_forms_and("kind", KINDS)
 def test_types_of_the_state_never_change(form, kind, request):
+    """So loops, conditions and scans, which compare types, take it."""
     if kind == "x64":
         request.getfixturevalue("x64")
-    # Nothing is compiled: loops and conditions compare types when they are traced.
     params = tree_of(kind)
     # Built anew: a threshold made before x64 is another one.
     tx = form.built()
-    expected = types_of(tx.init(params))
+    state = tx.init(params)
+    value = jnp.zeros((), jnp.float32)
+    # Nothing is compiled.
     with jax.numpy_dtype_promotion("strict"):
-        contexts = jax.eval_shape(lambda p: everywhere(tx, p), params)
-        updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
-    for context, state in contexts.items():
-        assert types_of(state) == expected, context
+        updates, after = jax.eval_shape(tx.update, params, state, params, value=value)
+        traced = jax.eval_shape(tx.init, params)
+    assert types_of(after) == types_of(traced) == types_of(state)
     assert types_of(updates) == types_of(params)
+
+
+@over(TYPICAL)
+def test_types_of_the_state_never_change_in_a_batch(form):
+    params = tree_of("mixed")
+    many, states = jax.tree.map(
+        lambda x: jnp.stack([x, x]), (params, form.tx.init(params))
+    )
+    value = jnp.zeros((), jnp.float32)
+    _, after = jax.eval_shape(
+        jax.vmap(lambda p, s: form.tx.update(p, s, p, value=value)), many, states
+    )
+    assert types_of(after) == types_of(states)
 
 
 @by_name
