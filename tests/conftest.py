@@ -74,7 +74,7 @@ import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402 - as JAX, which its plugins import
 
 from tests.strategies import in_force  # noqa: E402 - imports JAX
-from tests.tiers import is_full  # noqa: E402 - beside the line above
+from tests.tiers import tier_of  # noqa: E402 - beside the line above
 
 # Traces are full of objects that live long: looking through them for cycles as often as
 # Python does by default takes a tenth of the time.
@@ -125,8 +125,9 @@ def pytest_collection_modifyitems(
         module = item.path.stem
         case = getattr(item, "callspec", None)
         name = case.params.get("name") if case else None
-        if is_full(module, getattr(item, "originalname", None), item.name, name):
-            item.add_marker(pytest.mark.full)
+        tier = tier_of(module, getattr(item, "originalname", None), item.name, name)
+        if tier:
+            item.add_marker(tier)
         if module in ON_ACCELERATOR:
             item.add_marker(pytest.mark.accelerator)
         if has_xdist and module in TOGETHER:

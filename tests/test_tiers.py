@@ -1,29 +1,33 @@
-"""The two tiers of tests: which tests `make test` leaves to `make test-all`."""
+"""The tiers of tests: which ones are left to `make test-all` and to `make soak`."""
 
 import itertools
 from pathlib import Path
 
 import pytest
 
-from tests.tiers import FULL, all_pairs, is_full
+from tests.tiers import FULL, SOAK, all_pairs, tier_of
 
 TESTS = Path(__file__).parent
 
 
-def test_every_entry_of_the_full_tier_is_there():
+@pytest.mark.parametrize("tier", [FULL, SOAK], ids=["full", "soak"])
+def test_every_entry_of_a_tier_is_there(tier):
     sources = {path.stem: path.read_text("utf-8") for path in TESTS.rglob("test_*.py")}
-    for stem, names in FULL.items():
+    for stem, names in tier.items():
         source = sources[stem]
         for name in names or ():
             test = name.partition("[")[0]
             assert f"def {test}(" in source or f'"{name}"' in source, (stem, name)
 
 
-def test_a_test_is_of_the_full_tier_by_its_file_its_name_or_its_case():
-    assert is_full("test_soak", "test_any", None)
-    assert is_full("test_threshold", "test_any", "quantile forgets")
-    assert not is_full("test_threshold", "test_any", "zscore")
-    assert not is_full("test_rooms", "test_any", None)
+def test_a_test_is_of_a_tier_by_its_file_its_name_or_its_case():
+    assert tier_of("test_soak", "test_any", None) == "full"
+    assert tier_of("test_threshold", "test_any", "quantile forgets") == "full"
+    assert tier_of(
+        "test_stop_conformance", "test_stops_where_the_other_system_does"
+    ) == ("soak")
+    assert tier_of("test_threshold", "test_any", "zscore") is None
+    assert tier_of("test_rooms", "test_any", None) is None
 
 
 @pytest.mark.parametrize("sizes", [(4, 5, 2), (4, 5, 2, 4), (3, 3, 3), (2, 7), (1, 1)])

@@ -1,4 +1,7 @@
-"""The tests that `make test` leaves to `make test-all`: they bear the mark `full`."""
+"""The tests that `make test` leaves to `make test-all`, and both to `make soak`.
+
+They bear the marks `full` and `soak`.
+"""
 
 import itertools
 from collections.abc import Iterable
@@ -6,7 +9,8 @@ from typing import Any
 
 # A file maps to those of its tests that cost more than they catch: the name of a test,
 # of one of its cases, or of a `name` that tests of the file take. None stands for all.
-FULL: dict[str, set[str] | None] = {
+Tier = dict[str, set[str] | None]
+FULL: Tier = {
     # Studies, and the arithmetic of benchmarks.
     "test_accelerator_kit": None,
     "test_bad_batches": None,
@@ -37,22 +41,8 @@ FULL: dict[str, set[str] | None] = {
     "test_loops": {
         "test_member_alone_is_the_member_among_others_and_none_touches_another"
     },
-    # One case of each model and of each way to split stays.
     "test_parallelism": {
         "test_guarded_step_adds_at_most_one_all_reduce_for_each_set_of_axes",
-        *(
-            f"test_devices_train_as_one_and_skip_together[{case}]"
-            for case in (
-                "experts on six devices-unchecked",
-                "pipeline-unchecked",
-                "split stages-checked",
-                "split stages-whole",
-            )
-        ),
-    },
-    "test_scopes": {
-        f"test_fault_in_one_group_spares_the_others_and_is_forgotten[quantile-{scope}]"
-        for scope in ("leaf", "group")
     },
     "test_sharding": {"test_compiler_gives_what_one_device_does"},
     "test_sketch": {
@@ -65,8 +55,6 @@ FULL: dict[str, set[str] | None] = {
         "test_runs_stop_at_their_own_time",
         "test_width_counts_before_the_lowest_value",
     },
-    # Many cases of one law, of which other files hold a part.
-    "test_stop_conformance": {"test_stops_where_the_other_system_does"},
     # Two rules that differ in one setting from one that `make test` runs, and all
     # sequences of norms for that one: its loops are slow without optimisation.
     "test_threshold": {
@@ -83,11 +71,42 @@ FULL: dict[str, set[str] | None] = {
     },
 }
 
+# Further cases of a test of which one case or two stay in the other tiers.
+SOAK: Tier = {
+    "test_debug_faults": {
+        # That the faults are as the other tests of the file take them to be.
+        "test_every_fault_is_as_planted",
+        "test_every_healthy_function_is_finite",
+    },
+    # One case of each model and of each way to split stays.
+    "test_parallelism": {
+        f"test_devices_train_as_one_and_skip_together[{case}]"
+        for case in (
+            "experts on six devices-unchecked",
+            "pipeline-unchecked",
+            "six experts on four devices-whole",
+            "six experts on four devices-checked",
+            "split stages-checked",
+            "split stages-whole",
+        )
+    },
+    "test_scopes": {
+        f"test_fault_in_one_group_spares_the_others_and_is_forgotten[quantile-{scope}]"
+        for scope in ("leaf", "group")
+    },
+    "test_sharding": {"test_compiler_gives_what_one_device_does[explicit]"},
+    # Many cases of one law, of which other files hold a part.
+    "test_stop_conformance": {"test_stops_where_the_other_system_does"},
+}
 
-def is_full(stem: str, *names: object) -> bool:
-    """Whether a test in that file, with these names, belongs to the full tier only."""
-    listed = FULL.get(stem, set())
-    return listed is None or any(name in listed for name in names)
+
+def tier_of(stem: str, *names: object) -> str | None:
+    """The mark of a test in that file with these names; `make test` runs the others."""
+    for mark, tier in {"soak": SOAK, "full": FULL}.items():
+        listed = tier.get(stem, set())
+        if listed is None or any(name in listed for name in names):
+            return mark
+    return None
 
 
 def all_pairs(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
