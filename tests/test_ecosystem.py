@@ -79,12 +79,11 @@ def kind_of(record: Any) -> str:
     return record.WhichOneof("record_type")
 
 
-@pytest.mark.parametrize("is_module", [False, True], ids=["run", "module"])
-def test_offline_file_of_wandb_holds_rows_and_alerts(is_module, tmp_path):
+def test_offline_file_of_wandb_holds_rows_and_alerts(tmp_path):
     wandb = pytest.importorskip("wandb")
     run = wandb.init(project="p", dir=tmp_path, mode="offline")
     path = Path(run.settings.sync_file)
-    log_rows(wandb if is_module else run, [*ROWS, {"step": 20, "train_loss": 9.0}])
+    log_rows(run, [*ROWS, {"step": 20, "train_loss": 9.0}])
     run.finish()
     deadline = time.monotonic() + 60
     # Another process writes the file, and ends it with this record.

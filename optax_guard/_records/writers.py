@@ -1,4 +1,4 @@
-"""What `fit` can log to, told by its methods; no library of these is imported."""
+"""The kinds of loggers. Their methods tell them: none of the libraries is imported."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +33,7 @@ class SummaryWriter(Protocol):
 
 @runtime_checkable
 class AlertingRun(Protocol):
-    """A run of W&B or trackio, or the module, which logs to its current run."""
+    """A run of W&B or trackio; or the module `trackio`, which logs to its run."""
 
     @property
     def log(self) -> Callable[..., Any]:
