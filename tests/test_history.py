@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import optax_guard as og
 from optax_guard._records.grouped import grouped_name
 from optax_guard._records.writers import log_function
 from optax_guard.analysis import Diagnosis, History, diagnose, replay, table
+from optax_guard.loops._host import Record
 
 NAN, INF = math.nan, math.inf
 ODD = [0.1, 1e-310, -0.0, NAN, INF, -INF, 3, np.float32(0.1), jnp.bfloat16(1.5)]
@@ -381,7 +383,9 @@ def test_run_gets_each_kind_of_finding_once_as_an_alert_of_its_severity(monkeypa
         "ERROR NONFINITE_LOSS_DESPITE_CLIPPING (step 16)"
     )
     # A run that is resumed at its last row has told the first.
-    log_function(past, rows[:-1])(16, rows[-1])
+    record = Record([past], SimpleNamespace(row=lambda row: None), rows[:-1])
+    record.put(16, rows[-1], flags={})
+    record.read()
     assert past.alerts == run.alerts[1:]
     assert list(past.rows) == [16]
 
