@@ -131,6 +131,17 @@ NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(foreach p, \
 	  --group benchmarks --editable '.[all]'
 	@touch $@
 
+.venv-ecosystem/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-ecosystem
+	.venv-ecosystem/bin/python -m pip --no-input install --quiet 'pip>=25.1'
+	.venv-ecosystem/bin/python -m pip --no-input install --quiet --group tests \
+	  --group ecosystem --editable '.[all]'
+	@touch $@
+
+.PHONY: test-ecosystem
+test-ecosystem: .venv-ecosystem/installed  ## log to W&B, MLflow, trackio, metrax; read them
+	.venv-ecosystem/bin/python -m pytest -n 0 tests/test_ecosystem.py $(ARGS)
+
 .PHONY: test-lowest test-newest test-matrix
 test-lowest test-newest: test-%: .venv-%/installed
 	$(QUICK) .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(BOTH) $(ARGS)

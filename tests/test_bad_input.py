@@ -224,6 +224,9 @@ RIGHT: dict[str, set[str]] = {
     "analysis.History.append.step": COUNT | {"0", "2**40", "True"},
     "analysis.History.column.name": TEXT,
     "analysis.History.extend.num_rows": NOTHING | COUNT | {"0"},
+    "analysis.History.log_scalar.event": TEXT,
+    "analysis.History.log_scalar.step": NOTHING | COUNT | {"0", "2**40", "True"},
+    "analysis.History.log_scalar.value": NUMBER | {"True", "nan"},
     "analysis.History.path": NOTHING,
     "analysis.History.read.columns": NOTHING | {"{}"},
     "analysis.History.read.max_norm": NOTHING | POSITIVE,
@@ -477,6 +480,12 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "analysis.History.extend": (
         lambda buffers, num_rows: analysis.History().extend(buffers, num_rows),
         {"buffers": {"step": np.ones(1)}, "num_rows": None},
+    ),
+    "analysis.History.log_scalar": (
+        lambda event, value, step: analysis.History().log_scalar(
+            event, value, step=step
+        ),
+        {"event": "value", "value": 1.0, "step": 1},
     ),
     "analysis.History.column": (
         lambda name: analysis.History().column(name),

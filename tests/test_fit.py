@@ -1,6 +1,7 @@
 """`fit`: the host loop. Oracles are plain Python loops in float64."""
 
 import gc
+import logging
 import signal
 import threading
 import time
@@ -1005,6 +1006,11 @@ STOPPER = og.early_stopping(og.stop.patience(1))
         ),
         ({"loggers": print}, TypeError, "`loggers` must be a list of loggers, got"),
         ({"loggers": [3]}, TypeError, r"`loggers` must hold functions `\(step, row\)`"),
+        (
+            {"loggers": [logging.getLogger()]},
+            TypeError,
+            "`loggers` must hold functions",
+        ),
         (
             {"train_step": lambda state, x: state},
             TypeError,

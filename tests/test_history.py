@@ -1,8 +1,11 @@
 """The record of a run: on disk line by line, back again, and from other systems."""
 
+import enum
 import json
 import math
 import struct
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src import monitoring
 
 import optax_guard as og
-from optax_guard._records.writers import grouped_name, log_function
+from optax_guard._records.grouped import grouped_name
+from optax_guard._records.writers import log_function
 from optax_guard.analysis import Diagnosis, History, diagnose, replay, table
+from optax_guard.loops._host import Record
 
 NAN, INF = math.nan, math.inf
 ODD = [0.1, 1e-310, -0.0, NAN, INF, -INF, 3, np.float32(0.1), jnp.bfloat16(1.5)]
@@ -328,6 +334,99 @@ def test_tensorboard_files_hold_the_grouped_names(tmp_path):
         (20, "grad/norm", INF),
         (20, "guard/num_skipped", 3.0),
     ]
+
+
+class AlertLevel(enum.Enum):
+    """As trackio's; found, as there, beside the class of the run."""
+
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+
+
+class Run:
+    """As a run of W&B or trackio."""
+
+    def __init__(self):
+        self.rows, self.alerts = {}, []
+
+    def log(self, metrics, step=None):
+        self.rows[step] = metrics
+
+    def alert(self, title, text, level):
+        self.alerts.append((title, level, text))
+
+
+def test_run_gets_each_kind_of_finding_once_as_an_alert_of_its_severity(monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__.partition(".")[0], sys.modules[__name__])
+    # The clip works, then does not, then does again; then the loss is lost.
+    losses = [8, 7, 6, 5, 4, 4, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1, NAN]
+    run, past = Run(), Run()
+    log = log_function(run)
+    rows = [
+        {"step": i, "grad_norm": 2.0, "clip_threshold": 1.0, "train_loss": loss}
+        for i, loss in enumerate(losses)
+    ]
+    for row in rows:
+        log(row["step"], row)
+    assert run.rows[0] == {
+        "grad/norm": 2.0,
+        "grad/clip_threshold": 1.0,
+        "train/loss": 8,
+    }
+    assert [(title, level) for title, level, _ in run.alerts] == [
+        ("CLIPPING_WORKS", AlertLevel.INFO),
+        ("NONFINITE_LOSS_DESPITE_CLIPPING", AlertLevel.ERROR),
+        ("NONFINITE_BATCH", AlertLevel.WARN),
+    ]
+    assert run.alerts[1][2].startswith(
+        "ERROR NONFINITE_LOSS_DESPITE_CLIPPING (step 16)"
+    )
+    # A run that is resumed at its last row has told the first.
+    record = Record([past], SimpleNamespace(row=lambda row: None), rows[:-1])
+    record.put(16, rows[-1], flags={})
+    record.read()
+    assert past.alerts == run.alerts[1:]
+    assert list(past.rows) == [16]
+
+
+def test_backend_of_metrax_and_mlflow_get_the_grouped_names():
+    calls = []
+
+    class Backend:
+        def log_scalar(self, event, value, **kwargs):
+            calls.append((event, value, kwargs))
+
+    class Mlflow:
+        def log_metrics(self, metrics, step=None):
+            calls.append((metrics, step))
+
+    row = {"step": 3, "grad_norm": INF, "val_loss": 2.0}
+    log_function(Backend())(3, row)
+    log_function(Mlflow())(3, row)
+    assert calls == [
+        ("grad/norm", INF, {"step": 3}),
+        ("val/loss", 2.0, {"step": 3}),
+        ({"grad/norm": INF, "val/loss": 2.0}, 3),
+    ]
+
+
+def test_history_hears_scalars_that_have_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitoring, "_scalar_listeners", [])
+    history = History(tmp_path / "h.jsonl")
+    jax.monitoring.register_scalar_listener(history.log_scalar)
+    for step in (1, 2):
+        jax.monitoring.record_scalar("/train/loss", float(step), step=step)
+        jax.monitoring.record_scalar("/train/tokens", 7, step=step, host=0)
+    jax.monitoring.record_scalar("/jax/checkpoint/write/gbytes", 1.5)
+    jax.monitoring.record_scalar("eval/loss", jnp.float32(NAN), step=2)
+    history.close()
+    rows = [
+        {"step": 1, "train_loss": 1.0, "train/tokens": 7},
+        {"step": 2, "train_loss": 2.0, "train/tokens": 7, "val_loss": NAN},
+    ]
+    assert same(history, rows)
+    assert same(History.read(tmp_path), rows)
 
 
 def test_fit_logs_into_a_history_and_a_diagnosis(tmp_path, capsys):

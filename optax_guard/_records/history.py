@@ -181,6 +181,34 @@ class History(Sequence[Row]):
         """Adds a row, as a logger of `fit`."""
         self.append(step, row)
 
+    def log_scalar(self, event: str, value: Any, **kwargs: Any) -> None:
+        """Adds one scalar, as a backend of metrax or a listener of `jax.monitoring`.
+
+        JAX and Orbax send scalars of their own to every listener. These have no step,
+        and are left out.
+
+        Args:
+          event: Its name, such as ``"train/loss"``. A slash at its front is removed.
+          value: The scalar, as `append` takes it.
+          **kwargs: ``step``, as `append` takes it; others are ignored.
+
+        Raises:
+          TypeError: If ``event`` is not a text, or ``value`` not a number.
+          ValueError: As `append`.
+
+        Examples:
+          >>> history = History()
+          >>> history.log_scalar("/train/loss", 2.5, step=1)
+          >>> list(history)
+          [{'step': 1, 'train_loss': 2.5}]
+        """
+        check_kind("event", event, str, "a name")
+        if kwargs.get("step") is not None:
+            self.append(kwargs["step"], {event.lstrip("/"): value})
+
+    def close(self) -> None:
+        """Does nothing: each row is in the file when `append` returns."""
+
     def extend(self, buffers: Mapping[str, Any], num_rows: int | None = None) -> None:
         """Adds rows that a loop on the device has collected in arrays.
 

@@ -124,9 +124,11 @@ def fit(
         mean training loss since the evaluation before, the optimizer's state and the
         seconds on the host's clock. If its rule holds a `stop.plateau`, the factor is
         written into the optimizer's state.
-      loggers: Functions ``(step, row)``, or writers: CLU's, tensorboardX's
-        (`optax-guard[log]`) or PyTorch's. Writers get names in groups such as
-        ``grad/norm`` and stay open. A resumed run does not repeat earlier rows.
+      loggers: Functions ``(step, row)``; writers of tensorboardX (`optax-guard[log]`),
+        PyTorch or CLU; runs of W&B or trackio, which get each kind of finding as an
+        alert, too; the module ``mlflow``; backends of metrax. All but functions get
+        names in groups such as ``grad/norm``, and stay open. A resumed run does not
+        repeat earlier rows and alerts.
       progress: Whether to show a progress bar, a table, and each finding of
         `optax_guard.analysis.diagnose` when it first holds; or the user's own display.
       checkpointer: A `Checkpointer`, to save, and to resume from its checkpoint.

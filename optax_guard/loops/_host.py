@@ -24,7 +24,8 @@ class Record:
         self, loggers: Sequence[Logger], display: Any, history: list[dict[str, float]]
     ):
         self.history = history
-        self._loggers = [log_function(x) for x in loggers if jax.process_index() == 0]
+        is_first = jax.process_index() == 0
+        self._loggers = [log_function(x, history) for x in loggers if is_first]
         self._display = display
         self._pending: tuple[int, Any, Any] | None = None
 

@@ -52,8 +52,9 @@ def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) 
     for logger in loggers:
         if not is_logger(logger):
             raise TypeError(
-                "`loggers` must hold functions `(step, row)` or writers with "
-                f"`write_scalars` or `add_scalar`, got {logger!r}."
+                "`loggers` must hold functions `(step, row)`, a writer of TensorBoard "
+                "or CLU, a run of W&B or trackio, `mlflow`, or a backend of metrax, "
+                f"got {logger!r}."
             )
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from optax_guard._records.writers import GROUPED_NAMES
+from optax_guard._records.grouped import GROUPED_NAMES
 
 # Name in a history -> its names in other records, in the order of the search. Before
 # they are compared, capitals become small, and every row of blanks, dots, slashes,
@@ -63,7 +63,7 @@ def plain(name: str) -> str:
     return _SEPARATORS.sub("_", name.strip().lower()).rstrip("_")
 
 
-# The names under which `writers.py` writes to event files.
+# The names under which `fit` logs to other tools.
 _OURS = {plain(theirs): ours for ours, theirs in reversed(GROUPED_NAMES.items())}
 _OURS["value"] = "value"
 
