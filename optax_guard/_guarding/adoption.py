@@ -239,7 +239,8 @@ def in_old_layout(tree: Any) -> Any:
     """The state as version 0.1.0 kept it: each number in an array of its own."""
 
     def old(x: Any) -> Any:
-        if not _has_rows(x):
+        is_new = getattr(x, "recent_params", ()) != ()  # There were no averages.
+        if not _has_rows(x) or is_new:
             return x
         names = _TODAY[type(x)]
         values = [in_old_layout(getattr(x, name)) for name in names.values()]
@@ -277,6 +278,8 @@ def in_new_layout(saved: Any) -> Any:
         fields |= rows_of(cls, numbers | known)
         if cls is GuardState:  # It came later, and was not there.
             fields["bound_state"] = {} if isinstance(x, dict) else ()
+        if cls is EarlyStoppingState:
+            fields["recent_params"] = {} if isinstance(x, dict) else ()
         return fields if isinstance(x, dict) else cls(**fields)
 
     def is_old(x: Any) -> bool:
