@@ -127,6 +127,10 @@ WRONG_GUESSES: dict[str, dict[str, str]] = {
         "default": "Write `stopper.best(state, params)`: `params` come back if no value"
         " was finite yet.",
     },
+    "average": {
+        "default": "Write `stopper.average(state, params)`: `params` come back if no "
+        "evaluation has entered the mean yet.",
+    },
     "early_stopping.reset": {"state": "Write `state = stopper.reset(state)`."},
     "patience": {
         "patience epochs evaluations n_iter_no_change": "Write `stop.patience({})`.",

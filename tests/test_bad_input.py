@@ -41,6 +41,7 @@ STATE = GUARD.init(PARAMS)
 LEAVES = og.clip_by_leaf_norm(1.0, record_quantiles=True).init(PARAMS)
 RULE = og.stop.patience(2)
 STOPPER = og.early_stopping(RULE)
+AVERAGING = og.early_stopping(RULE, average_last=2)
 ROWS = [
     {
         "step": i,
@@ -247,6 +248,8 @@ RIGHT: dict[str, set[str]] = {
     "analysis.sweep_max_norm.max_norms": {"[1]"},
     "analysis.table.history": NO_ITEMS,
     "clip_by_value.min_value": NOTHING | {"0", "-1", "0.5"},
+    "early_stopping.average.default": set(),
+    "early_stopping.average_last": NOTHING | COUNT,
     "early_stopping.best.default": set(),
     "early_stopping.reset.keep_best": FLAG,
     "early_stopping.update.params": NOTHING,
@@ -515,6 +518,10 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "early_stopping.best": (
         STOPPER.best,
         {"state": STOPPER.init(PARAMS), "default": PARAMS},
+    ),
+    "early_stopping.average": (
+        AVERAGING.average,
+        {"state": AVERAGING.init(PARAMS), "default": PARAMS},
     ),
     "early_stopping.reset": (STOPPER.reset, {"state": STOPPER.init(PARAMS)}),
     "stop.all_of.rules": (lambda rule: og.stop.all_of(RULE, rule), {"rule": RULE}),

@@ -25,7 +25,7 @@ BAD_STEP, NUM_STEPS = 2, 6
 LENGTH: Any = {"num_steps": NUM_STEPS, "eval_every": 2}
 DATA = np.random.default_rng(0).normal(size=(NUM_STEPS, 4, 2)).astype(np.float32)
 GOOD = [i for i in range(NUM_STEPS) if i != BAD_STEP]
-PATIENT = og.early_stopping(og.stop.patience(9))
+PATIENT = og.early_stopping(og.stop.patience(9), average_last=2)
 
 
 def batches(step):
@@ -39,6 +39,11 @@ def same(x, y, **bounds):
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def mean_of(trees):
+    return jax.tree.map(lambda *x: np.mean(np.array(x, np.float64), 0), *trees)
+
 
 # NNX -------------------------------------------------------------------------------
 
@@ -82,7 +87,7 @@ def nnx_value(state):
     return jnp.mean((state.model(DATA[0]) - 1) ** 2)
 
 
-def pure(node, kind=...):
+def pure(node, kind: Any = ...):
     return nnx.to_pure_dict(nnx.state(node, kind))
 
 
@@ -103,13 +108,19 @@ def test_run_of_nnx_is_flaxs_own_over_the_good_batches(fitted):
     def step(state, x):
         return nnx_step(state, x)[1]
 
-    losses = [step(theirs, DATA[i]) for i in GOOD]
+    losses, evaluated = [], []
+    for i in GOOD:
+        losses.append(step(theirs, DATA[i]))
+        if i % 2 == 1:
+            evaluated.append(pure(theirs.model, nnx.Param))
     assert isinstance(result.state, Objects)
     # The parameters, and the batch statistics.
     same(pure(result.state.model), pure(theirs.model), **CLOSE)
     np.testing.assert_allclose(
         result.state.metrics.compute()["loss"], np.mean(losses), rtol=1e-5
     )
+    # Three evaluations are the block of two that was full last, and one since then.
+    same(result.average_params, mean_of(evaluated), **CLOSE)
     # A skipped step draws new numbers, and counts.
     assert result.state.rngs.default.count[...] == NUM_STEPS
     assert result.state.optimizer.step[...] == NUM_STEPS
@@ -146,6 +157,7 @@ def test_run_of_nnx_resumes_and_its_best_is_on_disk(fitted, tmp_path):
     part(4)
     result = part(NUM_STEPS)
     assert result.history == whole.history
+    same(result.average_params, whole.average_params, rtol=0)
     for part_of in ("model", "metrics"):
         ours, wanted = (pure(getattr(x.state, part_of)) for x in (result, whole))
         same(ours, wanted, rtol=0)
@@ -165,6 +177,7 @@ def test_nnx_on_the_device_is_nnx_on_the_host(fitted):
     )
     same(pure(device.state.model), pure(host.state.model), **CLOSE)
     same(device.best_params, host.best_params, **CLOSE)
+    same(device.average_params, host.average_params, **CLOSE)
 
 
 def test_state_of_nnx_that_cannot_be_carried_is_refused():
@@ -229,8 +242,13 @@ def test_run_of_equinox_is_its_own_over_the_good_batches(tmp_path):
             checkpointer=Checkpointer(tmp_path),
         )
     theirs, their_step = network(PLAIN), eqx.filter_jit(equinox_step(PLAIN))
+    evaluated = []
     for i in GOOD:
         theirs, _ = their_step(theirs, DATA[i])
+        if i % 2 == 1:
+            evaluated.append(eqx.filter(theirs.params, eqx.is_array))
+    average = eqx.filter(result.average_params, eqx.is_array)
+    same(average, mean_of(evaluated), **CLOSE)
     assert isinstance(result.state, Training)
     ours, arrays = (eqx.filter(x.params, eqx.is_array) for x in (result.state, theirs))
     same(ours, arrays, **CLOSE)
@@ -316,14 +334,18 @@ def averages_of(trajectory):
     return found
 
 
-def test_average_leaves_out_a_skipped_step_and_is_evaluated_and_kept(tmp_path):
+def averaged_descent():
     w, trajectory = np.ones(2), []
     for i in GOOD:
         w = w - 0.5 * np.float64(PULLS[i])
         trajectory.append(w)
     averages = averages_of(np.array(trajectory))
     # After 2, 4 and 6 steps, of which the third was skipped.
-    wanted = [averages[1], averages[2], averages[4]]
+    return w, [averages[1], averages[2], averages[4]]
+
+
+def test_average_leaves_out_a_skipped_step_and_is_evaluated_and_kept(tmp_path):
+    w, wanted = averaged_descent()
     arguments: Any = {
         "evaluate": lambda state: jnp.sum(state.params["w"] ** 2),
         "stopper": PATIENT,
@@ -341,7 +363,9 @@ def test_average_leaves_out_a_skipped_step_and_is_evaluated_and_kept(tmp_path):
     best = wanted[int(np.argmin(values))]
     np.testing.assert_allclose(result.best_params["w"], best, rtol=1e-5)
     np.testing.assert_allclose(load_best(tmp_path)["params"]["w"], best, rtol=1e-5)
-    np.testing.assert_allclose(result.ema_params["w"], averages[-1], rtol=1e-5)
+    np.testing.assert_allclose(result.ema_params["w"], wanted[-1], rtol=1e-5)
+    mean = np.mean(wanted, 0)
+    np.testing.assert_allclose(result.average_params["w"], mean, rtol=1e-5)
     np.testing.assert_allclose(result.state.params["w"], w, rtol=1e-5)
 
     starts = jnp.array([1.0, 1.0])
@@ -355,7 +379,9 @@ def test_average_leaves_out_a_skipped_step_and_is_evaluated_and_kept(tmp_path):
         starts,
         **LENGTH,
     )
-    np.testing.assert_allclose(many.ema_params["w"][1], averages[-1], rtol=1e-5)
+    np.testing.assert_allclose(many.ema_params["w"][1], wanted[-1], rtol=1e-5)
+    np.testing.assert_allclose(many.average_params["w"][1], mean, rtol=1e-5)
+    np.testing.assert_allclose(many.member(0).average_params["w"], mean, rtol=1e-5)
     np.testing.assert_allclose(many.member(0).best_params["w"], best, rtol=1e-5)
 
 
@@ -401,3 +427,5 @@ def test_average_of_a_train_state_with_batch_statistics():
     assert [row["value"] for row in result.history] == [-2, -3, -5]
     assert result.best_batch_stats == 5
     np.testing.assert_array_equal(result.best_params, result.ema_params)
+    _, wanted = averaged_descent()
+    np.testing.assert_allclose(result.average_params, np.mean(wanted, 0), rtol=1e-5)

@@ -258,19 +258,20 @@ def test_best_survives_donated_parameters():
 
 def test_best_of_tied_parameters_holds_two_copies():
     shared = jnp.ones(3)
-    state = early_stopping(stop.patience(5)).init({"a": shared, "b": shared})
+    stopper = early_stopping(stop.patience(5), average_last=2)
+    state = stopper.init({"a": shared, "b": shared})
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
     assert len(pointers) == len(jax.tree.leaves(state))
     assert shared.unsafe_buffer_pointer() not in pointers
 
 
 def test_parameters_may_hold_random_keys_and_python_numbers():
-    stopper = early_stopping(stop.patience(5))
+    stopper = early_stopping(stop.patience(5), average_last=2)
     params = {"key": jax.random.key(0), "rate": 0.5}
     state = stopper.update(1.0, stopper.init(params), params)
-    best = stopper.best(state, params)
-    assert best["key"] == params["key"]
-    assert float(best["rate"]) == 0.5
+    for kept in (stopper.best(state, params), stopper.average(state, params)):
+        assert kept["key"] == params["key"]
+        assert float(kept["rate"]) == 0.5
 
 
 # Where it runs ----------------------------------------------------------------------
@@ -342,7 +343,8 @@ def kinds(tree):
 def test_types_never_change(wide, request):
     if wide:
         request.getfixturevalue("x64")
-    stopper = early_stopping(numpy_rule(), smooth=stop.ema(0.5))
+    k = np.int64(2)
+    stopper = early_stopping(numpy_rule(), smooth=stop.ema(0.5), average_last=k)
     params = mixed_params()
     state = stopper.init(params)
     expected = kinds(state)
@@ -353,7 +355,8 @@ def test_types_never_change(wide, request):
     for reset in (stopper.reset, functools.partial(stopper.reset, keep_best=False)):
         assert types(reset(state)) == types(state)
     assert types(stopper.best(state, params)) == types(params)
-    own = jax.tree.leaves(state._replace(best_params=None))
+    assert types(stopper.average(state, params)) == types(params)
+    own = jax.tree.leaves(state._replace(best_params=None, recent_params=()))
     assert {leaf.dtype.itemsize for leaf in own} <= {1, 4}
 
 
@@ -467,9 +470,9 @@ def test_conditions_may_hold_an_update():
     assert int(state.num_evals) == 1
 
 
-def test_keeping_the_best_takes_no_memory_in_a_loop():
-    """The carry is aliased; the only copy is that of the branch that takes."""
-    stopper = early_stopping(stop.patience(3))
+def test_best_and_average_take_no_memory_in_a_loop():
+    """The carry is aliased; the only copy is that of the branch that takes the best."""
+    stopper = early_stopping(stop.patience(3), average_last=2)
     size = 1 << 16
 
     def loop(params, state):
@@ -495,7 +498,7 @@ def test_keeping_the_best_takes_no_memory_in_a_loop():
 def test_sharded_parameters_stay_sharded(mesh):
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(jnp.arange(16.0), sharding)
-    stopper = early_stopping(stop.patience(3))
+    stopper = early_stopping(stop.patience(3), average_last=2)
     state = stopper.init(params)
     state = stopper.update(jnp.sum(params), state, params)
     state = stopper.update(1.0, state, params + 1)
@@ -503,16 +506,22 @@ def test_sharded_parameters_stay_sharded(mesh):
     best = stopper.best(state, params)
     assert best.sharding.is_equivalent_to(sharding, 1)
     same(best, params + 1)
+    average = stopper.average(state, params)
+    for mean in (average, *state.recent_params.block_means):
+        assert mean.sharding.is_equivalent_to(sharding, 1)
+    same(average, params + 0.5)
 
 
 def test_explicitly_sharded_parameters_keep_their_type(explicit_mesh):
     sharding = NamedSharding(explicit_mesh, PartitionSpec("data"))
     params = jax.device_put(jnp.arange(16.0), sharding)
-    stopper = early_stopping(stop.patience(3))
+    stopper = early_stopping(stop.patience(3), average_last=2)
     state = stopper.init(params)
     for value in [2.0, 1.0, 3.0]:
         state = stopper.update(value, state, params)
-    assert jax.typeof(state.best_params) == jax.typeof(params)
+    average = stopper.average(state, params)
+    for kept in (state.best_params, *state.recent_params.block_means, average):
+        assert jax.typeof(kept) == jax.typeof(params)
 
 
 # Resume -------------------------------------------------------------------------

@@ -221,7 +221,11 @@ def test_no_kind_of_state_is_missing():
         if inspect.isclass(value) and value.__name__.endswith("State")
         if issubclass(value, tuple)
     }
-    kinds -= {og.UpdateBoundState, og.threshold.RelativeToParamsState}  # New since.
+    kinds -= {  # New since.
+        og.UpdateBoundState,
+        og.threshold.RelativeToParamsState,
+        og.stop.RecentParamsState,
+    }
     found = og.find_states(initial(), tuple(kinds))
     assert {kind.__name__ for kind in kinds - {type(state) for state in found}} == set()
 

@@ -1,6 +1,7 @@
 """Parameters of any kind: models with functions in them, pairs, shapes alone."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -67,13 +68,21 @@ def test_modules_of_settings_are_trees():
 
 
 def test_the_stopper_keeps_the_arrays_of_a_model():
-    stopper = og.early_stopping(og.stop.patience(2))
+    stopper = og.early_stopping(og.stop.patience(2), average_last=2)
     worse = jax.tree.map(lambda x: x + 1 if eqx.is_array(x) else x, MODEL)
     state = stopper.update(1.0, stopper.init(MODEL), MODEL)
     state = stopper.update(2.0, state, worse)
     best: Any = stopper.best(state, worse)
     assert best.activation is MODEL.activation
     assert same_bits(eqx.filter(best, eqx.is_array), TRAINED)
+    average: Any = stopper.average(state, worse)
+    assert average.activation is MODEL.activation
+    wanted = jax.tree.map(lambda x: np.float32(x) + 0.5, TRAINED)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        eqx.filter(average, eqx.is_array),
+        wanted,
+    )
 
 
 def test_a_skipped_step_keeps_the_arrays_of_a_model():

@@ -87,7 +87,9 @@ def variables():
     return MODEL.init(jax.random.key(0), jnp.ones((1, 2)), is_training=False)
 
 
-STOPPER = og.early_stopping(og.stop.plateau(1, factor=0.5, max_reductions=2))
+STOPPER = og.early_stopping(
+    og.stop.plateau(1, factor=0.5, max_reductions=2), average_last=2
+)
 
 
 def train(directory, data: Any = batches, num_steps=NUM_STEPS, stopper=STOPPER):
@@ -134,6 +136,7 @@ def assert_same_run(one, other):
     assert bits(one.stop) == bits(other.stop)
     assert bits(one.best_params) == bits(other.best_params)
     assert bits(one.best_batch_stats) == bits(other.best_batch_stats)
+    assert bits(one.average_params) == bits(other.average_params)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,7 @@ def test_checkpoints_change_nothing_but_when_the_stop_comes(whole):
     assert result.history == whole[1].history
     assert bits(result.best_params) == bits(whole[1].best_params)
     assert bits(result.best_batch_stats) == bits(whole[1].best_batch_stats)
+    assert bits(result.average_params) == bits(whole[1].average_params)
     assert [row["num_skipped"] for row in result.history] == [0, 0, 1, 1, 1]
 
 

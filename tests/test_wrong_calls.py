@@ -136,6 +136,7 @@ def test_the_table_names_functions_and_no_argument_that_exists():
         "early_stopping.update": STOPPER.update,
         "early_stopping.reset": STOPPER.reset,
         "best": STOPPER.best,
+        "average": STOPPER.average,
         "TrainState.apply_gradients": TrainState.apply_gradients,
         "TrainState.create": TrainState.create,
     }

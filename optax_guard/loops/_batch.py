@@ -23,6 +23,7 @@ from optax_guard.loops._lane import (
     first_lane,
     next_evaluation,
 )
+from optax_guard.stop._averaging import average_of
 from optax_guard.stop._state import EarlyStoppingState
 
 _NEEDED = {"state", "train_step", "batches"}
@@ -182,6 +183,10 @@ def put(everyone: Any, lanes: Any, places: jax.Array) -> Any:
 def pick(everyone: Any, places: jax.Array) -> Any:
     """The members at these places."""
     return jax.tree.map(lambda leaf: leaf[places], everyone)
+
+
+# The average of each member.
+average_each = jax.jit(jax.vmap(average_of))
 
 
 @jax.jit

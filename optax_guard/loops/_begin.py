@@ -21,7 +21,7 @@ from optax_guard.loops._result import Rewound, Snapshot
 from optax_guard.loops._skip_origins import SkipOrigins
 from optax_guard.loops._source import Source
 from optax_guard.loops._store import Store, open_store
-from optax_guard.stop._state import EarlyStopping
+from optax_guard.stop._state import EarlyStopping, EarlyStoppingState
 
 
 def open_run(
@@ -104,13 +104,23 @@ def _first_snapshot(
     check_steps(step, num_steps)
     stop = None
     if stopper is not None:
-        # With a store, the best is on disk.
-        stop = stopper.init(tracked(state) if store is None else None)
+        stop = _first_stop(stopper, state, store)
         state = with_plateau(state, stop)
     start = Snapshot(step, state, stop, history=[], best_step=-1, rewound=Rewound())
     if store is not None and store.keeps_first:
         store.save(start._replace(data=source.state()), {})
     return start
+
+
+def _first_stop(
+    stopper: EarlyStopping, state: Any, store: Store | None
+) -> EarlyStoppingState:
+    """The stopper's state. With a store the best is on disk; an average stays in it."""
+    if store is None:
+        return stopper.init(tracked(state))
+    if stopper.init(()).recent_params == ():
+        return stopper.init()
+    return stopper.init(tracked(state))._replace(best_params=None)
 
 
 def _resumed(
@@ -122,7 +132,8 @@ def _resumed(
             f"`get_state` and `set_state`, to resume the run in {store.directory}: "
             "another iterable starts again at its first batch."
         )
-    latest = store.load_latest(state, stopper and stopper.init())
+    stop = None if stopper is None else _first_stop(stopper, state, store)
+    latest = store.load_latest(state, stop)
     source.restore(latest.data, store.directory)
     return latest
 

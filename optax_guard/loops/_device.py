@@ -136,9 +136,9 @@ def compiled_run(functions: Functions) -> tuple[Any, dict[str, Any]]:
     """
     parts = [taken_apart(function) for function in functions[:3]]
     stopper = functions.stopper
-    judges = (None,) * 3
+    judges = (None,) * 4
     if stopper is not None:
-        judges = stopper.init, stopper.update, stopper.best
+        judges = stopper.init, stopper.update, stopper.best, stopper.average
     program = _program_for(*(function for function, _ in parts), *judges)
     return program, {
         "arguments": [arguments for _, arguments in parts],
@@ -163,9 +163,9 @@ def _program_for(*gets: Callable[[], Any]) -> Any:
         )
         stopper = None
         if needs is not None:
-            init, update, best = (get() for get in gets[3:])
+            init, update, best, average = (get() for get in gets[3:])
             # Nothing on the device resets it.
-            stopper = EarlyStopping(init, update, best, _no_reset, needs)
+            stopper = EarlyStopping(init, update, best, average, _no_reset, needs)
         functions = Functions(train_step, batches, evaluate, stopper)
         return _run(state, begin, functions, num_steps, eval_every)
 

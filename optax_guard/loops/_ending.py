@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from optax_guard._guarding.exhaustion import GuardExhaustedError, raise_if_exhausted
-from optax_guard.stop._rule import StopReason
+from optax_guard.stop._rule import GONE_BAD, StopReason
 
-# With these reasons, training went wrong. With the others it is done.
-_GONE_BAD = {StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM}
 # The metrics that `raise_if_exhausted` reads.
 _EXHAUSTION = ("guard_exhausted", "skip_reason", "skip_streak")
 
@@ -16,7 +14,7 @@ def why_gone_bad(flags: Mapping[str, Any], state: Any) -> str | None:
     """The reason for which the run has gone bad, in words, or ``None``."""
     if flags.get("should_stop", False):
         reason = int(flags["stop_reason"])
-        if reason not in _GONE_BAD:
+        if reason not in GONE_BAD:
             return None
         return f"{StopReason(reason).name}: {StopReason(reason).message}"
     exhaustion = {k: v for k, v in flags.items() if k.startswith(_EXHAUSTION)}

@@ -83,13 +83,10 @@ class Evaluation(NamedTuple):
 
     Attributes:
       judge: `judge` with the stopper bound, compiled or not.
-      keeps_best: Whether the stopper holds the best parameters. With a checkpointer
-        they are on disk.
       writes_rewinds: Whether a row has the number of rewinds.
     """
 
     judge: Callable[..., Judged]
-    keeps_best: bool = True
     writes_rewinds: bool = False
 
 
@@ -121,7 +118,9 @@ def evaluate_point(
     value = params = None
     if stop is not None:
         value = values if isinstance(found, Mapping) else values[VALUE]
-        params = tracked(state) if evaluation.keeps_best else None
+        # With a checkpointer the best are on disk.
+        keeps_params = stop.best_params is not None or stop.recent_params != ()
+        params = tracked(state) if keeps_params else None
     judged = evaluation.judge(interval, stop, value, params, state.opt_state, facts)
     if judged.stop is not None:
         state = with_plateau(state, judged.stop, lr_scale)

@@ -237,7 +237,6 @@ def fit(
         learning_rate=learning_rate,
         evaluation=Evaluation(
             compiled_judge(stopper),
-            keeps_best=checkpointer is None,
             writes_rewinds=rewind is not None,
         ),
         explains_skips=on_skip is not None,

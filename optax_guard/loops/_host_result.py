@@ -7,7 +7,7 @@ from optax_guard.loops._ema import ema_params
 from optax_guard.loops._evaluation import batch_stats, tracked
 from optax_guard.loops._host_run import Ending, HostRun
 from optax_guard.loops._ranges import all_left_out, as_ranges
-from optax_guard.loops._result import FitResult
+from optax_guard.loops._result import FitResult, average_params
 
 
 def result_of(run: HostRun) -> FitResult:
@@ -37,4 +37,5 @@ def result_of(run: HostRun) -> FitResult:
             run.step + run.rewound.data_offset,
         ),
         ema_params=ema_params(run.state),
+        average_params=average_params(run.state, run.stop),
     )

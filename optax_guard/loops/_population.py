@@ -10,14 +10,21 @@ import numpy as np
 
 from optax_guard._checks import check_number, static_count
 from optax_guard._records.progress import Progress, open_display
-from optax_guard.loops._batch import best_of, built, compiled_batch, pick, put
+from optax_guard.loops._batch import (
+    average_each,
+    best_of,
+    built,
+    compiled_batch,
+    pick,
+    put,
+)
 from optax_guard.loops._carrier import released
 from optax_guard.loops._compiled import taken_apart
 from optax_guard.loops._ema import ema_params
 from optax_guard.loops._evaluation import tracked
 from optax_guard.loops._inputs import check_steps
 from optax_guard.loops._lane import Lane
-from optax_guard.loops._result import FitResult, as_result, split_best
+from optax_guard.loops._result import FitResult, as_result, average_params, split_best
 from optax_guard.stop._state import EarlyStoppingState
 
 # Number of reports to a display.
@@ -41,6 +48,7 @@ class PopulationResult(NamedTuple):
         if the states have none.
       ema_params: With ``ema``, the average after each member's last step; else
         ``None``.
+      average_params: The same of `FitResult`, leading axis n.
     """
 
     state: Any
@@ -50,6 +58,7 @@ class PopulationResult(NamedTuple):
     num_rows: jax.Array
     best_batch_stats: Any = None
     ema_params: Any = None
+    average_params: Any = None
 
     def member(self, i: int) -> FitResult:
         """The result that `train_on_device` would return for the i-th member alone.
@@ -72,10 +81,8 @@ class PopulationResult(NamedTuple):
                 f"{i}."
             )
         one = jax.tree.map(lambda leaf: leaf[i], self._asdict())
-        result = as_result(
-            one["state"], None, one["stop"], one["history"], one["num_rows"]
-        )
-        kept = "best_params", "best_batch_stats", "ema_params"
+        result = as_result(one["state"], None, None, one["history"], one["num_rows"])
+        kept = "best_params", "best_batch_stats", "stop", "ema_params", "average_params"
         return result._replace(**{name: one[name] for name in kept})
 
 
@@ -180,6 +187,7 @@ def train_population(
         num_rows=lanes.num_rows,
         best_batch_stats=best_batch_stats,
         ema_params=ema_params(state),
+        average_params=average_params(state, lanes.stop, average_each),
     )
 
 

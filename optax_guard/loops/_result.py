@@ -1,6 +1,6 @@
 """A run at an evaluation, and its result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,8 @@ import jax
 from optax_guard.debug import NonfiniteOrigin
 from optax_guard.loops._carrier import params_of_user, released
 from optax_guard.loops._ema import ema_params
-from optax_guard.loops._evaluation import batch_stats
+from optax_guard.loops._evaluation import batch_stats, tracked
+from optax_guard.stop._averaging import average_of
 from optax_guard.stop._state import EarlyStoppingState
 
 
@@ -83,6 +84,9 @@ class FitResult(NamedTuple):
         out.
       ema_params: With ``ema``, the average after the last step, in the dtypes of the
         parameters; else ``None``. `best_params` are then averages, too.
+      average_params: For ``early_stopping(average_last=k)``, the mean of the parameters
+        at the last evaluations, or those of `state` if none has entered it; else
+        ``None``. Batch statistics do not belong to it: estimate them anew.
     """
 
     state: Any
@@ -96,6 +100,7 @@ class FitResult(NamedTuple):
     rewinds: tuple[tuple[int, int, str], ...] = ()
     left_out: tuple[tuple[int, int], ...] = ()
     ema_params: Any = None
+    average_params: Any = None
 
 
 def as_result(
@@ -115,7 +120,24 @@ def as_result(
         ],
         best_batch_stats=best_batch_stats,
         ema_params=ema_params(state),
+        average_params=average_params(state, stop),
     )
+
+
+_average = jax.jit(average_of)
+
+
+def average_params(
+    state: Any,
+    stop: EarlyStoppingState | None,
+    average: Callable[[Any, Any], Any] = _average,
+) -> Any:
+    """The average that the stopper's state holds, or ``None`` without one."""
+    if stop is None or stop.recent_params == ():
+        return None
+    whole = average(stop.recent_params, tracked(state))
+    has_stats = batch_stats(state) is not None
+    return params_of_user(state, whole["params"] if has_stats else whole)
 
 
 def split_best(state: Any, best: Any) -> tuple[Any, Any]:

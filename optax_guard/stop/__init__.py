@@ -1,6 +1,7 @@
 """Stop rules for `early_stopping`, combinators of them, and smoothing."""
 
 from optax_guard._public import publish
+from optax_guard.stop._averaging import RecentParamsState as RecentParamsState
 from optax_guard.stop._clocks import budget, not_before
 from optax_guard.stop._combinators import CooldownState as CooldownState
 from optax_guard.stop._combinators import HeldForState as HeldForState
@@ -82,6 +83,7 @@ _STATES = [
     "PlateauScaleState",
     "PlateauState",
     "ProgressQuotientState",
+    "RecentParamsState",
     "SkipStormState",
     "SuccessiveRisesState",
 ]

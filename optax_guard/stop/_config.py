@@ -20,6 +20,7 @@ class Config(NamedTuple):
     best_on: str
     warmup: ArrayLike
     key: str | None
+    average_last: ArrayLike | None
 
 
 def checked_config(
@@ -31,6 +32,7 @@ def checked_config(
     best_on: str,
     warmup: ArrayLike,
     key: str | None,
+    average_last: ArrayLike | None,
 ) -> Config:
     """Refuses arguments of `early_stopping` that are out of range."""
     check_rule(rule, "early_stopping")
@@ -39,6 +41,8 @@ def checked_config(
     check_choice("best_on", best_on, ("raw", "smoothed"))
     check_count("max_nonfinite", max_nonfinite, least=0)
     check_count("warmup", warmup, least=0)
+    if average_last is not None:
+        check_count("average_last", average_last)
     if key is not None:
         check_kind("key", key, str, "a string or None")
     if smooth is not None and not isinstance(smooth, Smoother):
@@ -46,4 +50,14 @@ def checked_config(
             "`smooth` must be a smoother such as `stop.ema(0.9)` or `stop.median(5)`, "
             f"got {smooth!r}."
         )
-    return Config(rule, sign, nonfinite, max_nonfinite, smooth, best_on, warmup, key)
+    return Config(
+        rule,
+        sign,
+        nonfinite,
+        max_nonfinite,
+        smooth,
+        best_on,
+        warmup,
+        key,
+        average_last,
+    )

@@ -51,7 +51,7 @@ def explain(state: Any) -> str:
             "`jax.tree.map(lambda leaf: leaf[i], state)`."
         )
     # The parameters may be large and say nothing here.
-    now = jax.device_get(state._replace(best_params=None))
+    now = jax.device_get(state._replace(best_params=None, recent_params=()))
     if int(now.best_eval) < 0:
         best = "no finite value yet"
     else:

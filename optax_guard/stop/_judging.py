@@ -8,13 +8,15 @@ import optax
 
 from optax_guard._rows import rows_of
 from optax_guard._trees import increment
+from optax_guard.stop._averaging import RecentParamsState, add_recent
 from optax_guard.stop._config import Config
 from optax_guard.stop._inputs import Inputs
 from optax_guard.stop._observation import observe
-from optax_guard.stop._rule import StopReason, as_int
+from optax_guard.stop._rule import GONE_BAD, StopReason, as_int
 from optax_guard.stop._state import (
     EarlyStoppingState,
-    check_same_params,
+    check_averages,
+    check_like_kept,
     check_same_rule,
 )
 
@@ -24,7 +26,8 @@ def judge(
 ) -> EarlyStoppingState:
     """Returns the state after an evaluation; a stopped one changes no more."""
     check_same_rule(state, config.rule, config.smooth)
-    check_same_params("`params` of `update`", inputs.params, state.best_params)
+    check_averages(state, config.average_last is not None)
+    check_like_kept("`params` of `update`", inputs.params, state)
     seen = observe(config, inputs, state)
     observation, step = seen.observation, seen.observation.step
     contender = observation.raw if config.best_on == "raw" else observation.value
@@ -60,12 +63,40 @@ def judge(
         rule_state=rule_state,
         smooth_state=seen.smooth_state,
     )
-    new = optax.tree.where(runs, new, state._replace(best_params=None))
+    old = state._replace(best_params=None, recent_params=())
+    new = optax.tree.where(runs, new, old)
+    has_gone_bad = should_stop & jnp.isin(reason, jnp.asarray(GONE_BAD))
     return new._replace(
         is_best=runs & new.is_best,
         is_significant=runs & new.is_significant,
-        best_params=keep_or_take(runs & is_best, state.best_params, inputs.params),
+        **_with_params(
+            config,
+            state,
+            inputs.params,
+            is_best=runs & is_best,
+            is_healthy=runs & observation.valid & ~has_gone_bad,
+        ),
     )
+
+
+def _with_params(
+    config: Config,
+    state: EarlyStoppingState,
+    params: Any,
+    *,
+    is_best: jax.Array,
+    is_healthy: jax.Array,
+) -> dict[str, Any]:
+    """The fields that hold parameters, after an evaluation of these."""
+    best, recent = state.best_params, state.recent_params
+    fields: dict[str, Any] = {"best_params": best}
+    if best is not None:
+        fields["best_params"] = keep_or_take(is_best, best, params)
+    if isinstance(recent, RecentParamsState) and config.average_last is not None:
+        fields["recent_params"] = add_recent(
+            recent, params, config.average_last, is_healthy
+        )
+    return fields
 
 
 def _rise(y: jax.Array, is_best: jax.Array, best: jax.Array) -> jax.Array:

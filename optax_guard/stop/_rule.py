@@ -88,6 +88,10 @@ class StopReason(enum.IntEnum):
     EXTERNAL = 13, "A rule that is not part of this library fired."
 
 
+# With these reasons, training went wrong. With the others it is done.
+GONE_BAD = (StopReason.DIVERGED, StopReason.NONFINITE, StopReason.SKIP_STORM)
+
+
 class Observation(NamedTuple):
     """The inputs of a rule at one evaluation.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_guard._rows import Entry
+from optax_guard.stop._averaging import RecentParamsState, as_recent
 from optax_guard.stop._rule import StopRule
 from optax_guard.stop._smoothing import Smoother
 
@@ -29,6 +30,8 @@ class EarlyStoppingState(NamedTuple):
         `init` until there is one, or None if `init` was given none.
       rule_state: State of the rule.
       smooth_state: State of the smoother, or ``()``.
+      recent_params: With ``average_last``, and if `init` was given parameters, a
+        `stop.RecentParamsState`: the means that ``average`` is made of; else ``()``.
       num_evals: Evaluations seen, int32; 0 at first. Updates after the stop are not
         counted.
       best_value: Best value so far in the user's own sign, float32; at first the
@@ -54,6 +57,7 @@ class EarlyStoppingState(NamedTuple):
     best_params: Any
     rule_state: Any
     smooth_state: Any
+    recent_params: Any = ()
 
     num_evals = Entry("stop_counts", 0)
     best_eval = Entry("stop_counts", 1)
@@ -102,8 +106,12 @@ class EarlyStopping(NamedTuple):
         is no number raises a ``TypeError``, one out of range a ``ValueError``.
       best: ``best(state, default) -> params``: the best parameters, or ``default``
         if there was no finite value.
+      average: ``average(state, default) -> params``: the mean of the parameters at the
+        last evaluations, for ``early_stopping(average_last=k)``, or ``default`` if
+        none has entered it.
       reset: ``reset(state, *, keep_best=True) -> state``: lets a stopped run go on.
-        Rules start afresh; totals and, unless ``keep_best=False``, the best stay.
+        Rules start afresh; totals and, unless ``keep_best=False``, the best and the
+        average stay.
       needs: The names among ``step``, ``seconds``, ``train_value`` and ``opt_state``
         that `update` cannot do without.
     """
@@ -111,6 +119,7 @@ class EarlyStopping(NamedTuple):
     init: Callable[..., EarlyStoppingState]
     update: _Update
     best: Callable[[EarlyStoppingState, Any], Any]
+    average: Callable[[EarlyStoppingState, Any], Any]
     reset: _Reset
     needs: frozenset[str]
 
@@ -137,6 +146,27 @@ def check_same_rule(
             f"{jax.tree.structure(got)}, this one's is "
             f"{jax.tree.structure(expected)}. Make it with this stopper's `init`."
         )
+
+
+def check_averages(state: EarlyStoppingState, averages: bool) -> None:
+    """Refuses the state of a stopper that averages, if this one does not, and so on."""
+    has_means = isinstance(state.recent_params, RecentParamsState)
+    keeps_params = has_means or state.best_params is not None
+    if keeps_params and has_means != averages:
+        raise ValueError(
+            "`state` belongs to another stopper: that one was built "
+            f"{'with' if has_means else 'without'} `average_last`, this one was not so."
+            " Make it with this stopper's `init`."
+        )
+
+
+def check_like_kept(name: str, params: Any, state: EarlyStoppingState) -> None:
+    """Refuses parameters that are not like those of which the state keeps some."""
+    kept, recent = state.best_params, state.recent_params
+    if kept is None and isinstance(recent, RecentParamsState):
+        # The best are on disk.
+        params, kept = as_recent(params), recent.block_means[0]
+    check_same_params(name, params, kept)
 
 
 def check_same_params(name: str, params: Any, kept: Any) -> None:
