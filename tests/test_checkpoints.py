@@ -4,6 +4,7 @@ import json
 import shutil
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -270,25 +271,48 @@ class Stream:
         [self.drawn] = state["drawn"]
 
 
-class Loader:
-    """Gives iterators with a state, as Grain's loaders do."""
+ROWS = np.random.default_rng(7).normal(size=(30, 2)).astype(np.float32)
+
+
+class Jitter(grain.transforms.RandomMap):
+    """Grain gives its generator a state too."""
+
+    def random_map(self, element, rng):
+        return element + rng.normal(size=2).astype(np.float32)
+
+
+def grain_dataset():
+    rows = grain.MapDataset.source(ROWS).seed(5).shuffle().repeat()
+    return rows.to_iter_dataset().filter(lambda x: x[0] > 0).random_map(Jitter())
+
+
+def grain_loader():
+    sampler = grain.samplers.IndexSampler(num_records=30, shuffle=True, seed=5)
+    return grain.DataLoader(data_source=ROWS, sampler=sampler, operations=[Jitter()])
+
+
+class Crashing:
+    """Five batches of another source, and then an error."""
+
+    def __init__(self, source):
+        self.inner, self.left = iter(source), 5
+        self.get_state, self.set_state = self.inner.get_state, self.inner.set_state
 
     def __iter__(self):
-        return Stream()
+        return self
+
+    def __next__(self):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("disk on fire")
+        return next(self.inner)
 
 
-@pytest.mark.parametrize("source", [Stream, Loader])
+@pytest.mark.parametrize("source", [Stream, grain_dataset, grain_loader])
 def test_iterator_with_a_state_goes_on_bit_for_bit(tmp_path, source):
     expected = run(tmp_path / "whole", data=source())
-
-    class Crashing(Stream):
-        def __next__(self):
-            if self.drawn == 5:
-                raise OSError("disk on fire")
-            return super().__next__()
-
     with pytest.raises(OSError, match="disk on fire"):
-        run(tmp_path / "cut", data=Crashing())
+        run(tmp_path / "cut", data=Crashing(source()))
     found = run(tmp_path / "cut", data=source())
     assert found.history == expected.history
     np.testing.assert_array_equal(found.state.params["w"], expected.state.params["w"])

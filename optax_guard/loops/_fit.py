@@ -110,7 +110,8 @@ def fit(
         included, but for the generators and the optimizer's own ``step``.
       batches: A function ``step -> batch``, or an iterable of batches. A resumed run
         continues with the right data if it is a function, or if the iterable or its
-        iterator has ``get_state()`` and ``set_state(state)``, as those of Grain have.
+        iterator has ``get_state()`` and ``set_state(state)``, as a dataset to iterate
+        and a ``DataLoader`` of Grain have (its data source needs a ``__repr__``).
         The state is saved: numbers, texts, bytes, arrays, and lists, tuples and dicts
         of these. With several processes, each saves its own.
       num_steps: Value of ``state.step`` to train to, as in ``range(state.step,
