@@ -62,6 +62,7 @@ class AccumulateState(NamedTuple):
       num_micro_batches: int32[], micro-batches in all; 0 after ``init``.
       num_dropped: int32[], how many of them were dropped; 0 after ``init``.
       drop_reason: int32[], a ``SkipReason`` for the last micro-batch: 0 if it was kept.
+        Of parameters that are not finite it says ``NONFINITE``.
       value_mean: float32[], mean loss of the good micro-batches of the group at hand,
         or, if it has none yet, of the group before; 0 after ``init``.
       value_mean_rest: float32[], what rounding took from it; 0 after ``init``.
