@@ -271,7 +271,7 @@ class Stream:
         [self.drawn] = state["drawn"]
 
 
-ROWS = np.random.default_rng(7).normal(size=(30, 2)).astype(np.float32)
+ROWS: Any = np.random.default_rng(7).normal(size=(30, 2)).astype(np.float32)
 
 
 class Jitter(grain.transforms.RandomMap):

@@ -240,6 +240,7 @@ def damaged(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         result = job.fit(folder / "whole", steps.append)
     harm(*checkpoints(folder / "whole"))
+    message = ""
     try:
         job.fit(folder / "whole", steps.append)
     except RuntimeError as error:
