@@ -6,6 +6,10 @@ step, jitted and donated, and reads the loss every 100 steps; `fit` writes a row
 compilation is outside of them and stated apart. "One by one" is `fit` where it
 dispatches each step alone, as it does on an accelerator. Run `python -m
 benchmarks.loop_cost`, or with `--quick` to see that it runs.
+
+With `--calls` instead: what does each call of `fit` cost beyond its steps, if the
+functions are those of the call before, and if some are new? A run has two steps. Time
+is that of the processor, over all threads, because compilation has several.
 """
 
 import argparse
@@ -153,6 +157,76 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_calls(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of the processor for a call, and for a loop by hand."""
+    params = {"kernel": np.zeros((case.inputs, 1), np.float32), "bias": np.zeros(1)}
+    batch = (
+        np.ones((case.batch, case.inputs), np.float32),
+        np.ones(case.batch, np.float32),
+    )
+    tx = OPTIMIZERS[case.optimizer]()
+    kept = og.early_stopping(og.stop.patience(3))
+
+    def new_step() -> Callable[..., Any]:
+        return lambda state, batch: train_step(state, batch)
+
+    def made() -> Any:
+        start: Any = [jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)]
+        return TrainState.create(apply_fn=loss_of, params=start, tx=tx)
+
+    def by_hand() -> Any:
+        step, state = jax.jit(new_step(), donate_argnums=0), made()
+        for _ in range(2):
+            state, _ = step(state, batch)
+        return state
+
+    def by_fit(step: Any = train_step, stopper: Any = kept) -> Any:
+        return fit(
+            made(),
+            step,
+            lambda step: batch,
+            num_steps=2,
+            eval_every=1,
+            evaluate=_value,
+            stopper=stopper,
+        ).state
+
+    runs: dict[str, Callable[[], Any]] = {
+        "by hand, a new step": by_hand,
+        "fit, the same functions": by_fit,
+        "fit, a new step": lambda: by_fit(new_step()),
+        "fit, a new stopper": lambda: by_fit(
+            stopper=og.early_stopping(og.stop.patience(3))
+        ),
+    }
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.process_time()
+            jax.block_until_ready(run())
+            found[name].append(1e3 * (time.process_time() - begin))
+    return [
+        {
+            "optimizer": case.optimizer,
+            "call": name,
+            "milliseconds": statistics.median(found[name]),
+        }
+        for name in runs
+    ]
+
+
+@jax.jit
+def _value(state: Any) -> jax.Array:
+    return jnp.sum(state.params[0]["bias"])
+
+
+def report_calls(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"{row['optimizer']:24}{row['call']:28}{row['milliseconds']:8.0f} ms")
+
+
 def report(case: Case, rows: list[dict[str, Any]]) -> None:
     print(f"\n{case.optimizer}, {case.inputs} inputs, {case.hidden} hidden")
     print(f"{'':32}{'us a step':>10}{'ratio':>8}{'quartiles':>14}{'compile s':>11}")
@@ -170,16 +244,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=FOLDER / "loop_cost.json")
+    parser.add_argument("--calls", action="store_true")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     settings = Settings(3, 200) if args.quick else Settings(args.rounds, args.steps)
     started, found = time.monotonic(), []
+    if args.calls:
+        settings = Settings(rounds=1 if args.quick else 5, steps=2)
+        for case in CASES[:1] if args.quick else CASES[:3]:
+            found += measure_calls(case, settings.rounds)
+        report_calls(found)
+        if not args.quick:
+            out = args.out or FOLDER / "loop_calls.json"
+            write(out, settings, started, {"rows": found})
+        return
     for case in CASES[:1] if args.quick else CASES:
         rows = measure(case, settings)
         report(case, rows)
         found += rows
     if not args.quick:
-        write(args.out, settings, started, {"rows": found})
+        write(args.out or FOLDER / "loop_cost.json", settings, started, {"rows": found})
 
 
 if __name__ == "__main__":

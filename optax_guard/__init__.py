@@ -15,7 +15,7 @@ from optax_guard._clipping.units import ClipByUnitNormState as ClipByUnitNormSta
 from optax_guard._clipping.units import clip_by_unit_norm
 from optax_guard._clipping.value import ClipByValueState as ClipByValueState
 from optax_guard._clipping.value import clip_by_value
-from optax_guard._guarding.accumulation import AccumulateState as AccumulateState
+from optax_guard._guarding.accumulate_state import AccumulateState as AccumulateState
 from optax_guard._guarding.accumulation import accumulate
 from optax_guard._guarding.adoption import unwrap_state, wrap_state
 from optax_guard._guarding.auto import auto

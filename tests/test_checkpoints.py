@@ -16,7 +16,6 @@ import optax_guard as og
 from optax_guard.flax import Checkpointer, Rewind, TrainState, fit, load_best
 from optax_guard.loops import _store
 from optax_guard.loops._intact import damage_of
-from optax_guard.loops._source import as_json, from_json
 
 EVAL_EVERY = 2
 PATIENT = og.early_stopping(og.stop.patience(20), nonfinite="wait")
@@ -243,75 +242,6 @@ def test_run_that_ends_as_diverged_ends_at_its_last_good_checkpoint(tmp_path):
     assert run(tmp_path, 10, values=values, stopper=stopper).state.step == 8
     assert (tmp_path / "6").exists()
     assert not (tmp_path / "8").exists()
-
-
-# Iterators with a state -------------------------------------------------------------
-
-
-class Stream:
-    """Random batches, as an iterator with a state of many kinds."""
-
-    def __init__(self):
-        self.random = np.random.default_rng(7)
-        self.drawn = 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.drawn += 1
-        return self.random.normal(size=2).astype(np.float32)
-
-    def get_state(self):
-        return {"random": self.random.bit_generator.state, "drawn": bytes([self.drawn])}
-
-    def set_state(self, state):
-        self.random.bit_generator.state = state["random"]
-        [self.drawn] = state["drawn"]
-
-
-class Loader:
-    """Gives iterators with a state, as Grain's loaders do."""
-
-    def __iter__(self):
-        return Stream()
-
-
-@pytest.mark.parametrize("source", [Stream, Loader])
-def test_iterator_with_a_state_goes_on_bit_for_bit(tmp_path, source):
-    expected = run(tmp_path / "whole", data=source())
-
-    class Crashing(Stream):
-        def __next__(self):
-            if self.drawn == 5:
-                raise OSError("disk on fire")
-            return super().__next__()
-
-    with pytest.raises(OSError, match="disk on fire"):
-        run(tmp_path / "cut", data=Crashing())
-    found = run(tmp_path / "cut", data=source())
-    assert found.history == expected.history
-    np.testing.assert_array_equal(found.state.params["w"], expected.state.params["w"])
-
-
-def test_state_of_an_iterator_is_the_same_after_json():
-    state = {
-        "numbers": [1, 2.5, None, True, 2**100, np.int64(3)],
-        "text": ("a", b"\x00\xff"),
-        "array": np.arange(6, dtype=">i2").reshape(2, 3),
-    }
-    found = from_json(json.loads(json.dumps(as_json(state))))
-    assert found["numbers"] == state["numbers"]
-    assert found["text"] == state["text"]
-    assert found["array"].dtype == np.dtype(">i2")
-    np.testing.assert_array_equal(found["array"], state["array"])
-    with pytest.raises(TypeError, match=r"`get_state\(\)` of `batches` must .* `set`"):
-        as_json({"items": {1, 2}})
-
-
-def test_checkpoint_without_the_state_of_the_iterator_is_refused(folder):
-    with pytest.raises(ValueError, match="holds the states of 0, and 1 processes run"):
-        run(folder, 10, data=Stream())
 
 
 # A loop of one's own ----------------------------------------------------------------

@@ -145,10 +145,18 @@ def test_parameter_that_does_not_count_is_not_blamed():
     assert state.skip_reason == og.SkipReason.NONFINITE
 
 
-def test_exhaustion_names_the_bad_parameters():
-    tx = og.guard(optax.sgd(0.1), max_consecutive_skips=1)
+# To look at the parameters at every micro-batch would be one more all-reduce.
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (lambda tx: tx, r"NONFINITE_PARAMS. The parameters were not finite before"),
+        (lambda tx: og.accumulate(tx, 1), "NONFINITE"),
+    ],
+    ids=["guard", "accumulate"],
+)
+def test_exhaustion_names_the_bad_parameters(wrap, reason):
+    tx = wrap(og.guard(optax.sgd(0.1), max_consecutive_skips=1))
     state = one_step(tx, BAD, BAD, 0.5, True)
-    message = r"NONFINITE_PARAMS. The parameters were not finite before"
-    with pytest.raises(og.GuardExhaustedError, match=message) as error:
+    with pytest.raises(og.GuardExhaustedError, match=reason) as error:
         og.raise_if_exhausted(og.metrics(state), state, BAD)
     assert "These parameters are not finite: a. No step" in str(error.value)

@@ -4,6 +4,7 @@ The oracle is a plain loop in float64: loss = mean((w - x)^2), whose gradient is
 """
 
 import json
+import signal
 from typing import Any
 
 import jax
@@ -124,6 +125,20 @@ def test_run_that_is_cut_after_a_rewind_goes_on_with_its_offset_and_rate(tmp_pat
     rewind = Rewind(leave_out=100)
     with pytest.raises(OSError, match="disk on fire"):
         run(tmp_path, rewind, values=DIVERGES_ONCE, batches=crashing)
+    check_diverged_once(run(tmp_path, rewind, values=DIVERGES_ONCE))
+
+
+@pytest.mark.filterwarnings("ignore:At step 6, back to")
+def test_sigterm_before_a_rewind_ends_the_run_there_and_it_goes_on(tmp_path):
+    def ending(step):
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return targets(step)
+
+    rewind = Rewind(leave_out=100)
+    cut = run(tmp_path, rewind, values=DIVERGES_ONCE, batches=ending)
+    assert cut.preempted
+    assert (cut.state.step, column(cut, "step")) == (6, [2, 4, 6])
     check_diverged_once(run(tmp_path, rewind, values=DIVERGES_ONCE))
 
 

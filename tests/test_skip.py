@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import optax_guard as og
 from tests.strategies import same_bits, types_of
@@ -319,6 +320,21 @@ def test_tiny_noise_on_a_constant_is_no_spike():
     norms[60], norms[80] = 0.5 * (1 + 1e-4), 0.5 * 1.05
     reasons, _ = play(of_both(), norms, 2 * norms)
     assert np.flatnonzero(reasons).tolist() == [80]
+
+
+def test_smaller_window_takes_more_healthy_steps_for_spikes():
+    losses = 10 + np.random.default_rng(0).normal(size=60_000)
+    fired = [
+        decide(og.skip.spike(window=n), np.ones_like(losses), losses).sum()
+        for n in (8, 32)
+    ]
+    # A value less the mean of n others is the deviation times sqrt(1 + 1 / n) times
+    # Student's t, with n - 1 degrees of freedom.
+    share = scipy.stats.t.sf(6 / math.sqrt(1 + 1 / 8), 7)
+    assert 1 / share == pytest.approx(2600, rel=0.01)
+    expected = share * len(losses)
+    assert fired[0] == pytest.approx(expected, abs=3 * math.sqrt(expected))
+    assert fired[1] == 0
 
 
 def test_zeros_say_nothing_of_scale():

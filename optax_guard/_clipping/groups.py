@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -24,6 +23,7 @@ from optax_guard._clipping.parts import (
     factors_for,
 )
 from optax_guard._clipping.relative import unit_of_groups
+from optax_guard._clipping.side_by_side import side_by_side
 from optax_guard._norms.groups import (
     Groups,
     axes_without,
@@ -40,7 +40,7 @@ from optax_guard._norms.statistics import (
     update_group_stats,
 )
 from optax_guard._public import answers_wrong_calls
-from optax_guard.threshold._base import Limits, ParamNorms, Threshold
+from optax_guard.threshold._base import Threshold
 from optax_guard.threshold._coerce import as_threshold
 
 
@@ -208,43 +208,10 @@ def clip_by_group_norm(
         "clip_by_group_norm",
         ClipByGroupNormState,
         split,
-        _side_by_side(thresholds),
+        side_by_side(thresholds),
         record_quantiles,
         axis_name,
     )
-
-
-def _side_by_side(thresholds: Mapping[str, Threshold]) -> Threshold:
-    """One threshold for the vector of the groups' norms."""
-
-    def start(shape: tuple[int, ...]) -> dict[str, Any]:
-        del shape
-        return {label: each.start(()) for label, each in thresholds.items()}
-
-    def limits(norm: jax.Array, global_norm: jax.Array, state: Any) -> Limits:
-        both = [
-            each.limits(norm[i], global_norm, state[label])
-            for i, (label, each) in enumerate(thresholds.items())
-        ]
-        triggers, targets = zip(*both, strict=True)
-        return jnp.stack(triggers), jnp.stack(targets)
-
-    def learn(norm: jax.Array, clipped_norm: jax.Array, state: Any) -> dict[str, Any]:
-        return {
-            label: each.learn(norm[i], clipped_norm[i], state[label])
-            for i, (label, each) in enumerate(thresholds.items())
-        }
-
-    def unit(params: ParamNorms) -> jax.Array:
-        units = []
-        for i, each in enumerate(thresholds.values()):
-            one = jnp.ones((), params.norms.dtype)
-            own = params._replace(norms=params.norms[i], counts=params.counts[i])
-            units.append(one if each.unit is None else each.unit(own))
-        return jnp.stack(units)
-
-    has_unit = any(each.unit is not None for each in thresholds.values())
-    return Threshold(start, limits, learn, unit if has_unit else None)
 
 
 def _clip_groups(

@@ -9,7 +9,7 @@ import optax
 
 from optax_guard._checks import check_leaves, check_transformation
 from optax_guard._clipping.value import ClipByValueState
-from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.accumulate_state import AccumulateState
 from optax_guard._guarding.state import GuardState, SkipLog
 from optax_guard._guarding.step import StepParts
 from optax_guard._norms.marks import marks_of_leaf

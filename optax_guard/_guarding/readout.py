@@ -12,7 +12,7 @@ from optax_guard._clipping.global_norm import ClipByNormState, RecordNormState
 from optax_guard._clipping.groups import ClipByGroupNormState, ClipByLeafNormState
 from optax_guard._clipping.units import ClipByUnitNormState
 from optax_guard._clipping.value import ClipByValueState
-from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.accumulate_state import AccumulateState
 from optax_guard._guarding.nesting import warn_if_nested
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.update_bound import UpdateBoundState

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.accumulate_state import AccumulateState
 from optax_guard._guarding.state import GuardState
 from optax_guard._guarding.step import take_or_keep
 from optax_guard._models import arrays_of, with_statics_of

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._checks import check_fraction, static_number
-from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.accumulate_state import AccumulateState
 from optax_guard._guarding.state import GuardState
 from optax_guard._trees import increment, outermost_states
 from optax_guard.loops._carrier import (

@@ -285,7 +285,9 @@ def ending_after_evaluation(run: HostRun) -> Ending | None:
         back = go_back(run.plan.rewind, run.store, run.plan.stopper, snapshot, flags)
         if back is not None:
             run.state, run.stop, run.rewound = back
-            return None
+            # A restart does the interval again, from the last checkpoint, and goes back
+            # as this run did.
+            return Ending.PREEMPTED if flags["preempted"] else None
     is_stopped = is_over(flags, run.state)
     run.store.save(snapshot, flags, goes_on=not is_stopped)
     if is_stopped:

@@ -130,7 +130,7 @@ def train_population(
       TypeError: If an argument or the result of a function is of the wrong kind.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, optax_guard as og
+      >>> import jax, jax.numpy as jnp, optax, optax_guard as og
       >>> from optax_guard.flax import TrainState
       >>> from optax_guard.loops import train_population
       >>> def train_step(state, x):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_guard._guarding.accumulation import AccumulateState
+from optax_guard._guarding.accumulate_state import AccumulateState
 from optax_guard._guarding.leaf_report import as_text
 from optax_guard._guarding.skip_readout import skipped_steps
 from optax_guard._guarding.state import GuardState

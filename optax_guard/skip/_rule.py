@@ -25,7 +25,8 @@ class SkipReason(enum.IntEnum):
         gradients, and all entries that are looked at kept their old values.
       NONFINITE_PARAMS: Gradients, loss or update are not finite, and neither were the
         parameters before the step. Of these the smallest leaves are looked at, at most
-        1/1024 of all entries, or a part of one leaf.
+        1/1024 of all entries, or a part of one leaf. `accumulate` does not look at them
+        for each micro-batch, and says NONFINITE.
     """
 
     NONE = 0

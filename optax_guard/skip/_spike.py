@@ -84,6 +84,12 @@ def spike(
     `optax_guard.loops.Rewind` with ``max_rise`` is for that. (`benchmarks/README.md`,
     "Bad batches".)
 
+    A small window takes more healthy steps for spikes. Of losses with normal noise it
+    is one in 2,600 with ``window=8``, in 59,000 with 16, in 1.3 million with 32 and in
+    93 million with 128. The loss of a small batch is skewed, and jumps more often. Of
+    50 clean runs of 48 steps with batches of 16, ``window=32`` with ``min_history=16``
+    skipped a step in none (``make soak``), and ``window=8`` in two.
+
     OLMo-core and MaxText's rule is ``spike(sigma, window, watch=("grad_norm",
     "value"), skipped="enter", min_deviation=0, min_history=max(2, window // 2) - 1)``.
     Levanter's has ``min_history=max(2, window // 2)`` and ``ddof=0``.

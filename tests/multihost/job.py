@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import optax_guard as og
@@ -232,6 +233,38 @@ def rewound(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     return job.found(result)
 
 
+def damaged(job: Job, folder: pathlib.Path) -> dict[str, Any]:
+    """The run again, first without its last checkpoint, then without any."""
+    steps: list[int] = []
+    harm(checkpoints(folder / "whole")[-1])
+    with warnings.catch_warnings(record=True) as caught:
+        result = job.fit(folder / "whole", steps.append)
+    harm(*checkpoints(folder / "whole"))
+    message = ""
+    try:
+        job.fit(folder / "whole", steps.append)
+    except RuntimeError as error:
+        message = str(error)
+    return job.found(result) | {
+        "steps": steps,
+        "warnings": [str(x.message) for x in caught if x.category is UserWarning],
+        "error": message,
+    }
+
+
+def checkpoints(directory: pathlib.Path) -> list[pathlib.Path]:
+    found = [path for path in directory.iterdir() if path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def harm(*directories: pathlib.Path) -> None:
+    """Cuts a file of each checkpoint short. The first process sees it, as any would."""
+    multihost_utils.sync_global_devices("before harm")
+    for path in directories if jax.process_index() == 0 else ():
+        victim = max(path.rglob("*"), key=lambda x: x.is_file() and x.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:-1])
+
+
 def killed(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     last = jax.process_count() - 1
     return job.found(job.fit(folder / "killed", send(signal.SIGKILL, last)))
@@ -250,6 +283,7 @@ RUNS = {
         preempted_unsaved,
         timed,
         rewound,
+        damaged,
         killed,
         restarted,
     )

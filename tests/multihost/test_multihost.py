@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import pytest
 
-from tests.multihost.job import HEARTBEAT_SECONDS, Job, whole
+from tests.multihost.job import EVAL_EVERY, HEARTBEAT_SECONDS, Job, whole
 
 pytestmark = pytest.mark.multihost
 
@@ -28,7 +28,7 @@ SECONDS_TO_END = HEARTBEAT_SECONDS + 60
 ROOT = pathlib.Path(__file__).parents[2]
 # By the number of processes.
 RUNS = {
-    2: ("whole", "preempted_unsaved", "timed", "rewound", "killed"),
+    2: ("whole", "preempted_unsaved", "timed", "rewound", "damaged", "killed"),
     4: ("whole", "preempted", "resumed"),
 }
 SAME = ("history", "step", "explained", "preempted", "best_params", "params")
@@ -207,6 +207,21 @@ def test_all_go_back_to_what_was_saved_before_the_first_step(jobs):
     for found in jobs[2].found("rewound"):
         assert [(r["step"], r["rewinds"]) for r in found["history"]] == [(2, 0), (4, 1)]
         assert "stopped at evaluation 1 (DIVERGED)" in found["explained"]
+
+
+def test_of_a_damaged_checkpoint_all_go_back_to_the_same_one_before(jobs):
+    whole = jobs[2].found("whole")[0]
+    first, other = jobs[2].found("damaged")
+    last = steps(whole)[-1]
+    for found in (first, other):
+        assert found["steps"] == list(range(last - EVAL_EVERY, last))
+        assert the_same(found) == the_same(whole)
+        assert found["error"].startswith("No checkpoint in ")
+    # One of them says so.
+    [warning] = first["warnings"]
+    assert f"The run goes on from step {last - EVAL_EVERY}." in warning
+    assert f"step {last}: " in warning
+    assert other["warnings"] == []
 
 
 def test_death_of_one_process_ends_the_other_with_an_error(jobs):
