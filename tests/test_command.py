@@ -88,7 +88,7 @@ def test_escapes_in_foreign_names_are_shown_and_not_sent(tmp_path, capsys):
         ["report", "--json", str(path)],
         ["report", "--json", str(path), "--run", f"a{ESCAPE}"],
         ["report", "--json", str(path), "--run", "b", "--column", f"step={ESCAPE}"],
-        ["replay", str(path), "--run", "b"],
+        ["replay", str(path)],
         ["report", "--json", str(nameless)],  # There is no step, which is told.
         ["report", str(tmp_path / f"{ESCAPE}.log")],
     ):

@@ -31,11 +31,12 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     """Prints and writes the report on a run."""
     from optax_guard._cli import report
+    from optax_guard._records.runs import run_name
 
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            made = report.make_report(
+            made = report.make_reports(
                 arguments.path, max_norm=arguments.max_norm, **_how(arguments)
             )
     except (ImportError, ValueError) as error:
@@ -49,7 +50,8 @@ def run_report(arguments: argparse.Namespace) -> int:
         if arguments.out is None and out.is_symlink():
             complain("report", f"{out} is a link; name a folder with `--out`")
             return 1
-        written = report.write(made, out, html=arguments.html)
+        title = run_name(arguments.path)
+        written = report.write(made, out, title=title, html=arguments.html)
         if all(path.suffix != ".png" for path in written):
             complain(
                 "report",

@@ -62,7 +62,8 @@ def plot_history(
     One run has a panel each, if it was recorded, for: norms before and after clipping
     with the threshold (logarithmic); losses with the best evaluation; shares of steps
     clipped and skipped; the learning rate. Several runs share two panels: gradient
-    norms and validation losses, both logarithmic.
+    norms and validation losses (training losses if there are no others), both
+    logarithmic.
 
     Values that are not finite are crosses at the upper edge. Losses above ``max_loss``
     are hollow markers there. Warnings and errors are dotted lines where they first
@@ -209,7 +210,11 @@ def _draw_curves(
 
 def _draw_norm_axis(panel: marks.Axes, run: _Run) -> None:
     """Crosses of the skipped steps, and the scale that leaves room for the others."""
-    top = _top_of_norms(run.rows, run.skipped) if run.skipped else None
+    far = [] if run.skipped else _far_rows(run.rows)
+    lost = [step.grad_norm for step in run.skipped] + [row["grad_norm"] for row in far]
+    top = _top_of_norms(run.rows, lost) if lost else None
+    for row in far:
+        marks.cross(panel, row["step"], row["grad_norm"], marks.VERMILLION, top=top)
     for i, step in enumerate(run.skipped):
         (mark,) = marks.cross(
             panel, step.update + 1, step.grad_norm, marks.VERMILLION, top=top
@@ -220,11 +225,25 @@ def _draw_norm_axis(panel: marks.Axes, run: _Run) -> None:
     marks.log_scale(panel, top)
 
 
-def _top_of_norms(rows: Sequence[Row], skipped: Sequence[SkippedStep]) -> float:
+def _far_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows that count skips, if their norms would flatten those of all others."""
+    before, counting, others = 0.0, [], [0.0]
+    for row in rows:
+        norm, count = row.get("grad_norm", math.nan), row.get("num_skipped", before)
+        if math.isfinite(norm):
+            if count > before or row.get("skip_rate", 0) > 0:
+                counting.append(row)
+            else:
+                others.append(norm)
+        before = count
+    return [row for row in counting if row["grad_norm"] > 10 * max(others) > 0]
+
+
+def _top_of_norms(rows: Sequence[Row], skipped: Sequence[float]) -> float:
     """The end of the axis: ten times the largest norm of the steps that were taken."""
     norms = marks.column(rows, "grad_norm")
     norms = norms[np.isfinite(norms)]
-    lost = np.array([r.grad_norm for r in skipped if math.isfinite(r.grad_norm)])
+    lost = np.array([norm for norm in skipped if math.isfinite(norm)])
     taken = norms[~np.isclose(norms[:, None], lost[None]).any(1)]
     limits = marks.column(rows, "clip_threshold")
     known = np.concatenate([taken, limits[np.isfinite(limits)]])
