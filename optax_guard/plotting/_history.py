@@ -141,6 +141,8 @@ def _draw_run(
         panel.set_ylabel(label)
         if label == marks.NORM_LABEL:
             _draw_norm_axis(panel, run)
+            if not run.skipped:
+                _cut_off_far_rows(panel, run.rows)
         elif marks.spans_decades(run.rows, curves):
             marks.log_scale(panel, top)
         elif top is not None:
@@ -210,11 +212,7 @@ def _draw_curves(
 
 def _draw_norm_axis(panel: marks.Axes, run: _Run) -> None:
     """Crosses of the skipped steps, and the scale that leaves room for the others."""
-    far = [] if run.skipped else _far_rows(run.rows)
-    lost = [step.grad_norm for step in run.skipped] + [row["grad_norm"] for row in far]
-    top = _top_of_norms(run.rows, lost) if lost else None
-    for row in far:
-        marks.cross(panel, row["step"], row["grad_norm"], marks.VERMILLION, top=top)
+    top = _top_of_norms(run.rows, run.skipped) if run.skipped else None
     for i, step in enumerate(run.skipped):
         (mark,) = marks.cross(
             panel, step.update + 1, step.grad_norm, marks.VERMILLION, top=top
@@ -225,29 +223,39 @@ def _draw_norm_axis(panel: marks.Axes, run: _Run) -> None:
     marks.log_scale(panel, top)
 
 
-def _far_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows that count skips, if their norms would flatten those of all others."""
-    before, counting, others = 0.0, [], [0.0]
-    for row in rows:
-        norm, count = row.get("grad_norm", math.nan), row.get("num_skipped", before)
-        if math.isfinite(norm):
-            if count > before or row.get("skip_rate", 0) > 0:
-                counting.append(row)
-            else:
-                others.append(norm)
-        before = count
-    return [row for row in counting if row["grad_norm"] > 10 * max(others) > 0]
-
-
-def _top_of_norms(rows: Sequence[Row], skipped: Sequence[float]) -> float:
+def _top_of_norms(rows: Sequence[Row], skipped: Sequence[SkippedStep]) -> float:
     """The end of the axis: ten times the largest norm of the steps that were taken."""
     norms = marks.column(rows, "grad_norm")
     norms = norms[np.isfinite(norms)]
-    lost = np.array([norm for norm in skipped if math.isfinite(norm)])
+    lost = np.array([r.grad_norm for r in skipped if math.isfinite(r.grad_norm)])
     taken = norms[~np.isclose(norms[:, None], lost[None]).any(1)]
     limits = marks.column(rows, "clip_threshold")
     known = np.concatenate([taken, limits[np.isfinite(limits)]])
     return 10 * float(known.max()) if known.size else 10.0
+
+
+def _cut_off_far_rows(panel: marks.Axes, rows: Sequence[Row]) -> None:
+    """Crosses at the edge for rows of skips whose norms would flatten all others."""
+    far, others, before = [], [], 0.0
+    for row in rows:
+        count = row.get("num_skipped", before)
+        is_skip = count > before or row.get("skip_rate", 0) > 0
+        is_finite = math.isfinite(row.get("grad_norm", math.nan))
+        (far if is_skip and is_finite else others).append(row)
+        before = count
+    top = _top_of_norms(others, [])
+    far = [row for row in far if row["grad_norm"] > top]
+    if not far or not np.isfinite(marks.column(others, "grad_norm")).any():
+        return
+    named = -math.inf
+    for row in far:
+        # Words are about as wide as that: those of neighbours would overlap.
+        has_words = row["step"] - named > 0.05 * (rows[-1]["step"] - rows[0]["step"])
+        named = row["step"] if has_words else named
+        of = None if has_words else ""
+        norm, color = row["grad_norm"], marks.VERMILLION
+        marks.cross(panel, row["step"], norm, color, top=top, of=of)
+    marks.log_scale(panel, top)
 
 
 def _mark_findings(axes: np.ndarray, findings: Sequence[Finding]) -> None:
