@@ -6,6 +6,7 @@ A command imports its modules itself: `demo` needs extras that others do not nee
 import argparse
 import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 from optax_guard._cli.words import complain, say
@@ -50,6 +51,8 @@ def run_report(arguments: argparse.Namespace) -> int:
         if arguments.out is None and out.is_symlink():
             complain("report", f"{out} is a link; name a folder with `--out`")
             return 1
+        if not _is_folder("report", out):
+            return 1
         title = run_name(arguments.path)
         written = report.write(made, out, title=title, html=arguments.html)
         if all(path.suffix != ".png" for path in written):
@@ -84,6 +87,8 @@ def run_replay(arguments: argparse.Namespace) -> int:
         complain("replay", warning.message)
     say(replay.as_json(outcomes) if arguments.json else table(outcomes))
     if arguments.out is not None:
+        if not _is_folder("replay", arguments.out):
+            return 1
         replay.write(history, outcomes, arguments.out, key=arguments.key)
     return 0
 
@@ -120,6 +125,14 @@ def run_watch(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         complain("watch", error)
     return 1
+
+
+def _is_folder(command: str, out: Path) -> bool:
+    """Whether a folder may be made there; complains if it may not."""
+    if out.exists() and not out.is_dir():
+        complain(command, f"`--out` must be a folder, got the file {out}")
+        return False
+    return True
 
 
 def _how(arguments: argparse.Namespace) -> dict[str, Any]:

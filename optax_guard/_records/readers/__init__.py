@@ -110,6 +110,8 @@ def _select_run(path: Path, rows: list[RawRow], run: str | None) -> list[RawRow]
         raise ValueError(
             f"{path} holds several runs: {_listed(runs)}. {word}Choose one with `run=`."
         )
+    if run is not None and not runs:
+        raise ValueError(f"`run` must be left out, for {path} names none, got {run!r}.")
     if run is not None and run not in runs:
         raise ValueError(
             f"`run` must be one of {runs[:_MOST_NAMES]} in {path}, got {run!r}."
