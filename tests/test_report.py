@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from optax_guard.__main__ import main
-from optax_guard._cli.report import make_reports
+from optax_guard._cli.report import as_text, make_reports
 from optax_guard._records.table import thinned
 from optax_guard.analysis import History
 
@@ -338,12 +338,11 @@ def test_nothing_is_written_outside_of_the_folder(works, tmp_path):
     assert {p for p in tmp_path.rglob("*") if out not in p.parents} == before
 
 
-def test_long_table_keeps_the_last_row_and_those_with_findings(tmp_path, capsys):
+def test_long_table_keeps_the_last_row_and_those_with_findings(tmp_path):
     losses = [1.0] * 100
     losses[58] = 9.0
     record(tmp_path / "run.jsonl", [1.0] * 100, losses, math.inf)
-    main(["report", str(tmp_path / "run.jsonl"), "--out", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
+    printed = as_text(make_reports(tmp_path / "run.jsonl"))
     lines = printed.partition("\n\n")[0].splitlines()[2:]
     steps = [int(line.split()[0]) for line in lines]
     assert len(steps) <= 41

@@ -11,6 +11,8 @@ from optax_guard._records.readers import find_files, read_logs
 
 # Names of files that many runs share: their folder names the run.
 _COMMON = {"history", "metrics", "trainer_state", "trainer_log", "progress", "results"}
+# Other ends of names may belong to them, as in `lr0.1`.
+_ENDINGS = {".csv", ".json", ".jsonl", ".log", ".ndjson", ".tsv", ".txt"}
 
 
 class Run(NamedTuple):
@@ -62,4 +64,6 @@ def run_name(source: Path) -> str:
     """The name of a run by its file."""
     source = source.resolve()
     folder = source.parent.name
-    return folder if source.stem in _COMMON and folder else source.name
+    if source.stem in _COMMON and folder:
+        return folder
+    return source.stem if source.suffix.lower() in _ENDINGS else source.name
