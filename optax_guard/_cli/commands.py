@@ -4,6 +4,7 @@ A command imports its modules itself: `demo` needs extras that others do not nee
 """
 
 import argparse
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -55,7 +56,7 @@ def run_report(arguments: argparse.Namespace) -> int:
             return 1
         title = run_name(arguments.path)
         written = report.write(made, out, title=title, html=arguments.html)
-        if all(path.suffix != ".png" for path in written):
+        if importlib.util.find_spec("matplotlib") is None:
             complain(
                 "report",
                 "no plot, for matplotlib is missing: pip install 'optax-guard[plot]'",

@@ -133,21 +133,28 @@ def write(
         ]
     else:
         title = reports[0].name
-    files = {"report.md": _as_markdown(reports, title, together, images).encode()}
+    summaries = _summaries(reports)
+    text = _as_markdown(reports, title, summaries, together, images)
+    files = {"report.md": text.encode()}
     files |= {name: x.png for its in (together, *images) for name, x in its.items()}
     if html:
-        parts = [_part(one, its) for one, its in zip(reports, images, strict=True)]
+        parts = [
+            _part(one, summaries[one.name], its)
+            for one, its in zip(reports, images, strict=True)
+        ]
         files["report.html"] = page(title, parts, together.values()).encode()
     for name, content in files.items():
         fresh(out / name).write_bytes(content)
     return [out / name for name in files]
 
 
-def _part(report: Report, images: Mapping[str, Drawn]) -> Part:
+def _part(
+    report: Report, summary: Mapping[str, str], images: Mapping[str, Drawn]
+) -> Part:
     return Part(
         report.name,
         _note(report),
-        summary_of(report.history, report.findings),
+        summary,
         report.findings or _NOTHING,
         _thinned(report),
         images.values(),
@@ -161,12 +168,13 @@ def _summaries(reports: Sequence[Report]) -> dict[str, dict[str, str]]:
 def _as_markdown(
     reports: Sequence[Report],
     title: str,
+    summaries: Mapping[str, Mapping[str, str]],
     together: Mapping[str, Drawn],
     images: Sequence[Mapping[str, Drawn]],
 ) -> str:
     # Names come from outside, and Markdown may contain HTML.
     parts = [f"# Report on {_escaped(title)}"]
-    lines = side_by_side(_summaries(reports))
+    lines = side_by_side(summaries)
     parts.append(_escaped(as_markdown(lines, left=range(len(lines[0])))))
     parts += _linked(together)
     for one, its in zip(reports, images, strict=True):

@@ -26,9 +26,9 @@ class Drawn(NamedTuple):
 
 
 def figures_of(history: History, findings: list[Finding]) -> dict[str, Drawn]:
-    """The figures of a run whose values were recorded; none without matplotlib."""
+    """The figures of what was recorded; none of one row, or without matplotlib."""
     plotting = _plotting()
-    if plotting is None:
+    if plotting is None or len(history) < 2:
         return {}
     figures = {
         "history.png": _drawn(
@@ -54,10 +54,11 @@ def figures_of(history: History, findings: list[Finding]) -> dict[str, Drawn]:
 def figure_of_runs(histories: Mapping[str, History]) -> dict[str, Drawn]:
     """The figure of the first runs side by side; none without matplotlib."""
     plotting = _plotting()
-    if plotting is None:
+    curves = {name: history for name, history in histories.items() if len(history) > 1}
+    if plotting is None or not curves:
         return {}
-    shown = {_plain(name): histories[name] for name in list(histories)[:MOST_RUNS]}
-    left = len(histories) - len(shown)
+    shown = {_plain(name): curves[name] for name in list(curves)[:MOST_RUNS]}
+    left = len(curves) - len(shown)
     caption = (
         f"The first {MOST_RUNS} runs side by side" if left else "All runs side by side"
     )
@@ -82,7 +83,7 @@ def _stopping(history: History) -> Drawn | None:
     if not words:
         return None
     caption = ", and ".join(words)
-    figure = plot_outlook(history, replay(history, rules) if rules else [])
+    figure = plot_outlook(evaluations, replay(evaluations, rules) if rules else [])
     return _drawn(caption[0].upper() + caption[1:], figure)
 
 
