@@ -306,10 +306,10 @@ def test_folders_and_files_of_a_folder_are_runs(several, tmp_path, capsys):
 
 
 def test_runs_of_one_row_have_a_line_and_no_figure(tmp_path, capsys):
-    rows = "".join(f"run_{i},5000,{2 - i / 64}\n" for i in range(64))
-    (tmp_path / "runs.csv").write_text(f"Name,iter,val/loss\n{rows}")
+    rows = "".join(f"run_{i},finished,5000,{2 - i / 64}\n" for i in range(64))
+    (tmp_path / "runs.csv").write_text(f"Name,State,iter,val/loss\n{rows}")
     main(["report", str(tmp_path)])
-    heading, *lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    _, *lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == [f"run_{i}" for i in range(64)]
     assert "1.5 at step 5000" in lines[32]
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.md"]
