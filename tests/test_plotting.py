@@ -109,6 +109,7 @@ def test_norm_of_a_row_that_counts_a_skip_does_not_flatten_the_others():
     assert above.get_ylim()[1] == pytest.approx(80)
     assert "2e+06" in words(above)
     assert [20, 1] in crosses(above)
+    assert legend(above).count("row of a skipped step") == 1
     # Without a skip it is the run that explodes.
     assert plot_history(rows()).axes[0].get_ylim()[1] > 2e6
 

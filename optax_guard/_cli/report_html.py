@@ -66,8 +66,8 @@ th {{ border-bottom-width: 2px }}
   :root {{ --text: #000; --back: #fff; --soft: #fff; --line: #999 }}
   body {{ max-width: none; margin: 0; font-size: 11pt }}
   section, img, dl, tr {{ break-inside: avoid }}
-  h1, h2, h2[id] {{ border-top: 1px solid var(--line); padding-top: 1.5rem }}
-h3, h4 {{ break-after: avoid }}
+  h1, h2, h3, h4 {{ break-after: avoid }}
+  h2[id] {{ break-before: page; border: none; margin: 0; padding: 0 }}
   thead {{ display: table-header-group }}
   .scroll {{ overflow: visible }}
   img {{ min-width: 0; max-height: 23cm; width: auto; max-width: 100%;

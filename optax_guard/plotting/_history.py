@@ -254,7 +254,8 @@ def _cut_off_far_rows(panel: marks.Axes, rows: Sequence[Row]) -> None:
         named = row["step"] if has_words else named
         of = None if has_words else ""
         norm, color = row["grad_norm"], marks.VERMILLION
-        marks.cross(panel, row["step"], norm, color, top=top, of=of)
+        (mark,) = marks.cross(panel, row["step"], norm, color, top=top, of=of)
+        mark.set_label("row of a skipped step" if row is far[0] else "")
     marks.log_scale(panel, top)
 
 
