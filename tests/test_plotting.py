@@ -168,7 +168,8 @@ def test_runs_without_norms_or_evaluations_are_compared_by_what_they_have():
     losses = [{"step": i, "train_loss": 2.0 - i} for i in (0, 1)]
     short = [{"step": 0, "train_loss": 3.0}]
     [panel] = plot_history({"a": losses, "b": short}).axes
-    assert [line.get_ydata().tolist() for line in panel.lines] == [[2, 1], [3]]
+    drawn = [np.asarray(line.get_ydata()).tolist() for line in panel.lines]
+    assert drawn == [[2, 1], [3]]
     assert panel.get_ylabel() == "loss"
     # One and the other end of the step, and the numbers on a short logarithmic scale.
     assert panel.get_xlim() == pytest.approx((-0.05, 1.05))
