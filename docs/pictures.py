@@ -73,12 +73,12 @@ def draw_report(history: list[dict[str, float]]) -> None:
         print("chromium is not in the PATH: pictures/report.png stays as it is")
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "digits.jsonl")
+        path = Path(folder, "digits", "history.jsonl")
         record = analysis.History(path)
         for row in history:
             record.append(int(row["step"]), row)
         command_line(["report", str(path), "--html"])
-        options = "--headless --no-sandbox --hide-scrollbars --window-size=1000,760"
+        options = "--headless --no-sandbox --hide-scrollbars --window-size=1000,1072"
         shot = f"--screenshot={FOLDER / 'report.png'}"
         page = next(Path(folder).rglob("*.html")).as_uri()
         subprocess.run([browser, *options.split(), shot, page], check=True)

@@ -307,7 +307,7 @@ def test_stopped_loop_of_ones_own_goes_on_on_purpose(tmp_path):
     again = Checkpointer(tmp_path, continue_stopped=True)
     state, stop = loop(again, values={**VALUES, 8: 0.5}, stopper=stopper)
     assert state.step == 8
-    assert og.explain(stop) == "running, best 0.5 at evaluation 3 (step 8)"
+    assert og.explain(stop) == "running, best 0.5 at evaluation 4 (step 8)"
     stop = stopper.update(2.0, stopper.update(1.0, stopper.init()))
     with Checkpointer(tmp_path / "stopped", continue_stopped=True) as checkpointer:
         checkpointer.save(1, made(), stop)

@@ -33,11 +33,21 @@ def test_version_is_told(capsys):
     ("arguments", "message"),
     [
         (["report", "--column", "train_loss=x"], "`--column` must name columns"),
-        (["report", "--run", "x"], "`--run` must be one of"),
+        (["report", "--run", "x"], "`--run` must be left out, for "),
         (["report", "--pattern", "("], "`--pattern` must be a regular expression"),
         (["replay", "--key", "x"], "Name its column with `--key NAME`"),
         (["replay", "--rule", "patience"], "`--rule` must be a call, got 'patience': "),
         (["replay", "--rule", "-" * 100_000 + "1"], "`--rule` must have at most 1000"),
+        (
+            ["replay", "--rule", "any_of(lag, target(1))"],
+            "must be a call: write lag(5)",
+        ),
+        (["replay", "--rule", "patience(5"], "a call such as patience(5), got"),
+        (["replay", "--rule", "lag(x + 1)"], "'x + 1' must be a number, a text or a"),
+        (
+            ["replay", "--rule", "budget(seconds=3)"],
+            "`--rule` 'budget(seconds=3)' needs seconds",
+        ),
         (
             ["replay", "--key", "val/top1"],
             "columns that are called 'top1'",
@@ -49,13 +59,13 @@ def test_errors_speak_the_language_of_the_command_line(
     tmp_path, capsys, arguments, message
 ):
     path = tmp_path / "run.jsonl"
-    path.write_text(lines(CALM))
+    path.write_text(lines([row | {"val_loss": 1.0} for row in CALM]))
     command, option, value = arguments
     assert main([command, str(path), f"{option}={value}"]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not re.search(r"`\w+=|`(columns|key|run|rule|max_norm|clip_rate)", error)
+    assert not re.search(r"`\w+=|`(columns|key|run|rules?|max_norm|clip_rate)", error)
 
 
 def test_unknown_columns_are_told_in_the_words_of_the_command_line(tmp_path, capsys):
@@ -68,6 +78,17 @@ def test_unknown_columns_are_told_in_the_words_of_the_command_line(tmp_path, cap
     assert "name one with `--column train_loss=NAME`" in error
     assert "Rename them, or read the file with `--column NAME=THEIRS`" in error
     assert "columns=" not in error
+    path.write_text(lines([{"step": i, "norm2": 1.0} for i in range(30)]))
+    assert main(["suggest", str(path)]) == 1
+    assert "column with `--column grad_norm=NAME`." in capsys.readouterr().err
+
+
+def test_file_in_place_of_the_folder_for_the_report_is_named(tmp_path, capsys):
+    path = tmp_path / "run.jsonl"
+    path.write_text(lines(CALM))
+    assert main(["report", str(path), "--json", "--out", str(path)]) == 1
+    assert f"`--out` must be a folder, got the file {path}" in capsys.readouterr().err
+    assert path.read_text() == lines(CALM)
 
 
 def test_every_rule_has_an_example_that_is_one():
@@ -88,7 +109,7 @@ def test_escapes_in_foreign_names_are_shown_and_not_sent(tmp_path, capsys):
         ["report", "--json", str(path)],
         ["report", "--json", str(path), "--run", f"a{ESCAPE}"],
         ["report", "--json", str(path), "--run", "b", "--column", f"step={ESCAPE}"],
-        ["replay", str(path), "--run", "b"],
+        ["replay", str(path)],
         ["report", "--json", str(nameless)],  # There is no step, which is told.
         ["report", str(tmp_path / f"{ESCAPE}.log")],
     ):

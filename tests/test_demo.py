@@ -142,7 +142,7 @@ def test_table_has_a_row_an_evaluation_under_the_headings(ran):
 def test_end_tells_why_it_stopped_and_what_was_restored(ran):
     printed = " ".join(ran.printed.split())
     stop = ran.results["guarded"].stop
-    assert "The guarded run: stopped at evaluation 2 (PATIENCE), best" in printed
+    assert "The guarded run: stopped at evaluation 3 (PATIENCE), best" in printed
     again = re.search(r"computed again, is ([\d.]+)\.", printed)
     assert again is not None
     assert float(again[1]) == pytest.approx(float(stop.best_value), abs=1e-4)

@@ -588,16 +588,25 @@ def test_explain_tells_how_the_run_stands():
     assert explain(stopper.init()) == "running, no finite value yet"
     state = feed(stopper, [NAN])
     assert explain(state) == "running, no finite value yet, 1 without a better one"
-    assert explain(feed(stopper, [0.5], step=0)).endswith("evaluation 0 (step 0)")
+    assert explain(feed(stopper, [0.5], step=0)).endswith("evaluation 1 (step 0)")
     state = feed(stopper, [0.5, 0.75], step=30)
     assert explain(state) == (
-        "running, best 0.5 at evaluation 0 (step 30), 1 without a better one"
+        "running, best 0.5 at evaluation 1 (step 30), 1 without a better one"
     )
     state = feed(stopper, [1.0], state)
     assert explain(state) == (
-        "stopped at evaluation 2 (PATIENCE), best 0.5 at evaluation 0 (step 30). "
+        "stopped at evaluation 3 (PATIENCE), best 0.5 at evaluation 1 (step 30). "
         + StopReason.PATIENCE.message
     )
+
+
+def test_explain_counts_evaluations_as_the_rules_do():
+    # The first is number 1, as in the argument of the rule.
+    stopper = early_stopping(stop.budget(evaluations=3))
+    state = feed(stopper, [3.0, 1.0, 2.0])
+    said = "stopped at evaluation 3 (BUDGET), best 1 at evaluation 2. "
+    assert explain(state) == said + StopReason.BUDGET.message
+    assert (int(state.stopped_at), int(state.best_eval)) == (2, 1)
 
 
 def test_explain_refuses_a_population():

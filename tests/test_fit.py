@@ -255,7 +255,7 @@ def test_stop_at_the_last_evaluation_is_seen():
         evaluate=scripted([2.0, 0.5]),
         stopper=stopper,
     )
-    assert explained(result).startswith("stopped at evaluation 1 (TARGET)")
+    assert explained(result).startswith("stopped at evaluation 2 (TARGET)")
     assert result.state.step == 4
     assert [row.get("stop_reason") for row in result.history] == [
         None,
@@ -474,7 +474,7 @@ def test_plateau_reduces_the_learning_rate():
     )
     # One evaluation sets the best, the second reduces, the third stops: six steps,
     # the last two of which ran at half the rate; two more were under way.
-    assert explained(result).startswith("stopped at evaluation 2 (PLATEAU)")
+    assert explained(result).startswith("stopped at evaluation 3 (PLATEAU)")
     expected = START * (1 - RATE) ** 4 * (1 - RATE / 2) ** 4
     np.testing.assert_allclose(result.state.params["w"], expected, rtol=1e-5)
 
@@ -506,7 +506,7 @@ def test_dict_of_values_is_in_the_row_and_its_key_is_judged():
         evaluate=lambda state: {"val_loss": 0.1, "val_accuracy": jnp.asarray(0.95)},
         stopper=stopper,
     )
-    assert explained(result).startswith("stopped at evaluation 0 (TARGET)")
+    assert explained(result).startswith("stopped at evaluation 1 (TARGET)")
     assert result.history[0]["val_loss"] == np.float32(0.1)
 
 

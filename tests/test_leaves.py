@@ -121,6 +121,18 @@ def test_heat_map_has_a_line_a_leaf_below_the_global_norm():
     ]
 
 
+def test_few_huge_norms_do_not_change_the_colours_of_the_others():
+    rows = [{"step": i, "leaf_norm/a": 1.0 + i} for i in range(100)]
+    rows[50]["leaf_norm/a"] = 1e9
+    figure = plotting.plot_leaves(rows)
+    scale = figure.axes[0].collections[0].norm
+    assert (scale.vmin, scale.vmax) == (1, 100)
+    # A run of which many norms are huge has them on its scale.
+    for row in rows[90:]:
+        row["leaf_norm/a"] = 1e9
+    assert plotting.plot_leaves(rows).axes[0].collections[0].norm.vmax == 1e9
+
+
 def test_runs_stand_side_by_side_on_one_scale_and_ratios_below_norms():
     other = History()
     for i in range(3):

@@ -103,6 +103,17 @@ def test_skipped_steps_are_marked():
     assert above.get_ylim()[1] == pytest.approx(80)
 
 
+def test_norm_of_a_row_that_counts_a_skip_does_not_flatten_the_others():
+    counted = [row | {"num_skipped": int(i > 0)} for i, row in enumerate(rows())]
+    above = plot_history(counted).axes[0]
+    assert above.get_ylim()[1] == pytest.approx(80)
+    assert "2e+06" in words(above)
+    assert [20, 1] in crosses(above)
+    assert legend(above).count("row of a skipped step") == 1
+    # Without a skip it is the run that explodes.
+    assert plot_history(rows()).axes[0].get_ylim()[1] > 2e6
+
+
 def test_best_and_stop_are_marked(stop):
     above, below, _ = plot_history(rows(), stop=stop).axes
     assert "best: 1 at step 40" in legend(below)
@@ -151,6 +162,20 @@ def test_runs_are_told_apart_and_cut_off_where_asked():
     assert first.get_linestyle() != second.get_linestyle()
     assert cross.get_marker() == "X"
     np.testing.assert_array_equal(hollow.get_xdata(), [10, 20, 30, 40, 50])
+
+
+def test_runs_without_norms_or_evaluations_are_compared_by_what_they_have():
+    losses = [{"step": i, "train_loss": 2.0 - i} for i in (0, 1)]
+    short = [{"step": 0, "train_loss": 3.0}]
+    [panel] = plot_history({"a": losses, "b": short}).axes
+    drawn = [np.asarray(line.get_ydata()).tolist() for line in panel.lines]
+    assert drawn == [[2, 1], [3]]
+    assert panel.get_ylabel() == "loss"
+    # One and the other end of the step, and the numbers on a short logarithmic scale.
+    assert panel.get_xlim() == pytest.approx((-0.05, 1.05))
+    assert {"1", "2"} <= {tick.get_text() for tick in panel.get_yticklabels()}
+    with pytest.raises(ValueError, match="row with a norm or a loss, got 1 runs"):
+        plot_history({"a": [{"step": 1, "epoch": 2}]})
 
 
 def test_notebooks_show_figures_without_pyplot():

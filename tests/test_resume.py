@@ -270,7 +270,7 @@ def steps_in(directory):
 
 def test_best_checkpoint_stays_and_of_the_others_the_latest(tmp_path):
     result = small_fit(tmp_path / "one")
-    assert explained(result).startswith("stopped at evaluation 3 (PATIENCE)")
+    assert explained(result).startswith("stopped at evaluation 4 (PATIENCE)")
     # At its evaluation, and not an interval later.
     assert result.state.step == 4
     assert steps_in(tmp_path / "one") == [2, 3, 4]
@@ -293,7 +293,7 @@ def test_stopped_run_stays_stopped_and_goes_on_on_purpose(tmp_path):
     assert [row["step"] for row in again.history] == [1, 2, 3, 4, 5, 6]
     # Patience starts afresh, the best does not.
     assert explained(again) == (
-        "running, best 0.5 at evaluation 4 (step 5), 1 without a better one"
+        "running, best 0.5 at evaluation 5 (step 5), 1 without a better one"
     )
 
 
@@ -332,7 +332,7 @@ def test_seconds_of_training_add_up_over_a_restart(tmp_path, monkeypatch):
     result = small_fit(tmp_path, num_steps=9, **options)
     assert result.stop is not None
     assert result.stop.train_seconds == 12.0
-    assert explained(result).startswith("stopped at evaluation 3 (BUDGET)")
+    assert explained(result).startswith("stopped at evaluation 4 (BUDGET)")
 
 
 def test_saved_is_what_was_evaluated_though_it_is_donated_next(tmp_path):

@@ -92,7 +92,7 @@ def check_diverged_once(result):
     assert column(result, "step") == [2, 4, 6, 8, 10]
     assert column(result, "rewinds") == [0, 0, 0, 1, 1]
     assert column(result, "value") == [3.0, 2.0, 99.0, 1.5, 1.0]
-    assert explained(result) == "running, best 1 at evaluation 4 (step 10)"
+    assert explained(result) == "running, best 1 at evaluation 5 (step 10)"
     [(step, best_step, reason)] = result.rewinds
     assert (step, best_step, reason[:8]) == (6, 4, "DIVERGED")
 
@@ -144,7 +144,7 @@ def test_sigterm_before_a_rewind_ends_the_run_there_and_it_goes_on(tmp_path):
 
 def test_without_rewinds_the_run_ends_as_before(tmp_path):
     result = run(tmp_path, values=DIVERGES_ONCE)
-    assert explained(result).startswith("stopped at evaluation 2 (DIVERGED)")
+    assert explained(result).startswith("stopped at evaluation 3 (DIVERGED)")
     assert "rewinds" not in result.history[0]
     np.testing.assert_allclose(
         result.best_params["w"], descend(START, range(4)), rtol=1e-5
@@ -158,7 +158,7 @@ def test_stop_because_training_is_done_is_no_reason_to_go_back(tmp_path):
         values=DIVERGES_ONCE,
         stopper=og.early_stopping(og.stop.target(2.5)),
     )
-    assert explained(result).startswith("stopped at evaluation 1 (TARGET)")
+    assert explained(result).startswith("stopped at evaluation 2 (TARGET)")
 
 
 def with_nan(*bad):
@@ -182,7 +182,7 @@ def test_exhausted_guard_goes_back_before_there_is_a_best(tmp_path):
     expected = descend(START, range(4, 8))
     np.testing.assert_allclose(result.state.params["w"], expected, rtol=1e-5)
     # The first evaluation's parameters were not the best, whatever their value.
-    assert explained(result) == "running, best 1 at evaluation 2 (step 6)"
+    assert explained(result) == "running, best 1 at evaluation 3 (step 6)"
     assert column(result, "num_skipped") == [2, 0, 0]
 
 
@@ -261,7 +261,7 @@ def test_rise_is_a_share_of_the_best_and_of_finite_values():
 @pytest.mark.filterwarnings("ignore:At step")
 def test_when_rewinds_are_used_up_the_stopper_stops_the_run(tmp_path):
     result = run(tmp_path, Rewind(times=1), values={2: 1.0, 4: 99.0, 6: 98.0})
-    assert explained(result).startswith("stopped at evaluation 2 (DIVERGED)")
+    assert explained(result).startswith("stopped at evaluation 3 (DIVERGED)")
     assert result.state.step == 6
     np.testing.assert_allclose(
         result.best_params["w"], descend(START, range(2)), rtol=1e-5
@@ -270,7 +270,7 @@ def test_when_rewinds_are_used_up_the_stopper_stops_the_run(tmp_path):
 
 def test_no_step_is_left_after_the_last_evaluation(tmp_path):
     result = run(tmp_path, Rewind(), values=DIVERGES_ONCE, num_steps=6)
-    assert explained(result).startswith("stopped at evaluation 2 (DIVERGED)")
+    assert explained(result).startswith("stopped at evaluation 3 (DIVERGED)")
 
 
 @pytest.mark.filterwarnings("ignore:At step")

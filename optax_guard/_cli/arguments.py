@@ -62,6 +62,7 @@ def _add_report(group: Commands) -> None:
         "report",
         help="table, findings and plots of a recorded run",
         description="Says what the norms and losses of a run mean, and what to try. "
+        "Several runs, in a file or in folders beside each other, stand side by side. "
         f"{_FORMATS} Exit code: 0 if nothing is worse than an info, 3 if there "
         "is a warning, 4 if there is an error; 1 if the run could not be read.",
     )
@@ -157,9 +158,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
         r"'it (?P<step>\d+) cost (?P<train_loss>\S+)'",
     )
     command.add_argument("path", metavar="RUN", type=Path, help="a file, or its folder")
-    command.add_argument(
-        "--run", metavar="NAME", help="which of several runs in a file"
-    )
+    command.add_argument("--run", metavar="NAME", help="which of several runs")
     command.add_argument(
         "--column",
         metavar="NAME=THEIRS",

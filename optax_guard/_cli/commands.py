@@ -4,8 +4,10 @@ A command imports its modules itself: `demo` needs extras that others do not nee
 """
 
 import argparse
+import importlib.util
 import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 from optax_guard._cli.words import complain, say
@@ -31,11 +33,12 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     """Prints and writes the report on a run."""
     from optax_guard._cli import report
+    from optax_guard._records.runs import run_name
 
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            made = report.make_report(
+            made = report.make_reports(
                 arguments.path, max_norm=arguments.max_norm, **_how(arguments)
             )
     except (ImportError, ValueError) as error:
@@ -49,8 +52,11 @@ def run_report(arguments: argparse.Namespace) -> int:
         if arguments.out is None and out.is_symlink():
             complain("report", f"{out} is a link; name a folder with `--out`")
             return 1
-        written = report.write(made, out, html=arguments.html)
-        if all(path.suffix != ".png" for path in written):
+        if not _is_folder("report", out):
+            return 1
+        title = run_name(arguments.path)
+        written = report.write(made, out, title=title, html=arguments.html)
+        if importlib.util.find_spec("matplotlib") is None:
             complain(
                 "report",
                 "no plot, for matplotlib is missing: pip install 'optax-guard[plot]'",
@@ -82,6 +88,8 @@ def run_replay(arguments: argparse.Namespace) -> int:
         complain("replay", warning.message)
     say(replay.as_json(outcomes) if arguments.json else table(outcomes))
     if arguments.out is not None:
+        if not _is_folder("replay", arguments.out):
+            return 1
         replay.write(history, outcomes, arguments.out, key=arguments.key)
     return 0
 
@@ -118,6 +126,14 @@ def run_watch(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         complain("watch", error)
     return 1
+
+
+def _is_folder(command: str, out: Path) -> bool:
+    """Whether a folder may be made there; complains if it may not."""
+    if out.exists() and not out.is_dir():
+        complain(command, f"`--out` must be a folder, got the file {out}")
+        return False
+    return True
 
 
 def _how(arguments: argparse.Namespace) -> dict[str, Any]:

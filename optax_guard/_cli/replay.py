@@ -108,11 +108,15 @@ def parse_rule(text: str) -> StopRule:
     try:
         rule = _node_value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"`rule` must be a call, got {text!r}.") from error
+        raise ValueError(
+            f"`rule` must be a call such as patience(5), got {text!r}."
+        ) from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"`rule` {text!r}: {error}") from error
     if not isinstance(rule, StopRule):
-        raise ValueError(f"`rule` must be a call of a rule, got {text!r}.")
+        raise ValueError(
+            f"`rule` must be a call of a rule, such as patience(5), got {text!r}."
+        )
     return rule
 
 
@@ -126,8 +130,14 @@ def _known_rules() -> dict[str, Callable[..., StopRule]]:
 
 
 def _node_value(node: ast.AST) -> Any:
+    if isinstance(node, ast.Name) and node.id in EXAMPLES:
+        raise ValueError(f"{node.id!r} must be a call: write {EXAMPLES[node.id]}.")
     if not isinstance(node, ast.Call):
-        return ast.literal_eval(node)
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            words = ast.unparse(node)
+            raise ValueError(f"{words!r} must be a number, a text or a call.") from None
     name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
     known = _known_rules()
     if name not in known:

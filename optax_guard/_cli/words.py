@@ -1,5 +1,6 @@
 """What the command prints: in words of the command line, and harmless to a terminal."""
 
+import re
 import sys
 
 from optax_guard._records.readers.values import printable
@@ -9,6 +10,7 @@ _WORDS = {
     "`columns=`": "`--column NAME=THEIRS`",
     "`columns={'train_loss': ...}`": "`--column train_loss=NAME`",
     "`columns={'val_loss': ...}`": "`--column val_loss=NAME`",
+    " of `History.read`": "",
     "`columns={'grad_norm': ...}`": "`--column grad_norm=NAME`",
     "`columns`": "`--column`",
     "`run=`": "`--run NAME`",
@@ -26,6 +28,9 @@ _WORDS = {
     "`history` must": "the run must",
 }
 
+# An entry of a dict of rules is named by what was written after `--rule`.
+_NAMED_RULE = re.compile(r"`rules\[(.*?)\]`")
+
 
 def shown(text: object) -> str:
     """A text with its control characters written out; lines stay lines."""
@@ -42,4 +47,5 @@ def complain(command: str, message: object) -> None:
     text = str(message)
     for ours, theirs in _WORDS.items():
         text = text.replace(ours, theirs)
+    text = _NAMED_RULE.sub(r"`--rule` \1", text)
     print(f"optax-guard {command}: {shown(text)}", file=sys.stderr, flush=True)

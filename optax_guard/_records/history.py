@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from optax_guard._checks import check_count, check_kind, check_positive
-from optax_guard._records.readers import Renamer, Row, read_log
+from optax_guard._records.readers import Log, Renamer, Row, read_log
 from optax_guard._records.rows import number_of
 from optax_guard._records.timeline import Timeline
 
@@ -134,15 +134,20 @@ class History(Sequence[Row]):
         if max_norm is not None:
             check_positive("max_norm", max_norm)
         log = read_log(path, run=run, columns=columns, pattern=pattern)
+        history, notes = cls._of_log(log, max_norm)
+        if notes:
+            warnings.warn(f"{path}: {'; '.join(notes)}.", stacklevel=2)
+        return history
+
+    @classmethod
+    def _of_log(cls, log: Log, max_norm: float | None) -> tuple["History", list[str]]:
+        """The history of what was read, and what was not understood, in clauses."""
         history = cls()
         for row in log.rows:
             if max_norm is not None and "grad_norm" in row:
                 row.setdefault("clip_threshold", max_norm)
             history._timeline.add(row)
-        notes = log.notes + _note_of_replaced(history._timeline.num_replaced)
-        if notes:
-            warnings.warn(f"{path}: {'; '.join(notes)}.", stacklevel=2)
-        return history
+        return history, log.notes + _note_of_replaced(history._timeline.num_replaced)
 
     def append(self, step: Any, row: Mapping[str, Any] | None = None, **scalars: Any):
         """Adds scalars of a step.

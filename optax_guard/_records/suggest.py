@@ -108,8 +108,8 @@ def suggest_max_norm(
     if len(usable) < FEWEST:
         raise ValueError(
             f"`history` must have {FEWEST} rows with a finite `grad_norm` above 0, got "
-            f"{len(usable)}. Record more steps (`guard(tx)` records without a clip) or "
-            "name the column."
+            f"{len(usable)}. Record more steps (`guard(tx)` records without a clip), "
+            "or name the column with `columns={'grad_norm': ...}` of `History.read`."
         )
     norms = step_norms(rows)
     half = (len(usable) + 1) // 2

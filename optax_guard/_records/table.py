@@ -48,23 +48,23 @@ def history_cells(history: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 def thinned(
     rows: Sequence[Mapping[str, Any]], steps: Collection[float], most: int
 ) -> list[Mapping[str, Any]]:
-    """At most about as many rows, at equal distances, and those that tell something.
+    """About as many rows, at equal distances, and all that tell something.
 
-    These are the last row, the rows at some steps, those that count new skips, and the
-    evaluations: all of them if there are at most ``most``, else the best and some.
+    These are the last row, the rows at some steps, those that count new skips, and
+    those of an evaluation.
 
     Args:
       rows: The rows.
       steps: Steps whose rows stay.
       most: How many rows there may be without those that tell something.
     """
-    evaluations = [i for i, row in enumerate(rows) if _is_evaluation(row)]
-    kept = {i for i, row in enumerate(rows) if row.get("step") in steps}
-    kept |= set(_spread(range(len(rows)), most)) | set(_spread(evaluations, most))
-    values = {i: rows[i].get("val_loss", rows[i].get("value")) for i in evaluations}
-    known = {i: x for i, x in values.items() if x is not None and x == x}
-    if known:
-        kept.add(min(known, key=lambda i: known[i]))
+    stride = max(1, -(-len(rows) // most))
+    kept = set(range(len(rows))[::-1][::stride])
+    kept |= {
+        i
+        for i, row in enumerate(rows)
+        if row.get("step") in steps or _is_evaluation(row)
+    }
     before = 0.0
     for i, row in enumerate(rows):
         skipped = row.get("num_skipped", before)
@@ -76,12 +76,6 @@ def thinned(
 
 def _is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(key == "value" or key.startswith(_EVALUATED) for key in row)
-
-
-def _spread(places: Sequence[int], most: int) -> Sequence[int]:
-    """At most as many of the places, at equal distances, the last one included."""
-    stride = max(1, -(-len(places) // most))
-    return places[::-1][::stride]
 
 
 def choose_columns(row: Mapping[str, float]) -> list[str]:

@@ -62,7 +62,8 @@ def plot_history(
     One run has a panel each, if it was recorded, for: norms before and after clipping
     with the threshold (logarithmic); losses with the best evaluation; shares of steps
     clipped and skipped; the learning rate. Several runs share two panels: gradient
-    norms and validation losses, both logarithmic.
+    norms and validation losses (training losses if there are no others), both
+    logarithmic.
 
     Values that are not finite are crosses at the upper edge. Losses above ``max_loss``
     are hollow markers there. Warnings and errors are dotted lines where they first
@@ -140,6 +141,8 @@ def _draw_run(
         panel.set_ylabel(label)
         if label == marks.NORM_LABEL:
             _draw_norm_axis(panel, run)
+            if not run.skipped:
+                _cut_off_far_rows(panel, run.rows)
         elif marks.spans_decades(run.rows, curves):
             marks.log_scale(panel, top)
         elif top is not None:
@@ -229,6 +232,31 @@ def _top_of_norms(rows: Sequence[Row], skipped: Sequence[SkippedStep]) -> float:
     limits = marks.column(rows, "clip_threshold")
     known = np.concatenate([taken, limits[np.isfinite(limits)]])
     return 10 * float(known.max()) if known.size else 10.0
+
+
+def _cut_off_far_rows(panel: marks.Axes, rows: Sequence[Row]) -> None:
+    """Crosses at the edge for rows of skips whose norms would flatten all others."""
+    far, others, before = [], [], 0.0
+    for row in rows:
+        count = row.get("num_skipped", before)
+        is_skip = count > before or row.get("skip_rate", 0) > 0
+        is_finite = math.isfinite(row.get("grad_norm", math.nan))
+        (far if is_skip and is_finite else others).append(row)
+        before = count
+    top = _top_of_norms(others, [])
+    far = [row for row in far if row["grad_norm"] > top]
+    if not far or not np.isfinite(marks.column(others, "grad_norm")).any():
+        return
+    named = -math.inf
+    for row in far:
+        # Words are about as wide as that: those of neighbours would overlap.
+        has_words = row["step"] - named > 0.05 * (rows[-1]["step"] - rows[0]["step"])
+        named = row["step"] if has_words else named
+        of = None if has_words else ""
+        norm, color = row["grad_norm"], marks.VERMILLION
+        (mark,) = marks.cross(panel, row["step"], norm, color, top=top, of=of)
+        mark.set_label("row of a skipped step" if row is far[0] else "")
+    marks.log_scale(panel, top)
 
 
 def _mark_findings(axes: np.ndarray, findings: Sequence[Finding]) -> None:

@@ -13,7 +13,8 @@ _HEADINGS = {
     LEAF_NORM: marks.NORM_LABEL,
     UPDATE_RATIO: "norm of the update /\nnorm of the parameters",
 }
-_COLORS = "cividis"
+# Darker is larger.
+_COLORS = "cividis_r"
 _GLOBAL = "all (global norm)"
 # More names than this would overlap.
 _MOST_NAMES = 40
@@ -29,8 +30,8 @@ def plot_leaves(
     Each of the two has a heat map, if it was recorded, on a logarithmic scale. The
     first line of the norms is the global norm, so that one sees which leaf makes it.
     Several runs, such as one clipped by global norm and one by the norm of leaves,
-    stand side by side in the same colours. NaN and infinite values have marks of their
-    own. A step without a record is blank.
+    stand side by side in the same colours; a few huge values do not change them. NaN
+    and infinite values have marks of their own. A step without a record is blank.
 
     Args:
       history: A `History` or rows with the columns of
@@ -69,19 +70,24 @@ def plot_leaves(
     )
     legend: dict[str, Any] = {}
     for line, (prefix, (names, values)) in zip(grid, tables.items(), strict=True):
-        _, scale = marks.colors(np.ma.concatenate([x.ravel() for x in values]))
+        every = np.ma.concatenate([x.ravel() for x in values])
+        _, scale = marks.colors(_without_outliers(every))
         for panel, run, shown in zip(line, runs, values, strict=True):
             _draw_heat_map(panel, runs[run], shown, scale)
             legend |= dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
             if names[0] == _GLOBAL:
-                panel.axhline(0.5, color="white", linewidth=2)
+                panel.axhline(0.5, color=marks.BLACK, linewidth=2)
         stride = -(-len(names) // _MOST_NAMES)
         places = range(0, len(names), stride)
         line[0].set_yticks(places, names[::stride], fontsize="small")
         line[0].set_ylim(len(names) - 0.5, -0.5)
         # The layout makes room for colours beside one panel, not beside several.
         colors = marks.ScalarMappable(scale, _COLORS)
-        figure.colorbar(colors, ax=line[-1], label=_HEADINGS[prefix])
+        top = np.ma.masked_invalid(every).max()
+        extend: Any = (
+            "max" if scale.vmax is not None and top > scale.vmax else "neither"
+        )
+        figure.colorbar(colors, ax=line[-1], label=_HEADINGS[prefix], extend=extend)
     for run, top, bottom in zip(runs, grid[0], grid[-1], strict=True):
         top.set_title(run)
         bottom.set_xlabel("steps done")
@@ -89,6 +95,15 @@ def plot_leaves(
         place: Any = {"loc": "outside lower right", "ncols": 2, "fontsize": "small"}
         figure.legend(legend.values(), legend.keys(), **place)
     return figure
+
+
+def _without_outliers(values: Any) -> Any:
+    """Values cut where a few huge ones would give all others one colour."""
+    known = np.ma.masked_invalid(values).compressed()
+    if not known.size:
+        return values
+    top = 10 * np.quantile(known, 0.98)
+    return np.ma.minimum(values, known[known <= top].max()) if top > 0 else values
 
 
 def _tables_of_runs(

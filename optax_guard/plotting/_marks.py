@@ -19,6 +19,7 @@ try:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle as Rectangle
     from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import LogLocator, NullFormatter
 except ImportError as error:
     raise ImportError(
         "`optax_guard.plotting` needs matplotlib: pip install 'optax-guard[plot]'",
@@ -210,7 +211,7 @@ def line(
         # Only the first cross of a kind is named: further words would overlap.
         of = "" if str(value) in named else label
         named.add(str(value))
-        is_right = step > (steps.min() + steps.max()) / 2
+        is_right = step > sum(axes.get_xlim()) / 2
         side = "right" if is_right else "left"
         cross(axes, step, value, style["color"], edge=edge, of=of, side=side)
 
@@ -287,6 +288,16 @@ def log_scale(axes: Axes, top: float | None = None) -> None:
     if top is not None and top > lowest:
         # By itself Matplotlib would leave room for the values above the top.
         axes.set_ylim(lowest * (lowest / top) ** 0.05, top)
+    name_ticks(axes.yaxis)
+
+
+def name_ticks(axis: Any) -> None:
+    """Names 1, 2 and 5 of each decade, where there are few decades."""
+    low, high = axis.get_view_interval()
+    if 0 < low < high < 200 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def finish(*panels: Axes) -> None:

@@ -70,6 +70,7 @@ def plot_norm_distribution(
     above.yaxis.get_major_locator().set_params(integer=True)
     _note_missing_norms(above, found, _limits(norms, candidates))
     _draw_clipped_shares(below, norms, candidates)
+    marks.name_ticks(below.xaxis)
     marks.finish(above, below)
     below.set_xlabel(marks.NORM_LABEL.replace("\n", " "))
     return figure

@@ -53,32 +53,47 @@ def plot_replay(
     )
     figure.suptitle(title)
     above, below = figure.subplots(
-        2, 1, sharex=True, height_ratios=[3, 0.5 + 0.35 * len(replayed)]
+        2, 1, sharex=True, height_ratios=[3, rules_height(replayed)]
     )
     marks.line(above, rows, key, key, marks.thinned(marks.LARGEST, len(rows)))
     above.set_ylabel(key)
+    draw_rules(below, rows, replayed)
+    for one in replayed:
+        if one.reason != StopReason.RUNNING:
+            above.axvline(one.stopped_step, color=marks.ORANGE, linestyle=":", zorder=1)
+    marks.finish(above, below)
+    return figure
+
+
+def rules_height(replayed: Sequence[Replayed]) -> float:
+    """The height of a panel of rules, in inches."""
+    return 0.5 + 0.35 * len(replayed)
+
+
+def draw_rules(
+    panel: marks.Axes, rows: Sequence[marks.Row], replayed: Sequence[Replayed]
+) -> None:
+    """Draws a bar for each rule, up to the step at which it would have stopped."""
     for i, one in enumerate(replayed):
         has_stopped = one.reason != StopReason.RUNNING
         color = marks.ORANGE if has_stopped else marks.SKY
-        below.barh(i, one.stopped_step, height=0.5, color=color, edgecolor=marks.BLACK)
+        panel.barh(i, one.stopped_step, height=0.5, color=color, edgecolor=marks.BLACK)
         if one.best_step >= 0:
-            below.plot([one.best_step], [i], **marks.STAR)
+            panel.plot([one.best_step], [i], **marks.STAR)
         words = (
             f"gives up {one.loss_given_up:.3g}" if one.loss_given_up else "same best"
         ) + (", undecidable" if one.undecidable else "")
         inside = one.stopped_step > 0.7 * rows[-1]["step"]
-        below.annotate(
+        # The words stay clear of a star at the end of the bar.
+        offset = 14 if one.best_step > 0.95 * one.stopped_step else 5
+        panel.annotate(
             words,
             (one.stopped_step, i),
-            xytext=(-5 if inside else 5, 0),
+            xytext=(-offset if inside else offset, 0),
             textcoords="offset points",
             ha="right" if inside else "left",
             va="center",
             fontsize="small",
         )
-        if has_stopped:
-            above.axvline(one.stopped_step, color=marks.ORANGE, linestyle=":", zorder=1)
-    below.set_yticks(range(len(replayed)), [one.name for one in replayed])
-    below.invert_yaxis()
-    marks.finish(above, below)
-    return figure
+    panel.set_yticks(range(len(replayed)), [one.name for one in replayed])
+    panel.invert_yaxis()

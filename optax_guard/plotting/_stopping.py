@@ -1,6 +1,6 @@
 """The figure of an early stop: losses, the best evaluation, the generalisation gap."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optax_guard._records.rows import as_rows
@@ -60,19 +60,23 @@ def plot_early_stopping(
         marks.log_scale(axes[0])
     axes[0].set_ylabel("loss")
     if has_train:
-        gaps = [
-            row | {"gap": row[key] - row["train_loss"]}
-            for row in rows
-            if "train_loss" in row
-        ]
-        style = marks.thinned(marks.STYLES[1], len(rows))
-        label = "validation minus training"
-        marks.line(axes[1], gaps, "gap", label, style)
-        axes[1].axhline(0, color="0.5", linewidth=1, zorder=1)
-        axes[1].set_ylabel("generalisation gap")
+        draw_gap(axes[1], rows, key)
     if stop is None:
         marks.mark_lowest(axes[0], rows, key)
     else:
         marks.mark_stop(axes, axes[0], rows, stop)
     marks.finish(*axes)
     return figure
+
+
+def draw_gap(panel: marks.Axes, rows: Sequence[marks.Row], key: str) -> None:
+    """Draws by how much the value of an evaluation is above the training loss."""
+    gaps = [
+        {"step": row["step"], "gap": row[key] - row["train_loss"]}
+        for row in rows
+        if "train_loss" in row
+    ]
+    style = marks.thinned(marks.STYLES[1], len(gaps))
+    marks.line(panel, gaps, "gap", "validation minus training", style)
+    panel.axhline(0, color="0.5", linewidth=1, zorder=1)
+    panel.set_ylabel("generalisation gap")

@@ -20,7 +20,8 @@ def explain(state: Any) -> str:
         Or the `FitResult` of `fit`, of which it also says whether it came to its end.
 
     Returns:
-      One line of text. Evaluations are counted from 0.
+      One line of text. Evaluations are counted from 1, as steps are; the indices
+      ``best_eval`` and ``stopped_at`` of the state are one less.
 
     Raises:
       TypeError: If ``state`` is neither, or the result of a run without a stopper.
@@ -30,9 +31,9 @@ def explain(state: Any) -> str:
       >>> from optax_guard import early_stopping, explain, stop
       >>> stopper = early_stopping(stop.target(0.5))
       >>> explain(stopper.update(0.7, stopper.init()))
-      'running, best 0.7 at evaluation 0'
+      'running, best 0.7 at evaluation 1'
       >>> explain(stopper.update(0.4, stopper.init()))
-      'stopped at evaluation 0 (TARGET), best 0.4 at evaluation 0. ...'
+      'stopped at evaluation 1 (TARGET), best 0.4 at evaluation 1. ...'
     """
     rows = getattr(state, "history", None)
     if rows is not None and hasattr(state, "stop"):
@@ -55,7 +56,8 @@ def explain(state: Any) -> str:
     if int(now.best_eval) < 0:
         best = "no finite value yet"
     else:
-        best = f"best {float(now.best_value):.6g} at evaluation {int(now.best_eval)}"
+        value, number = float(now.best_value), int(now.best_eval) + 1
+        best = f"best {value:.6g} at evaluation {number}"
         if int(now.best_step) >= 0:
             best += f" (step {int(now.best_step)})"
     if not bool(now.should_stop):
@@ -64,6 +66,6 @@ def explain(state: Any) -> str:
         return f"running, {best}{waiting}"
     reason = StopReason(int(now.stop_reason))
     return (
-        f"stopped at evaluation {int(now.stopped_at)} ({reason.name}), {best}. "
+        f"stopped at evaluation {int(now.stopped_at) + 1} ({reason.name}), {best}. "
         f"{reason.message}"
     )

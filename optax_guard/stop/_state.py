@@ -16,8 +16,9 @@ from optax_guard.stop._smoothing import Smoother
 class EarlyStoppingState(NamedTuple):
     """State of `early_stopping`; all of it belongs in a checkpoint.
 
-    Evaluations are counted from 0. The numbers have shape (). The counts and the values
-    are attributes, and share two arrays.
+    Evaluations have indices from 0; the words of `explain` count them from 1. The
+    numbers have shape (). The counts and the values are attributes, and share two
+    arrays.
 
     Attributes:
       should_stop: Whether a rule has fired, bool; stays True until `reset`.

@@ -200,13 +200,13 @@ def test_without_a_checkpointer_sigterm_comes_an_interval_later(jobs):
 def test_time_is_that_of_the_first_process(jobs):
     for found in jobs[2].found("timed"):
         assert found["train_seconds"] == 3.0
-        assert "stopped at evaluation 2 (BUDGET)" in found["explained"]
+        assert "stopped at evaluation 3 (BUDGET)" in found["explained"]
 
 
 def test_all_go_back_to_what_was_saved_before_the_first_step(jobs):
     for found in jobs[2].found("rewound"):
         assert [(r["step"], r["rewinds"]) for r in found["history"]] == [(2, 0), (4, 1)]
-        assert "stopped at evaluation 1 (DIVERGED)" in found["explained"]
+        assert "stopped at evaluation 2 (DIVERGED)" in found["explained"]
 
 
 def test_of_a_damaged_checkpoint_all_go_back_to_the_same_one_before(jobs):

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optax_guard._records.readers.folders import find_file as find_file
+from optax_guard._records.readers.folders import find_files as find_files
 from optax_guard._records.readers.names import COLUMN_NAMES as COLUMN_NAMES
 from optax_guard._records.readers.names import Renamer as Renamer
 from optax_guard._records.readers.names import part_names, sources_of
 from optax_guard._records.readers.names import rename as rename
-from optax_guard._records.readers.raw import RawRow
+from optax_guard._records.readers.raw import RawLog, RawRow
 from optax_guard._records.readers.recognition import read_raw
 from optax_guard._records.readers.steps import Row as Row
 from optax_guard._records.readers.steps import number_steps
@@ -48,14 +49,44 @@ def read_log(
     path = find_file(Path(path))
     raw = read_raw(path, pattern)
     rows = _select_run(path, raw.rows, run)
-    names = list(dict.fromkeys(name for row in rows for name in row.cells))
+    _check_columns(path, rows, columns)
+    return _log_of(raw, rows, columns)
+
+
+def read_logs(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    pattern: str | None = None,
+) -> dict[str, Log]:
+    """Reads every run of a file by its name, which is empty if the file names none."""
+    raw = read_raw(path, pattern)
+    _check_columns(path, raw.rows, columns)
+    runs = list(dict.fromkeys(row.run for row in raw.rows if row.run is not None))
+    if len(runs) < 2:
+        return {"".join(runs): _log_of(raw, raw.rows, columns)}
+    rows = {run: [row for row in raw.rows if row.run == run] for run in runs}
+    return {run: _log_of(raw, its, columns) for run, its in rows.items()}
+
+
+def _check_columns(
+    path: Path, rows: list[RawRow], columns: Mapping[str, str] | None
+) -> None:
+    names = {name for row in rows for name in row.cells}
     for name, theirs in (columns or {}).items():
         if rows and theirs not in names:
             raise ValueError(
                 f"`columns` must name columns of {path}, got {theirs!r} for {name!r}. "
                 f"There are {sorted(names)}."
             )
-    sources = {**sources_of(names), **(columns or {})}
+
+
+def _log_of(raw: RawLog, rows: list[RawRow], columns: Mapping[str, str] | None) -> Log:
+    names = list(dict.fromkeys(name for row in rows for name in row.cells))
+    given = {
+        name: theirs for name, theirs in (columns or {}).items() if theirs in names
+    }
+    sources = {**sources_of(names), **given}
     parts = {
         f"{split}_loss": found
         for split in ("train", "val")
@@ -79,6 +110,8 @@ def _select_run(path: Path, rows: list[RawRow], run: str | None) -> list[RawRow]
         raise ValueError(
             f"{path} holds several runs: {_listed(runs)}. {word}Choose one with `run=`."
         )
+    if run is not None and not runs:
+        raise ValueError(f"`run` must be left out, for {path} names none, got {run!r}.")
     if run is not None and run not in runs:
         raise ValueError(
             f"`run` must be one of {runs[:_MOST_NAMES]} in {path}, got {run!r}."

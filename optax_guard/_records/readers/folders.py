@@ -1,5 +1,6 @@
 """Which file of a folder holds the history."""
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,22 +27,45 @@ def find_file(path: Path) -> Path:
         if not path.exists():
             raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
         return path
-    for kind in _KINDS:
-        found = list(kind(path))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(x.name for x in found[:10])
-            raise FileNotFoundError(
-                f"The folder {str(path)!r} must hold one of {', '.join(_FILES)}, or a "
-                "single file that could be a history; it holds several files: "
-                f"{names}. Name the file."
-            )
+    found = _candidates(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(x.name for x in found[:10])
+        raise FileNotFoundError(
+            f"The folder {str(path)!r} must hold one of {', '.join(_FILES)}, or a "
+            "single file that could be a history; it holds several files: "
+            f"{names}. Name the file."
+        )
     raise FileNotFoundError(
         f"The folder {str(path)!r} must hold one of {', '.join(_FILES)}, another "
         f"{', '.join(_TABLES + _TEXTS)} file, event files of TensorBoard or metrics of "
         "MLflow; it holds no file that could be a history. Name the file."
     )
+
+
+def find_files(path: Path) -> dict[str, Path]:
+    """What `find_file` finds, by an empty name, or all runs of a folder by name.
+
+    A run is then a file, or, in a folder without any, what a folder in it holds.
+    """
+    found = _candidates(path) if path.is_dir() else []
+    if len(found) > 1:
+        return {file.name: file for file in found}
+    if not found and path.is_dir():
+        runs = {}
+        for folder in sorted(x for x in path.iterdir() if x.is_dir()):
+            with contextlib.suppress(FileNotFoundError):
+                runs[folder.name] = find_file(folder)
+        if runs:
+            return runs
+    return {"": find_file(path)}
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The files of a folder that could be its history, of the first kind there is."""
+    found = (list(kind(path)) for kind in _KINDS)
+    return next(filter(None, found), [])
 
 
 def _known_files(path: Path) -> Iterator[Path]:
