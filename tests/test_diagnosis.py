@@ -299,6 +299,17 @@ def test_loss_before_training_tells_of_a_rate_that_is_too_high():
     assert codes([{**gains[0], "initial_value": 0.1}, *gains[1:]]) == set()
 
 
+def test_burst_of_the_loss_in_the_first_row_tells_of_a_rate_that_is_too_high():
+    ratios, vals = [0.05, 0.016, 0.008, 0.004], [3.9, 3.7, 3.7, 3.6]
+    history = rows(train_loss=[11.5, 3.5, 3.4, 3.4], val_loss=vals, update_ratio=ratios)
+    history[0]["initial_value"] = 5.8
+    (finding,) = [f for f in diagnose(history) if f.code == "RATE_TOO_HIGH"]
+    assert (finding.step, finding.evidence["loss"]) == (2, 11.5)
+    # Such a training loss holds more than the validation loss does.
+    history = [{**row, "train_loss": 11.5 - i} for i, row in enumerate(history)]
+    assert "RATE_TOO_HIGH" not in codes(history)
+
+
 def test_layers_with_tiny_gradients_vanish_though_the_norm_does_not():
     history = rows(leaf_norm_ratio=1e-4, grad_norm=1.0, loss=[2.3] * 20)
     assert codes(history) == {"VANISHING"}

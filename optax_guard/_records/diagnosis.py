@@ -196,8 +196,10 @@ def diagnose(
                                     loss does not fall, or above 0.05 and the loss
                                     above 0.95 times that before training; or it is
                                     above 0.03 and in the first row the training
-                                    loss is 1.05 times that before training, or
-                                    later the ratio 10 times its median and the
+                                    loss is 1.05 times that before training (and
+                                    the validation loss is, too, or it is within a
+                                    factor of 2 of the next training loss); or
+                                    later the ratio is 10 times its median and the
                                     loss above the last 5; or the last 3 validation
                                     losses are above that before training
                                     (``baseline``, else ``initial_value`` beside
