@@ -232,7 +232,7 @@ class Settings(NamedTuple):
     """How much is run; `rows` of each run are recorded."""
 
     seeds: int = 3
-    first_seed: int = 100
+    first_seed: int = 200
     steps: int = 600
     lstm_steps: int = 240
     policy_steps: int = 200

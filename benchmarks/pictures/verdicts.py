@@ -12,8 +12,9 @@ NEEDED = 0.8
 
 
 def figure_of(found: dict[str, Any]) -> Figure:
-    codes = found["all"]["by_code"]
-    macro = found["all"]["macro"]
+    # Rules may have been mended after that.
+    shown = found.get("first_look", found["all"])
+    codes, macro = shown["by_code"], shown["macro"]
     names = [code for code, row in codes.items() if row["due"] or row["false_alarms"]]
     names.sort(key=lambda code: sum(_shares(codes[code]).values()))
     figure = new_figure(
@@ -26,7 +27,7 @@ def figure_of(found: dict[str, Any]) -> Figure:
     for place, code in enumerate(names):
         shares = _shares(codes[code])
         ax.plot(list(shares.values()), [place] * 2, color=PALE, linewidth=3, zorder=1)
-        ax.plot(shares["recall"], place, "s", color=ORANGE, markersize=6)
+        ax.plot(shares["recall"], place, "s", color=ORANGE, markersize=8)
         ax.plot(shares["precision"], place, "o", color=BLUE, markersize=6)
     ax.set_yticks(range(len(names)), [_words(code, codes[code]) for code in names])
     ax.set_xlim(0, 1.03)
@@ -38,7 +39,10 @@ def figure_of(found: dict[str, Any]) -> Figure:
         ax.plot([], [], "s", color=ORANGE, label="recall: how many were found")[0],
         ax.plot([], [], ":", color="black", label="precision that a finding needs")[0],
     ]
-    key_below(figure, handles, "Means count each finding alike", 3)
+    what = "Means count each finding alike"
+    if "first_look" in found:
+        what += ". Rules as they were at the first look; some were mended since"
+    key_below(figure, handles, what, 3)
     return figure
 
 
