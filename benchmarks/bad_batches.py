@@ -27,7 +27,6 @@ import pathlib
 import shutil
 import statistics
 import tempfile
-import textwrap
 import time
 import warnings
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -50,6 +49,7 @@ from benchmarks._text_run import (
     make_half,
     make_step,
 )
+from benchmarks.pictures import draw
 from optax_guard.flax import Checkpointer, Rewind, TrainState, fit
 
 QUICK = Settings(seeds=1, half=80)
@@ -368,58 +368,6 @@ def study(
         return {name: future.result() for name, future in futures.items()} | rewound
 
 
-def plot(
-    runs: dict[str, dict[str, list[Run]]], settings: Settings, path: pathlib.Path
-) -> None:
-    """Draws a panel for each fault: what the first seed's losses are above clean."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 10), layout="constrained")
-    axes = figure.subplots(3, 3).ravel()
-    steps = settings.eval_every * np.arange(1, settings.half // settings.eval_every + 1)
-    handles: list[Any] = []
-    for ax, fault in zip(axes, list(FAULTS)[1:], strict=False):
-        for i, (name, by_fault) in enumerate(runs.items()):
-            is_ours = name.startswith("guard")
-            rise = by_fault[fault][0].losses - by_fault["none"][0].losses
-            (line,) = ax.plot(
-                steps,
-                rise,
-                color=f"C{i % 10}" if not is_ours else f"C{(i + 2) % 10}",
-                linestyle="-" if is_ours else "--",
-                linewidth=1.6 if is_ours else 1.2,
-                marker=".os^v<>*"[i % 8],
-                markevery=(3 * i % 20, 20),
-                markersize=4,
-                label=name,
-            )
-            if ax is axes[0]:
-                handles.append(line)
-        gone = [n for n, by in runs.items() if not is_finite(by[fault][0].losses)]
-        if gone:
-            text = f"not finite: {', '.join(gone)}"
-            ax.text(
-                0.97,
-                0.95,
-                textwrap.fill(text, 38),
-                transform=ax.transAxes,
-                ha="right",
-                va="top",
-            )
-        ax.axhline(0, color="black", linewidth=0.5)
-        ax.set_title(fault)
-        ax.set_yscale("symlog", linthresh=0.05)
-        ax.set_ylim(-0.06, 4)
-        ax.set_yticks([-0.05, 0, 0.05, 0.1, 0.3, 1, 3])
-        ax.set_yticklabels(["-0.05", "0", "0.05", "0.1", "0.3", "1", "3"])
-        ax.set_xlabel("steps after the first corrupt batch")
-    for ax in axes[::3]:
-        ax.set_ylabel("held-out loss above the clean run's\n[nats per character]")
-    axes[-1].axis("off")
-    axes[-1].legend(handles=handles, loc="center", frameon=False)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
@@ -447,8 +395,9 @@ def main() -> None:
         "goals": goals,
         "results": results,
     }
-    write(args.out / "bad_batches.json", settings, started, content)
-    plot(runs, settings, args.out / "bad_batches.png")
+    path = args.out / "bad_batches.json"
+    write(path, settings, started, content)
+    draw("bad_batches", path)
 
 
 if __name__ == "__main__":

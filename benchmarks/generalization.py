@@ -42,6 +42,7 @@ from benchmarks._small_runs import (
     loss_of,
     wrong_share,
 )
+from benchmarks.pictures import draw
 from optax_guard.flax import TrainState
 from optax_guard.loops import train_population
 
@@ -368,106 +369,8 @@ def show(results: dict[str, dict[str, dict[str, Any]]]) -> None:
                 )
 
 
-def plot(
-    results: dict[str, Any], curves: dict[str, Curves], path: pathlib.Path
-) -> None:
-    """Draws Prechelt's trade-off for each task, above it the curves of some seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplots(2, 2, height_ratios=[1, 2.2])
-    families = [*FAMILIES, "lag"]
-    colors = {family: f"C{i}" for i, family in enumerate(families)}
-    markers = dict(zip(SMOOTHERS, "o^s", strict=True))
-    # Where points of several families lie on each other, their numbers do not.
-    below_by = dict(zip(families, (7, -13, -35, -24, 18), strict=True))
-    for i, (task, by_score) in enumerate(results.items()):
-        score = TASKS[task][1]
-        found = by_score[score]
-        draw_curves(axes[0, i], curves[task][score], SCORES[score])
-        axes[0, i].set_title(task)
-        ax = axes[1, i]
-        for row in found["rules"]:
-            family, smoother = row["family"], row["smoothed"]
-            at = row["evaluations"][0], row["percent_above_oracle"][0]
-            ax.plot(
-                *at,
-                color=colors[family],
-                marker=markers[smoother],
-                markersize=5,
-                markerfacecolor=colors[family] if smoother == "raw" else "none",
-            )
-            is_told = family != "patience" or row["number"] in (1, 2, 3, 5, 10, 20)
-            if smoother == "raw" and is_told:
-                ax.annotate(
-                    f"{row['number']:g}",
-                    at,
-                    xytext=(0, below_by[family]),
-                    textcoords="offset points",
-                    ha="center",
-                    color=colors[family],
-                    fontsize=8,
-                )
-        end, best = (
-            found["references"][name]["percent_above_oracle"][0]
-            for name in ("end", "best_of_all_by_validation")
-        )
-        ax.axhline(best, color="black", linewidth=0.9, linestyle="-.")
-        ax.axvline(found["oracle_at_evaluation"][0], color="0.6", linewidth=0.9)
-        ax.text(
-            0.98,
-            0.95,
-            f"last parameters of all {curves[task][score].shape[1]}: {end:.0f} %",
-            transform=ax.transAxes,
-            ha="right",
-        )
-        ax.set_ylim(0, 1.1 * max(r["percent_above_oracle"][0] for r in found["rules"]))
-        ax.set_xscale("log")
-        ticks = (10, 15, 20, 30, 50, 100, 150)
-        ax.set_xticks(ticks, map(str, ticks))
-        ax.minorticks_off()
-        ax.set_xlim(8, 1.1 * curves[task][score].shape[1])
-        ax.set_xlabel("evaluations used (mean)")
-        ax.set_ylabel("test score of what is handed back,\n% above the oracle's")
-    ax = axes[1, 0]
-    handles = [
-        *(ax.plot([], [], "o", color=c, label=f)[0] for f, c in colors.items()),
-        *(
-            ax.plot(
-                [],
-                [],
-                marker=marker,
-                color="0.3",
-                markerfacecolor="0.3" if smoother == "raw" else "none",
-                linestyle="",
-                label=smoother if smoother == "raw" else f"smoothed, {smoother}",
-            )[0]
-            for smoother, marker in markers.items()
-        ),
-        ax.plot([], [], "k-.", label="never stopped, best by validation")[0],
-        ax.plot([], [], color="0.6", label="the oracle stops (mean)")[0],
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def draw_curves(ax: Any, test: np.ndarray, label: str) -> None:
-    """Draws test scores over evaluations, of ten seeds and the mean of all."""
-    x = np.arange(1, test.shape[1] + 1)
-    for one in test[:10]:
-        ax.plot(x, one, color="0.75", linewidth=0.8)
-    ax.plot([], [], color="0.75", label="ten seeds")
-    ax.plot(x, test.mean(0), color="black", label="mean of all")
-    ax.set_ylabel(label)
-    ax.set_xlabel("evaluation")
-    ax.set_ylim(0.97 * test.min(), np.quantile(test[:, 5:], 0.999))
-    ax.legend(loc="upper center", ncols=2, frameon=False)
-
-
-def study(
-    settings: Settings,
-) -> tuple[dict[str, Curves], dict[str, Any], dict[str, Any]]:
-    """The recorded runs by task; what was measured, by task and score; averages."""
+def study(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was measured, by task and score; averages."""
     curves = {
         name: record(make(), list(range(settings.seeds)), settings.evaluations, True)
         for name, (make, _) in TASKS.items()
@@ -477,7 +380,7 @@ def study(
         stops = stops_of(found)
         results[name] = {score: measure(found, stops, score) for score in SCORES}
         averages[name] = measure_averages(found, stops, TASKS[name][1])
-    return curves, results, averages
+    return results, averages
 
 
 def main() -> None:
@@ -489,7 +392,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL if args.full else Settings()
     started = time.monotonic()
-    curves, results, averages = study(settings)
+    results, averages = study(settings)
     show(results)
     for task, rows in averages.items():
         print(f"\n{task}: gain of an average, % of {TASKS[task][1]}, with its error")
@@ -505,8 +408,9 @@ def main() -> None:
         "averages": averages,
         "averages_that_win": [list(x) for x in winners(averages)],
     }
-    write(args.out / "generalization.json", settings, started, content)
-    plot(results, curves, args.out / "generalization.png")
+    path = args.out / "generalization.json"
+    write(path, settings, started, content)
+    draw("generalization", path)
 
 
 if __name__ == "__main__":

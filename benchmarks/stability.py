@@ -37,7 +37,6 @@ import functools
 import math
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +51,7 @@ from jax.tree_util import Partial
 import optax_guard as og
 from benchmarks import _goals, _models, _text_run
 from benchmarks._results import FOLDER, write
+from benchmarks.pictures import draw
 from optax_guard.analysis import suggest_max_norm
 from optax_guard.flax import TrainState
 from optax_guard.loops import train_population
@@ -414,54 +414,6 @@ def show(summary: dict[str, Any]) -> None:
             )
 
 
-def plot(
-    found: dict[str, list[list[dict[str, Any]]]],
-    models: Models,
-    settings: Settings,
-    path: pathlib.Path,
-) -> None:
-    """Draws a map for each optimizer, model and scale: contender x learning rate."""
-    from matplotlib.figure import Figure
-
-    titles = [
-        (name, j, name if len(scales) == 1 else f"{name}\nscale {scale:g}")
-        for name, (_, scales) in models.items()
-        for j, scale in enumerate(scales)
-    ]
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, len(titles), sharey=True, squeeze=False)
-    image: Any = None
-    for i, optimizer in enumerate(OPTIMIZERS):
-        rates = rates_of(optimizer, settings)
-        for ax, (name, j, title) in zip(axes[i], titles, strict=True):
-            trivial = models[name][0].trivial
-            rows = found[name][i][j]["contenders"]
-            losses = np.array([row["final_loss"] for row in rows.values()])
-            lowest = min(
-                min(row["final_loss"])
-                for at_scale in found[name][i]
-                for row in at_scale["contenders"].values()
-            )
-            shades = (trivial - losses) / (trivial - lowest)
-            shades[losses > found[name][i][j]["bar"]] = np.nan
-            ax.set_facecolor("0.93")
-            image = ax.imshow(shades, cmap="viridis_r", vmin=0.4, vmax=1, aspect="auto")
-            ends = [f"{x:g}".lstrip("0") for x in OPTIMIZERS[optimizer]]
-            ax.set_xticks([0, len(rates) - 1], ends)
-            ax.set_yticks(range(len(rows)), list(rows))
-            kinds = [re.split("[ ,]", contender)[0] for contender in rows]
-            for k in range(1, len(kinds)):
-                if kinds[k] != kinds[k - 1]:
-                    ax.axhline(k - 0.5, color="white", linewidth=2)
-            if i == 0:
-                ax.set_title(title, fontsize=10)
-        axes[i][0].set_ylabel(optimizer, fontsize=13)
-    figure.supxlabel("learning rate")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=40)
-    bar.set_label("share of the way to the lowest loss; grey: does not train")
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
@@ -511,8 +463,10 @@ def main() -> None:
         **goals,
         "results": results,
     }
-    write(args.out / f"{name}.json", settings, started, content)
-    plot(found, models, settings, args.out / f"{name}.png")
+    path = args.out / f"{name}.json"
+    write(path, settings, started, content)
+    if not args.goals:
+        draw("stability", path)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_guard as og
+from benchmarks.pictures import draw
 
 # Bytes per second, from the data sheets of NVIDIA and the system architecture pages of
 # Google Cloud's TPUs.
@@ -53,15 +54,6 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adafactor": lambda: optax.adafactor(1e-3),
 }
 # Colours that the colour-blind can tell apart (Okabe and Ito), and markers.
-DRAWN = {
-    "optax clip": ("#E69F00", "s"),
-    "optax apply_if_finite(clip)": ("#D55E00", "^"),
-    "written by hand": ("#999999", "x"),
-    "clip_by_global_norm": ("#56B4E9", "v"),
-    "guard, apply_gradients": ("#0072B2", "o"),
-    "guard(max_update), apply_gradients": ("#CC79A7", "P"),
-    "guard(clip_by_value), apply_gradients": ("#009E73", "D"),
-}
 Step = Callable[..., tuple[Any, Any]]
 
 
@@ -341,7 +333,6 @@ def main() -> None:
         "--only", default="", help="only variants with this in the name"
     )
     parser.add_argument("--out", type=pathlib.Path, help="where to write JSON")
-    parser.add_argument("--plot", type=pathlib.Path, help="where to draw the ratios")
     args = parser.parse_args()
     backend, device = jax.default_backend(), jax.devices()[0].device_kind
     if backend == "cpu":
@@ -370,39 +361,8 @@ def main() -> None:
         if args.out:  # After each case, since all of them take long.
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    if args.plot:
-        draw(rows, args.plot)
-
-
-def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Ratio to the plain step against size, a panel for each number of leaves."""
-    plt = importlib.import_module("matplotlib.pyplot")
-    shown = [r for r in rows if (r["optimizer"], r["dtype"]) == ("adamw", "float32")]
-    counts = sorted({row["leaves"] for row in shown})
-    figure, axes = plt.subplots(
-        1, len(counts), figsize=(3.3 * len(counts), 3.9), sharey=True, squeeze=False
-    )
-    for ax, leaves in zip(axes[0], counts, strict=True):
-        for name, (color, marker) in DRAWN.items():
-            line = sorted(
-                (row["params"] / 1e6, row["ratio"], *row["quartiles"])
-                for row in shown
-                if row["leaves"] == leaves and row["variant"] == name
-            )
-            if not line:
-                continue
-            size, ratio, low, high = zip(*line, strict=True)
-            ax.fill_between(size, low, high, color=color, alpha=0.15, linewidth=0)
-            ax.plot(size, ratio, marker, color=color, linestyle="-", label=name)
-        floor = next(row["floor"] for row in shown if row["leaves"] == leaves)
-        ax.axhline(floor, color="black", linewidth=0.8, linestyle=":")
-        ax.set(title=f"{leaves} leaves", xscale="log", ylim=(0.8, None))
-        ax.set_xlabel("parameters [millions]")
-    axes[0][0].set_ylabel("time of a step, plain AdamW = 1")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
-    figure.tight_layout(rect=(0, 0.24, 1, 1))
-    figure.savefig(path, dpi=150)
+    if args.out:
+        draw("step_cost", args.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks._faults import NAN, TOO_LONG_TITLE, TREATMENTS, UNTREATED
+from benchmarks._faults import NAN, TREATMENTS, UNTREATED
 from benchmarks._results import FOLDER, write
 from benchmarks._verdict_runs import (
     HELD_OUT,
@@ -34,6 +34,7 @@ from benchmarks._verdict_runs import (
     too_long,
     treatments_of,
 )
+from benchmarks.pictures import draw
 from optax_guard.analysis import Diagnosis, FindingCode, Severity, diagnose
 
 QUICK = Settings(
@@ -197,73 +198,6 @@ def show(results: dict[str, Any]) -> None:
             print(f"{title:40}{row['runs']:4}  {shares}")
 
 
-def plot(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws which findings each treatment has, and marks those that are due."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    titles = [*TREATMENTS, TOO_LONG_TITLE]
-    rows = {
-        t: results["by_treatment"][t] for t in titles if t in results["by_treatment"]
-    }
-    names = [str(code) for code in FindingCode]
-    shares = np.array(
-        [[row["found"].get(code, 0.0) for code in names] for row in rows.values()]
-    )
-    figure = Figure(figsize=(12, 10.5), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
-    for i, row in enumerate(rows.values()):
-        for j, code in enumerate(names):
-            is_due, is_true = code in row["due"], code in row["also_true"]
-            if shares[i, j] or is_due:
-                is_wrong = not (is_due or is_true)
-                ax.text(
-                    j,
-                    i,
-                    f"{100 * shares[i, j]:.0f}",
-                    ha="center",
-                    va="center",
-                    color="C3" if is_wrong else "black",
-                    fontweight="bold" if is_wrong or is_due else "normal",
-                )
-            if is_due or is_true:
-                ax.add_patch(
-                    Rectangle(
-                        (j - 0.47, i - 0.45),
-                        0.94,
-                        0.9,
-                        fill=False,
-                        edgecolor="black" if is_due else "0.6",
-                        linewidth=2 if is_due else 1,
-                        linestyle="-" if is_due else ":",
-                    )
-                )
-    ax.set_yticks(
-        range(len(rows)), [f"{title} ({row['runs']})" for title, row in rows.items()]
-    )
-    labels = []
-    for code in names:
-        row = results["by_code"][code]
-        both = [
-            "-" if math.isnan(row[x]) else f"{100 * row[x]:.0f} %"
-            for x in ("precision", "recall")
-        ]
-        labels.append(f"{code.replace('_', ' ').lower()}\n{both[0]}, {both[1]}")
-    ax.set_xticks(
-        range(len(names)), labels, rotation=45, ha="left", rotation_mode="anchor"
-    )
-    ax.xaxis.tick_top()
-    ax.set_xlabel(
-        "% of the runs with each finding; below its name precision, recall\n"
-        "framed: due; dotted: also true; red: false alarm"
-    )
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
 def study(settings: Settings) -> dict[str, Any]:
     """What was found in all runs, and in those of models that no rule was made on."""
     runs = [
@@ -303,8 +237,9 @@ def main() -> None:
     started = time.monotonic()
     results = study(settings)
     show(results)
-    write(args.out / "verdicts.json", settings, started, results)
-    plot(results["all"], args.out / "verdicts.png")
+    path = args.out / "verdicts.json"
+    write(path, settings, started, results)
+    draw("verdicts", path)
 
 
 if __name__ == "__main__":

@@ -299,6 +299,36 @@ def test_loss_before_training_tells_of_a_rate_that_is_too_high():
     assert codes([{**gains[0], "initial_value": 0.1}, *gains[1:]]) == set()
 
 
+def test_validation_that_rises_after_a_change_of_the_data_is_no_overfitting():
+    trains = [1 + 0.8**i for i in range(12)]
+    vals = [1.4 + 0.7**i for i in range(12)]
+    # The training loss leaps by 16 %, and comes back to where it was.
+    trains += [1.29 - 0.008 * i for i in range(20)]
+    vals += [1.42 + 0.02 * i for i in range(20)]
+    assert "OVERFITTING" not in codes(rows(train_loss=trains, val_loss=vals))
+
+
+def test_spike_of_a_run_that_explodes_is_no_finding_of_its_own():
+    losses = [3 - 0.05 * i for i in range(12)]
+    calm = rows(loss=[*losses, 4.0, 2.4], grad_norm=1.0, update_ratio=0.001)
+    assert codes(calm) == {"LOSS_SPIKE_WITHOUT_NORM_SPIKE"}
+    end = rows(loss=5.0, grad_norm=[1.0] * 4, update_ratio=0.3)
+    for i, row in enumerate(end):
+        row["step"] = calm[-1]["step"] + 1 + i
+    assert codes([*calm, *end]) == {"RATE_TOO_HIGH"}
+
+
+def test_burst_of_the_loss_in_the_first_row_tells_of_a_rate_that_is_too_high():
+    ratios, vals = [0.05, 0.016, 0.008, 0.004], [3.9, 3.7, 3.7, 3.6]
+    history = rows(train_loss=[11.5, 3.5, 3.4, 3.4], val_loss=vals, update_ratio=ratios)
+    history[0]["initial_value"] = 5.8
+    (finding,) = [f for f in diagnose(history) if f.code == "RATE_TOO_HIGH"]
+    assert (finding.step, finding.evidence["loss"]) == (2, 11.5)
+    # Such a training loss holds more than the validation loss does.
+    history = [{**row, "train_loss": 11.5 - i} for i, row in enumerate(history)]
+    assert "RATE_TOO_HIGH" not in codes(history)
+
+
 def test_layers_with_tiny_gradients_vanish_though_the_norm_does_not():
     history = rows(leaf_norm_ratio=1e-4, grad_norm=1.0, loss=[2.3] * 20)
     assert codes(history) == {"VANISHING"}

@@ -233,6 +233,9 @@ def test_short_series_of_evaluations_are_spread_over_the_epochs(tmp_path):
         ("step 4 aux_loss 3.0 grad_norm_clip 1.0 loss 2", (4, 2.0, None, None)),
         ("\rstep 3 loss 9\rstep 4 loss 8\r", (4, 8.0, None, None)),
         ("step 4 loss = 8\n    val_loss = 0.0  # code", (4, 8.0, None, None)),
+        # OLMo-core: the loss of an evaluation set is no training loss.
+        ("[step=4/9]\nc4_en-validation/CE loss=2", (4, None, 2.0, None)),
+        ("step 4: eval/a/loss: 2, eval/b/loss: 3", (4, None, 2.0, None)),
     ],
 )
 def test_lines_of_text_are_read(tmp_path, line, expected):
@@ -362,7 +365,7 @@ def test_databases_and_offline_runs_of_others_are_told(tmp_path):
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE metrics (key TEXT)")
     database.close()
-    with pytest.raises(ValueError, match="a database, but none of trackio"):
+    with pytest.raises(ValueError, match="a database, but none of MLflow or trackio"):
         History.read(path)
     path.write_bytes(b":W&B\x1b\xfe\0")
     with pytest.raises(ValueError, match="`wandb sync` it"):

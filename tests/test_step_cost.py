@@ -44,7 +44,7 @@ def test_all_is_every_case_once():
 
 
 def test_command_writes_every_variant_and_draws_it(tmp_path, monkeypatch, capsys):
-    args = "--params 2000 --leaves 2 --rounds 3 --out r.json --plot r.png"
+    args = "--params 2000 --leaves 2 --rounds 3 --out r.json"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["step_cost", *args.split()])
     step_cost.main()

@@ -5,8 +5,6 @@ import pathlib
 import re
 from typing import Any
 
-import numpy as np
-
 from benchmarks._results import as_json
 from benchmarks.neutral._analysis import (
     Cells,
@@ -19,6 +17,7 @@ from benchmarks.neutral._analysis import (
 )
 from benchmarks.neutral._contenders import SECOND
 from benchmarks.neutral._tasks import TASKS
+from benchmarks.pictures import draw
 
 REFERENCE = "fixed clip"
 OURS = "ours, by leaf", "ours, by tree"
@@ -87,42 +86,20 @@ def main_comparisons(heading: str, table: Table) -> list[str]:
     return rows
 
 
-def plot(tables: dict[tuple[str, int], Table], steps: int, path: pathlib.Path) -> None:
-    """The main measures, above the fixed clip's; a column for each optimizer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.3, 7), layout="constrained")
-    optimizers = [name for name, length in tables if length == steps]
-    axes: Any = figure.subplots(2, len(optimizers), squeeze=False)
-    for j, optimizer in enumerate(optimizers):
-        table = tables[optimizer, steps]
-        names = sorted(table.measures, key=lambda n: table.seen(n, "tuned 12"))
-        for i, measure in enumerate(MAIN):
-            ax = axes[i, j]
-            base = table.seen(REFERENCE, measure)
-            seen = np.array([table.seen(name, measure) for name in names]) - base
-            ends = [table.interval(name, measure, REFERENCE) for name in names]
-            low, high = np.array(ends).T
-            colors = ["C3" if name.startswith("ours") else "C0" for name in names]
-            ax.hlines(range(len(names)), low, high, colors, linewidth=2)
-            ax.axvline(0, color="black", linewidth=0.8)
-            ax.scatter(seen, range(len(names)), c=colors, s=25, zorder=3)
-            ax.set_yticks(range(len(names)), names, fontsize=9)
-            ax.grid(axis="x", alpha=0.4)
-            what = ("progress after 12 tries", "decades that train")[i]
-            ax.set_xlabel(f"{what}, above the fixed clip's {base:.2f}", fontsize=9)
-            if i == 0:
-                ax.set_title(f"{optimizer}, {steps} steps")
-    figure.savefig(path, dpi=130)
-
-
 def summary_of(table: Table, cells: Cells) -> dict[str, Any]:
-    """Each measure of each contender: mean, ends of its interval, and by task."""
+    """Each measure of each contender: mean, ends of its interval, and by task.
+
+    Of the main ones also how far they are above the fixed clip's, paired.
+    """
     found = {}
     for name, measures in table.measures.items():
         found[name] = {
             m: [table.seen(name, m), *table.interval(name, m)] for m in measures
         }
+        for m in MAIN:
+            gain = table.seen(name, m) - table.seen(REFERENCE, m)
+            ends = table.interval(name, m, REFERENCE)
+            found[name][f"{m} above the fixed clip"] = [gain, *ends]
         of = cells[name]
         found[name]["tuned 12 by task"] = [
             float(searched(of[t], 12).mean()) for t in table.tasks
@@ -140,7 +117,6 @@ def make_table(folder: pathlib.Path) -> None:
     tables = {key: tabulate(of) for key, of in sorted(cells.items(), reverse=True)}
     for machine in machines:
         print(machine)
-    steps = min(length for _, length in tables)
     print("\nMain comparisons\n")
     for (optimizer, length), table in tables.items():
         heading = f"{optimizer}, {length} steps"
@@ -158,4 +134,4 @@ def make_table(folder: pathlib.Path) -> None:
     text = json.dumps(as_json(content), indent=1)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda m: " ".join(m.group().split()), text)
     (folder / "neutral.json").write_text(text + "\n")
-    plot(tables, steps, folder / "neutral.png")
+    draw("neutral", folder / "neutral.json")

@@ -11,8 +11,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _FORMATS = (
     "Reads JSON Lines, CSV, Hugging Face's trainer_state.json, Keras' history, event "
-    "files of TensorBoard, exports of Weights & Biases, metrics of MLflow, trackio's "
-    "database, and text such as `step 10 loss 2.5 norm 0.7`."
+    "files of TensorBoard, exports of Weights & Biases, metrics or mlflow.db of "
+    "MLflow, trackio's database, and text such as `step 10 loss 2.5 norm 0.7`."
 )
 
 

@@ -57,11 +57,13 @@ _STANDING = {
 # raise the threshold.
 _GOOD = {FindingCode.CLIPPING_WORKS, FindingCode.OVER_CLIPPED}
 _ENDS = {FindingCode.SHORT_PATIENCE}
+# Where steps are too large, a loss that leaps needs no bad batch.
+_LEAPS = {FindingCode.LOSS_SPIKE_WITHOUT_NORM_SPIKE}
 _RULES_OUT = {
     FindingCode.NONFINITE_LOSS_DESPITE_CLIPPING: _GOOD,
     FindingCode.NONFINITE_PARAMETERS: _GOOD | _ENDS,
-    FindingCode.EXPLODING: {*_GOOD, *_ENDS, FindingCode.RATE_TOO_HIGH},
-    FindingCode.RATE_TOO_HIGH: _GOOD | _ENDS,
+    FindingCode.EXPLODING: {*_GOOD, *_ENDS, *_LEAPS, FindingCode.RATE_TOO_HIGH},
+    FindingCode.RATE_TOO_HIGH: _GOOD | _ENDS | _LEAPS,
     FindingCode.SKIP_STORM: {FindingCode.CLIPPING_WORKS, FindingCode.STEPS_SKIPPED},
     FindingCode.OVER_CLIPPED: {FindingCode.CLIPPING_WORKS},
     FindingCode.DIRECTION_DISTORTED: {FindingCode.CLIPPING_WORKS},
@@ -196,8 +198,10 @@ def diagnose(
                                     loss does not fall, or above 0.05 and the loss
                                     above 0.95 times that before training; or it is
                                     above 0.03 and in the first row the training
-                                    loss is 1.05 times that before training, or
-                                    later the ratio 10 times its median and the
+                                    loss is 1.05 times that before training (and
+                                    the validation loss is, too, or it is within a
+                                    factor of 2 of the next training loss); or
+                                    later the ratio is 10 times its median and the
                                     loss above the last 5; or the last 3 validation
                                     losses are above that before training
                                     (``baseline``, else ``initial_value`` beside
@@ -241,14 +245,15 @@ def diagnose(
                                     times the noise, 10 units of its last decimal,
                                     twice the largest rise of the last 20 and, if
                                     there are only 3 to 7 before, 2 times their
-                                    range.
+                                    range. EXPLODING and RATE_TOO_HIGH rule it out.
     OVERFITTING                     5 evaluations bring no better one; the mean of
                                     the last 3 exceeds the best such mean by 2 %
                                     and 5 times the noise; since the best,
                                     validation losses rise and training losses fall
                                     (Mann-Kendall z of 2.5), no single step makes
                                     half of the rise, and the training loss is
-                                    never 20 % above its level at the best.
+                                    never 20 % above its level at the best, and now
+                                    below its least before by twice its noise.
     REGIME_SHIFT                    The medians of 8 norms and of the next 8 differ
                                     by a factor of 3, and their logarithms by 5
                                     times the median deviation within these rows.

@@ -86,7 +86,7 @@ class History(Sequence[Row]):
         * CSV with a heading, its cells parted by commas, semicolons or tabs: Lightning,
           Keras, YOLO; a download of TensorBoard; charts and tables of Weights & Biases;
         * event files of TensorBoard, with ``pip install 'optax-guard[log]'``; metrics
-          of MLflow; a database of trackio;
+          of MLflow, a folder or ``mlflow.db``; a database of trackio;
         * lines of text such as ``step 10 loss 2.5 norm 0.7``: nanoGPT, llm.c,
           torchtitan, Megatron, OLMo, MaxText, printed dicts; and any other with a
           ``pattern``.

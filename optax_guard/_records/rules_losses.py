@@ -61,7 +61,8 @@ class Overfitting:
         self._since: deque[tuple[float, float]] = deque(maxlen=50)
         self._num_since = 0
         self._best = self._best_mean = math.inf
-        self._train_at_best = math.nan
+        self._train_at_best = self._least_at_best = math.nan
+        self._least_train = math.inf
         self._largest_rise = 0.0
         self._train_rose = False
 
@@ -86,22 +87,28 @@ class Overfitting:
         # One step that makes half of the rise is an accident, not overfitting.
         if self._largest_rise > max(0.5 * rise, 5 * noise(vals)):
             return None
+        # After a change of the data the training loss jumps, and falls to where it was.
+        train, trains = mean(list(self._trains)[-3:]), list(self._trains)
+        if not train < self._least_at_best - 2 * noise(trains):
+            return None
         if not self._is_steady():
             return None
         return {
             "best_val_loss": self._best,
             "val_loss": f.val,
             "train_loss_at_best": self._train_at_best,
-            "train_loss": mean(list(self._trains)[-3:]),
+            "train_loss": train,
             "evaluations_since_best": self._num_since,
         }
 
     def _follow(self, val: float) -> None:
         train = mean(list(self._trains)[-3:])
+        self._least_train = min(self._least_train, train)
         before = self._vals[-1] if self._vals else val
         self._vals.append(val)
         if val < self._best:
             self._best, self._train_at_best, self._num_since = val, train, 0
+            self._least_at_best = self._least_train
             self._since.clear()
             self._largest_rise, self._train_rose = 0.0, False
         else:

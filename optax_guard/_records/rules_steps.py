@@ -21,6 +21,7 @@ class Unstable:
         self._first_val = math.nan
         self._past_ratios: deque[float] = deque(maxlen=8)
         self._vals: deque[float] = deque(maxlen=3)
+        self._burst: tuple[Evidence, float] | None = None
 
     def update(self, facts: Facts) -> Ruling | None:
         """The finding, if the rule holds at this row."""
@@ -68,7 +69,14 @@ class Unstable:
         ratio = median(recent or [0.0])
         # Healthy runs had at most 0.017, in their first row.
         is_large = f.update_ratio > 0.03
-        # A training loss may hold more than the value before the first step does.
+        evidence: Evidence = {
+            "update_ratio": f.update_ratio,
+            "ratio_before": before,
+            "loss": f.loss,
+            "start_loss": start,
+        }
+        if burst := self._ended_burst(f, evidence if is_large else None):
+            return burst
         is_first = (
             not f.past_losses and f.train > 1.05 * start and not f.val <= 1.05 * start
         )
@@ -81,12 +89,25 @@ class Unstable:
             (ratio > 0.1 and not is_falling) or (ratio > 0.05 and f.loss > 0.95 * start)
         )
         if is_lasting or (is_large and (is_first or is_jump)):
-            return {
-                "update_ratio": f.update_ratio,
-                "ratio_before": before,
-                "loss": f.loss,
-                "start_loss": start,
-            }
+            return evidence
         if len(self._vals) == 3 and min(self._vals) > start:
             return {"val_loss": f.val, "start_loss": start}
+        return None
+
+    def _ended_burst(self, f: Facts, evidence: Evidence | None) -> Evidence | None:
+        """The evidence of a first row whose training loss was far above the start.
+
+        That loss may hold more than the one before training does. The second row tells:
+        there it must be about the validation loss with which that row begins.
+        """
+        burst, self._burst = self._burst, None
+        if burst is not None and 0.5 < f.train / burst[1] < 2:
+            return burst[0]
+        if (
+            evidence
+            and not f.past_losses
+            and f.val > 0
+            and f.train > 1.05 * f.start_loss
+        ):
+            self._burst = evidence, f.val
         return None

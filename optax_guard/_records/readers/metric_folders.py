@@ -1,9 +1,11 @@
 """The `metrics` folder of a run of MLflow: a file for each metric."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from optax_guard._records.readers.raw import RawLog, RawRow
+from optax_guard._records.readers.metric_series import rows_of_series
+from optax_guard._records.readers.raw import RawLog
 from optax_guard._records.readers.values import as_number
 
 # Milliseconds, the value, the step.
@@ -17,28 +19,20 @@ def is_metric_folder(path: Path) -> bool:
 
 def read_metric_folder(path: Path) -> RawLog:
     """Reads it; within a metric a step that comes again counts from there on."""
-    steps: dict[int, dict[str, float]] = {}
-    for file in _files(path):
-        if not _is_metric(file):
-            continue
-        series: dict[int, float] = {}
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            found = _LINE.fullmatch(line.strip())
-            value = as_number(found[1]) if found else None
-            if found and value is not None:
-                step = int(found[2])
-                if series and step < next(reversed(series)):
-                    series = {k: v for k, v in series.items() if k < step}
-                series.pop(step, None)
-                series[step] = value
-        name = file.relative_to(path).as_posix()
-        for step, value in series.items():
-            steps.setdefault(step, {})[name] = value
-    rows = [
-        RawRow(f"{path}, step {step}", {"step": step, **steps[step]})
-        for step in sorted(steps)
-    ]
-    return RawLog("metrics of MLflow", rows, [])
+    metrics = {
+        file.relative_to(path).as_posix(): _values(file)
+        for file in _files(path)
+        if _is_metric(file)
+    }
+    return RawLog("metrics of MLflow", rows_of_series(str(path), metrics), [])
+
+
+def _values(file: Path) -> Iterator[tuple[int, float]]:
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        found = _LINE.fullmatch(line.strip())
+        value = as_number(found[1]) if found else None
+        if found and value is not None:
+            yield int(found[2]), value
 
 
 def _files(path: Path) -> list[Path]:

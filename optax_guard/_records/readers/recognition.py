@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from optax_guard._records.readers.databases import read_database
 from optax_guard._records.readers.delimited import read_delimited
 from optax_guard._records.readers.event_files import SIGNATURE, read_events
 from optax_guard._records.readers.json_files import read_json
 from optax_guard._records.readers.metric_folders import read_metric_folder
 from optax_guard._records.readers.raw import RawLog
 from optax_guard._records.readers.text_logs import read_pattern, read_text_log
-from optax_guard._records.readers.trackio import read_trackio
 
 _SQLITE = b"SQLite format 3\0"
 _WANDB = b":W&B"
@@ -30,7 +30,7 @@ def read_raw(path: Path, pattern: str | None) -> RawLog:
     if SIGNATURE in head:
         return read_events(path)
     if head.startswith(_SQLITE):
-        return read_trackio(path)
+        return read_database(path)
     if head.startswith(_WANDB):
         raise ValueError(
             f"{path}: a run that Weights & Biases kept offline. Only its own library "

@@ -16,7 +16,7 @@ _NUMBER = (
 FIELDS = {
     "_past": r"(?:best|lowest|minimum|previous|target|final)[ _](?:\w+[ _/])?loss",
     "_other": r"(?:param(?:eter)?s?|weights?|updates?|layer|batch)[ _]norm",
-    "val_loss": r"(?:val|valid|validation|eval|dev|test)[_ /](?:\w+[_ /])?loss",
+    "val_loss": r"(?:val|valid|validation|eval|dev|test)[_ /](?:\w+[_ ])?loss",
     "train_loss": r"train(?:ing)?[_ /]loss|train/crossentropyloss|train/ce loss",
     "loss": r"(?:(?:lm|total|avg|average|reduced_train)[_ /])?loss|xent",
     "raw_grad_norm": r"raw[_ ]grad[_ ]norm",
@@ -31,6 +31,15 @@ _LABELS = "|".join(f"(?P<{name}>{label})" for name, label in FIELDS.items())
 _LABELED = re.compile(
     rf"(?<![\w/.-])(?:{_LABELS})['\"]?(?: value)?\s*[:=#\[]?\s*['\"]?({_NUMBER})"
 )
+# The loss of one of several evaluation sets: `eval/c4_en-validation/CrossEntropyLoss`.
+# OLMo-core leaves out `eval/`, and such a line holds nothing else.
+_LOSS_OF_SET = r"(?:cross_?entropy_?loss|ce[ _]loss|loss)"
+_SET = re.compile(
+    rf"(?<![\w/.-])((?:val|valid|validation|eval|dev|test)/(?:[\w.+-]+/)+{_LOSS_OF_SET})"
+    rf"\s*[:=]\s*({_NUMBER})",
+    re.IGNORECASE,
+)
+_BARE_SET = re.compile(rf"((?!train/)[\w.+-]+/ce loss)=({_NUMBER})", re.IGNORECASE)
 # Lines without labels, or with labels of one letter: llm.c, and its twin in Python.
 LINES = tuple(
     re.compile(line)
@@ -60,7 +69,7 @@ def read_text_log(path: Path, text: str) -> RawLog | None:
     rows, place = [], {}
     for number, line in _lines(text):
         cells = _cells(line)
-        if not any(name in cells for name in _VALUES):
+        if not any(name in _VALUES or "/" in name for name in cells):
             if _PLACE.match(line.lower()) and len(line) < 200:
                 place |= {k: x for k, x in cells.items() if k in ("step", "epoch")}
             continue
@@ -111,6 +120,9 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _cells(line: str) -> dict[str, float]:
+    if bare := _BARE_SET.fullmatch(line):
+        return _numbers({f"eval/{bare[1]}": bare[2].lower()})
+    sets = {name: number.lower() for name, number in _SET.findall(line)}
     line = line.lower()
     for pattern in LINES:
         if whole := pattern.fullmatch(line):
@@ -125,7 +137,7 @@ def _cells(line: str) -> dict[str, float]:
         if name == "loss" and _EVALUATION.search(line[: match.start()]):
             name = "val_loss"
         found.setdefault(name, match[match.lastindex or 0])
-    return _numbers({k: x for k, x in found.items() if not k.startswith("_")})
+    return _numbers({k: x for k, x in found.items() if not k.startswith("_")} | sets)
 
 
 def _numbers(texts: dict[str, str]) -> dict[str, float]:
