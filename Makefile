@@ -8,7 +8,9 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13 python3.14, \
   $(shell $(p) -c 'import sys, venv; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --no-input install --quiet
+# On a terminal pip shows how far it is. (GNU make sets MAKE_TERMOUT there.)
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install \
+  $(if $(MAKE_TERMOUT),--progress-bar=on,--quiet)
 
 # Further arguments: `make demo ARGS=--quick`, `make test ARGS="-k stop -x"`.
 ARGS ?=
@@ -31,6 +33,7 @@ install: .venv/installed  ## create .venv with everything the other targets need
 
 # pip reads dependency groups since 25.1; the one that comes with Python is older.
 .venv/installed: pyproject.toml | .venv/bin/pip
+	@echo 'Installing into .venv; the first time this takes a few minutes.'
 	$(PIP) 'pip>=25.1'
 	$(PIP) --editable '.[all]' --group dev
 	@touch $@

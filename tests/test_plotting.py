@@ -92,6 +92,16 @@ def test_values_that_are_not_finite_are_crosses_at_the_edge():
     assert words(below) == ["Inf (validation)"]
 
 
+def test_skipped_neighbours_share_their_words():
+    row_of_nan = [
+        skipped_step(i, math.nan, og.SkipReason.NONFINITE) for i in (20, 21, 40)
+    ]
+    above = plot_history(rows(), skipped_steps=row_of_nan).axes[0]
+    said = [text.xy[0] for text in above.texts if text.get_text() == "NaN"]
+    assert said == [21, 41]
+    assert {21, 22, 41} <= {step for step, _ in crosses(above)}
+
+
 def test_skipped_steps_are_marked():
     above = plot_history(rows(), skipped_steps=SKIPPED).axes[0]
     assert "skipped: 4 steps" in legend(above)

@@ -6,6 +6,7 @@ A command imports its modules itself: `demo` needs extras that others do not nee
 import argparse
 import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 from optax_guard._cli.words import complain, say
@@ -24,8 +25,11 @@ def run_demo(arguments: argparse.Namespace) -> int:
             raise
         complain("demo", f"{missing} is missing: pip install '{_EXTRA}'")
         return 1
-    recipe = demo.QUICK if arguments.quick else demo.FULL
-    return 130 if demo.run(recipe, arguments.seed, arguments.out) is None else 0
+    recipe, name = (
+        (demo.QUICK, "demo-quick") if arguments.quick else (demo.FULL, "demo")
+    )
+    out = arguments.out or Path("runs", name)
+    return 130 if demo.run(recipe, arguments.seed, out) is None else 0
 
 
 def run_report(arguments: argparse.Namespace) -> int:

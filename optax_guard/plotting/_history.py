@@ -210,9 +210,23 @@ def _draw_curves(
 def _draw_norm_axis(panel: marks.Axes, run: _Run) -> None:
     """Crosses of the skipped steps, and the scale that leaves room for the others."""
     top = _top_of_norms(run.rows, run.skipped) if run.skipped else None
+    steps = [row["step"] for row in run.rows if "step" in row]
+    told: dict[str, float] = {}
+    # Words are about as wide.
+    width = 0.04 * (max(steps, default=0) - min(steps, default=0))
     for i, step in enumerate(run.skipped):
+        # Of neighbours with the same words the first has them.
+        words = f"{step.grad_norm:.0e}"
+        has_words = step.update - told.get(words, -math.inf) > width
+        if has_words:
+            told[words] = step.update
         (mark,) = marks.cross(
-            panel, step.update + 1, step.grad_norm, marks.VERMILLION, top=top
+            panel,
+            step.update + 1,
+            step.grad_norm,
+            marks.VERMILLION,
+            top=top,
+            of=None if has_words else "",
         )
         if i == 0:
             plural = "s" * (len(run.skipped) > 1)
