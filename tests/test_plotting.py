@@ -120,6 +120,15 @@ def test_best_and_stop_are_marked(stop):
         assert "stop: BUDGET at step 50" in legend(axes)
 
 
+def test_stop_of_a_loop_with_a_row_a_step_is_at_its_evaluation(stop):
+    # `stop` was updated at steps 10 to 50; these are the same evaluations.
+    every = [{"step": i, "train_loss": 2.0} for i in range(1, 51)]
+    for row in rows():
+        every[row["step"] - 1]["val_loss"] = row["val_loss"]
+    losses = legend(plot_history(every, stop=stop).axes[-1])
+    assert {"best: 1 at step 40", "stop: BUDGET at step 50"} <= set(losses)
+
+
 def test_run_that_goes_on_has_no_stop(stop):
     running = replace_entries(stop, stop_reason=0, stopped_at=-1)
     running = running._replace(should_stop=False)
