@@ -69,7 +69,9 @@ def thinned(
     for i, row in enumerate(rows):
         skipped = row.get("num_skipped", before)
         # The rate of a guard's metrics is that of all steps so far, as the count is.
-        if skipped > before or row.get("skip_rate", 0) > 0 and "num_skipped" not in row:
+        if skipped > before or (
+            row.get("skip_rate", 0) > 0 and "num_skipped" not in row
+        ):
             kept.add(i)
         before = skipped
     return [rows[i] for i in sorted(kept)]
