@@ -210,12 +210,14 @@ soak: .venv/installed  ## a million steps, 50 kills, 160 faults, every optimizer
 OUT ?= build/notebooks
 
 .PHONY: notebooks
-notebooks: .venv/installed-notebooks  ## execute every notebook
+notebooks: .venv/installed-notebooks  ## execute every notebook, check its numbers
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P $(WORKERS) $(PY) -m nbconvert \
-	  --to notebook --execute --output-dir $(OUT) --log-level=WARN \
+	  --to notebook --execute --output-dir $(OUT) --log-level=WARN --coalesce-streams \
 	  --ExecutePreprocessor.timeout=300 --ExecutePreprocessor.record_timing=False \
 	  --ClearMetadataPreprocessor.enabled=True \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
+	OPTAX_GUARD_NOTEBOOKS=$(OUT) $(PY) -m pytest -n 0 -q $(BOTH) tests/test_notebooks.py \
+	  -k as_the_text_says
 
 # A warning fails it, and so does a link inside that leads nowhere. `make test-all` runs
 # the blocks of the pages.
