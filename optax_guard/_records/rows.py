@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_guard._checks import check_iterable
+from optax_guard._checks import brief, check_iterable
 from optax_guard._records.readers import NOT_FINITE, Renamer, Row
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -102,7 +102,9 @@ def number_of(name: str, value: Any) -> float:
     if isinstance(number, bool):
         return int(number)
     if not isinstance(number, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+        is_row = name == "step" and isinstance(value, Mapping)
+        order = " The order is `append(step, row)`." if is_row else ""
+        raise TypeError(f"`{name}` must be a number, got {brief(value)}.{order}")
     if isinstance(number, int) and abs(number) > sys.float_info.max:
         raise ValueError(
             f"`{name}` must fit into a float, got {number.bit_length()} bits."
