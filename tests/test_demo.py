@@ -89,6 +89,9 @@ def test_history_is_strict_json_of_all_rows(ran):
     assert list(ran.rows) == list(ran.results)
     for name, result in ran.results.items():
         for read, row in zip(ran.rows[name], result.history, strict=True):
+            if name != "guarded":
+                # Optax's clip keeps no record.
+                row = {k: v for k, v in row.items() if not k.startswith("clip")}
             assert {k: float(v) for k, v in read.items()} == pytest.approx(
                 row, nan_ok=True
             )

@@ -42,6 +42,7 @@ from optax_guard._cli.demo_report import (
     has_died,
     introduce,
     json_line,
+    measured,
     working,
 )
 from optax_guard._cli.demo_task import Recipe, Task, make_task
@@ -140,7 +141,7 @@ def _optimizers(recipe: Recipe) -> Optimizers:
 def _write_line(file: TextIO, name: str, step: int, row: dict[str, float]) -> None:
     """Writes a row of a run, as a logger of `fit`."""
     del step
-    print(json_line({"run": name, **row}), file=file, flush=True)
+    print(json_line({"run": name, **measured(row)}), file=file, flush=True)
 
 
 def _save_figures(results: dict[str, FitResult], out: Path) -> None:

@@ -33,8 +33,18 @@ _COLUMNS = {
 }
 
 
+def measured(row: Mapping[str, float]) -> Mapping[str, float]:
+    """A row without what was not measured.
+
+    Without a guard the norm is measured before Optax's clip, which keeps no record.
+    """
+    unknown = {"clipped_norm", "clip_threshold", "clip_rate"}
+    is_guarded = "num_skipped" in row
+    return row if is_guarded else {k: v for k, v in row.items() if k not in unknown}
+
+
 class LiveTable(Progress):
-    """The live table, without columns that were not measured."""
+    """The live table of a run, and how it ended."""
 
     def start(self) -> None:
         """Draws the bar, below an empty line."""
@@ -43,13 +53,7 @@ class LiveTable(Progress):
 
     def row(self, row: Mapping[str, float]) -> None:
         """Adds a row."""
-        if "num_skipped" not in row:
-            # Without a guard the norm is measured before Optax's clip, and that clip
-            # keeps no record.
-            row = {
-                k: v for k, v in row.items() if k not in ("clipped_norm", "clip_rate")
-            }
-        super().row(row)
+        super().row(measured(row))
 
     def end(self, result: FitResult) -> None:
         """Says in a line below the table how the run ended."""
