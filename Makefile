@@ -8,7 +8,9 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13 python3.14, \
   $(shell $(p) -c 'import sys, venv; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --no-input install --quiet
+# On a terminal pip shows how far it is. (GNU make sets MAKE_TERMOUT there.)
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install \
+  $(if $(MAKE_TERMOUT),--progress-bar=on,--quiet)
 
 # Further arguments: `make demo ARGS=--quick`, `make test ARGS="-k stop -x"`.
 ARGS ?=
@@ -31,6 +33,7 @@ install: .venv/installed  ## create .venv with everything the other targets need
 
 # pip reads dependency groups since 25.1; the one that comes with Python is older.
 .venv/installed: pyproject.toml | .venv/bin/pip
+	@echo 'Installing into .venv; the first time this takes a few minutes.'
 	$(PIP) 'pip>=25.1'
 	$(PIP) --editable '.[all]' --group dev
 	@touch $@
@@ -218,12 +221,14 @@ soak: .venv/installed  ## a million steps, 50 kills, 160 faults, every optimizer
 OUT ?= build/notebooks
 
 .PHONY: notebooks
-notebooks: .venv/installed-notebooks  ## execute every notebook
+notebooks: .venv/installed-notebooks  ## execute every notebook, check its numbers
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P $(WORKERS) $(PY) -m nbconvert \
-	  --to notebook --execute --output-dir $(OUT) --log-level=WARN \
+	  --to notebook --execute --output-dir $(OUT) --log-level=WARN --coalesce-streams \
 	  --ExecutePreprocessor.timeout=300 --ExecutePreprocessor.record_timing=False \
 	  --ClearMetadataPreprocessor.enabled=True \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
+	OPTAX_GUARD_NOTEBOOKS=$(OUT) $(PY) -m pytest -n 0 -q $(BOTH) tests/test_notebooks.py \
+	  -k as_the_text_says
 
 # A warning fails it, and so does a link inside that leads nowhere. `make test-all` runs
 # the blocks of the pages.

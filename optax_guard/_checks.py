@@ -199,9 +199,15 @@ def check_kind(
     """Raises unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         raise TypeError(
-            f"`{name}` must be {described}, got {value!r} of type "
+            f"`{name}` must be {described}, got {brief(value)} of type "
             f"{type(value).__name__}."
         )
+
+
+def brief(value: object) -> str:
+    """What a message says of a value; a tree of arrays would hide the rest of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_transformation(name: str, value: object) -> None:

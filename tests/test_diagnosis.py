@@ -224,6 +224,24 @@ def test_gradient_that_is_not_finite_is_a_batch_unless_norms_had_risen():
     assert codes([{**row, "skip_rate": 0.1} for row in history]) == {"STEPS_SKIPPED"}
 
 
+def test_one_skip_is_found_though_the_step_of_a_row_is_an_epoch():
+    # 14 updates an epoch; the guard skipped one of the fourth epoch.
+    history = [
+        {
+            "step": epoch,
+            "grad_norm": 0.5,
+            "num_updates": 14 * epoch,
+            "num_skipped": int(epoch >= 4),
+            "skip_rate": int(epoch >= 4) / (14 * epoch),
+            "val_loss": 1 / epoch,
+        }
+        for epoch in range(1, 11)
+    ]
+    (finding,) = [f for f in diagnose(history) if f.code == "STEPS_SKIPPED"]
+    assert (finding.evidence["skipped"], finding.evidence["of_steps"]) == (1, 140)
+    assert finding.evidence["last_in_row_of_step"] == 4
+
+
 def test_run_that_one_batch_killed_has_a_cause_and_a_consequence():
     losses = [*FALLING[:12], *[NAN] * 8]
     norms = [*[1.0] * 12, 0.86, *[NAN] * 7]

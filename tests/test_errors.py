@@ -516,20 +516,3 @@ def test_missing_extra_is_named(program, blocked, message):
     )
     assert message in result.stdout
     assert result.stdout.split()[0].split(".")[0] == blocked
-
-
-def test_missing_extra_of_the_command_is_named():
-    lines = (
-        "import sys",
-        "sys.modules['rich'] = None",
-        "from optax_guard.__main__ import main",
-        "sys.exit(main(['demo', '--quick']))",
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert "optax-guard[demo]" in result.stderr + result.stdout

@@ -210,6 +210,13 @@ def test_other_names_can_be_given(tmp_path):
         diagnose(history)
 
 
+def test_row_without_a_step_is_told_the_order():
+    row = {f"name_{i}": np.float32(0) for i in range(20)}
+    with pytest.raises(TypeError, match=r"`append\(step, row\)`") as caught:
+        History().append(row)
+    assert len(str(caught.value)) < 160
+
+
 def test_one_of_several_runs_is_chosen(tmp_path):
     path = tmp_path / "h.jsonl"
     path.write_text('{"run": "a", "step": 1, "loss": 1}\n{"run": "b", "loss": "NaN"}\n')

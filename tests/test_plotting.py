@@ -92,6 +92,16 @@ def test_values_that_are_not_finite_are_crosses_at_the_edge():
     assert words(below) == ["Inf (validation)"]
 
 
+def test_skipped_neighbours_share_their_words():
+    row_of_nan = [
+        skipped_step(i, math.nan, og.SkipReason.NONFINITE) for i in (20, 21, 40)
+    ]
+    above = plot_history(rows(), skipped_steps=row_of_nan).axes[0]
+    said = [text.xy[0] for text in above.texts if text.get_text() == "NaN"]
+    assert said == [21, 41]
+    assert {21, 22, 41} <= {step for step, _ in crosses(above)}
+
+
 def test_skipped_steps_are_marked():
     above = plot_history(rows(), skipped_steps=SKIPPED).axes[0]
     assert "skipped: 4 steps" in legend(above)
@@ -119,6 +129,15 @@ def test_best_and_stop_are_marked(stop):
     assert "best: 1 at step 40" in legend(below)
     for axes in (above, below):
         assert "stop: BUDGET at step 50" in legend(axes)
+
+
+def test_stop_of_a_loop_with_a_row_a_step_is_at_its_evaluation(stop):
+    # `stop` was updated at steps 10 to 50; these are the same evaluations.
+    every = [{"step": i, "train_loss": 2.0} for i in range(1, 51)]
+    for row in rows():
+        every[row["step"] - 1]["val_loss"] = row["val_loss"]
+    losses = legend(plot_history(every, stop=stop).axes[-1])
+    assert {"best: 1 at step 40", "stop: BUDGET at step 50"} <= set(losses)
 
 
 def test_run_that_goes_on_has_no_stop(stop):

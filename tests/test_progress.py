@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -68,16 +69,39 @@ def test_value_that_is_missing_later_leaves_a_gap():
     assert file.getvalue().splitlines()[-1].split() == ["2"]
 
 
-def test_terminal_has_a_bar_below_the_rows(monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    file = Terminal()
-    with Progress(400, "guarded", file) as progress:
-        progress.advance(100)
-        progress.advance(100)
+    return Terminal()
+
+
+def wait_for(text, terminal):
+    """The bar is drawn ten times a second, by a thread."""
+    end = time.monotonic() + 60
+    while text not in terminal.getvalue() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert text in terminal.getvalue()
+
+
+@pytest.mark.parametrize("done", [200, 400])
+def test_bar_compiles_first_and_stays_only_if_it_is_full(terminal, done):
+    with Progress(400, "guarded", terminal) as progress:
+        assert "compiling" in terminal.getvalue()
+        progress.advance(done)
+        wait_for(f"{done}/400", terminal)
+    # This stands after the bar was erased for the last time.
+    last = terminal.getvalue().rpartition("\x1b[2K")[2]
+    assert ("400/400" in last) == (done == 400)
+    assert "compiling" not in last
+
+
+def test_terminal_has_a_bar_below_the_rows(terminal):
+    with Progress(400, "guarded", terminal) as progress:
+        progress.advance(200)
         progress.row(ROW)
-    shown = file.getvalue()
-    assert "200/400" in shown
+        wait_for("200/400", terminal)
+    shown = terminal.getvalue()
     assert "50%" in shown
     assert shown.index("grad norm") < shown.index("3123") < shown.rindex("200/400")
 

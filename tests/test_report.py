@@ -360,6 +360,15 @@ def test_long_table_keeps_the_last_row_and_those_with_findings(tmp_path):
     assert f"100 rows, {len(steps)} of them in the table" in printed
 
 
+def test_one_skip_is_one_row_of_a_long_table():
+    # As `metrics` gives them: both count all steps so far.
+    rows = [
+        {"step": i, "num_skipped": int(i >= 9), "skip_rate": int(i >= 9) / i}
+        for i in range(1, 101)
+    ]
+    assert {row["step"] for row in thinned(rows, (), 10)} == {9, *range(10, 101, 10)}
+
+
 def test_without_matplotlib_there_is_no_plot_and_a_word_about_it(fails):
     program = (
         "import sys; sys.modules['matplotlib'] = None\n"

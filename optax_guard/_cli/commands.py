@@ -26,8 +26,11 @@ def run_demo(arguments: argparse.Namespace) -> int:
             raise
         complain("demo", f"{missing} is missing: pip install '{_EXTRA}'")
         return 1
-    recipe = demo.QUICK if arguments.quick else demo.FULL
-    return 130 if demo.run(recipe, arguments.seed, arguments.out) is None else 0
+    recipe, name = (
+        (demo.QUICK, "demo-quick") if arguments.quick else (demo.FULL, "demo")
+    )
+    out = arguments.out or Path("runs", name)
+    return 130 if demo.run(recipe, arguments.seed, out) is None else 0
 
 
 def run_report(arguments: argparse.Namespace) -> int:

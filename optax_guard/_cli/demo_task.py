@@ -28,6 +28,7 @@ class Recipe:
       patience: Evaluations without an improvement that end the guarded run.
       min_delta: Least improvement that counts for patience, in nats per character.
       corrupt: Step, counted from 0 -> factor on the inputs of its batch.
+      max_errors: Steps in a row that `optax.apply_if_finite` refuses at most.
       learning_rate: Learning rate of SGD.
       momentum: Momentum of SGD.
       max_norm: Norm to which Optax and the guard clip gradients.
@@ -43,8 +44,13 @@ class Recipe:
     patience: int = 5
     min_delta: float = 0.005
     corrupt: Mapping[int, float] = dataclasses.field(
-        default_factory=lambda: {180: 1e6, 270: math.nan}
+        default_factory=lambda: {
+            110: 1e6,
+            160: math.nan,
+            **dict.fromkeys(range(210, 218), math.nan),
+        }
     )
+    max_errors: int = 5
     learning_rate: float = 0.3
     momentum: float = 0.9
     max_norm: float = 0.75
@@ -119,11 +125,9 @@ class Task:
         skipped = og.metrics(state).get("skip_reason", 0) != 0
         return state, jnp.where(skipped, jnp.nan, loss)
 
-    def evaluate(self, state: TrainState) -> dict[str, jax.typing.ArrayLike]:
-        """The validation loss, and the number of epochs done."""
-        per_step = self.recipe.batch_size * self.recipe.window / len(self.text.train)
-        val_loss = self.loss(state.params, self.held_out)
-        return {"epoch": state.step * per_step, "val_loss": val_loss}
+    def validation_loss(self, params: optax.Params) -> jax.Array:
+        """The loss on the held-out windows."""
+        return self.loss(params, self.held_out)
 
 
 def make_task(recipe: Recipe, text: Text, seed: int) -> Task:

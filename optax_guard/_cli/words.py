@@ -1,7 +1,10 @@
 """What the command prints: in words of the command line, and harmless to a terminal."""
 
 import re
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 from optax_guard._records.readers.values import printable
 
@@ -49,3 +52,16 @@ def complain(command: str, message: object) -> None:
         text = text.replace(ours, theirs)
     text = _NAMED_RULE.sub(r"`--rule` \1", text)
     print(f"optax-guard {command}: {shown(text)}", file=sys.stderr, flush=True)
+
+
+def own_command(*arguments: str) -> str:
+    """A command line that works where this one worked, whether or not it is on PATH."""
+    python, name = Path(sys.executable), "optax-guard"
+    found, beside = shutil.which(name), python.with_name(name)
+    if found and Path(found).parent == python.parent:
+        return shlex.join([name, *arguments])
+    program = beside if beside.exists() else python
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    module = [] if program.name == name else ["-m", "optax_guard"]
+    return shlex.join([str(program), *module, *arguments])

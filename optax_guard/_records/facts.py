@@ -17,7 +17,8 @@ class Facts(NamedTuple):
 
     Attributes:
       step: Steps done.
-      num_steps: Steps since the row before, at least 1.
+      num_steps: Steps since the row before, at least 1; by ``num_updates`` if a guard
+        counted them, for a loop may give the epoch as the step.
       norm: Largest norm of these steps before clipping; may be infinite.
       mean_norm: Mean norm of these steps; ``norm`` if it is not recorded.
       threshold: Threshold of the clip; infinite if there is none.
@@ -101,7 +102,8 @@ class FactReader:
         norm, train = get("grad_norm"), get("train_loss")
         val = row.get("val_loss", get("value"))
         loss = train if "train_loss" in row else val
-        num_steps = max(1, int(row["step"]) - self._last_step)
+        num_new = self._complete.num_new or int(row["step"]) - self._last_step
+        num_steps = max(1, int(num_new))
         skip_share = self._skip_share(row, num_steps)
         is_train_lost = "train_loss" in row and not math.isfinite(train)
         is_val_lost = not math.isfinite(val) and ("val_loss" in row or "value" in row)

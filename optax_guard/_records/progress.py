@@ -29,8 +29,9 @@ class Progress:
     """Shows a run while it runs; a context manager.
 
     On a terminal a bar with steps, speed and time left stays at the bottom, and the
-    table grows above it. In a file, a pipe or a notebook each row is printed as a plain
-    line.
+    table grows above it. Until the first step is done the bar says that it compiles. A
+    bar that does not reach its end goes away with the run. In a file, a pipe or a
+    notebook each row is printed as a plain line.
 
     Args:
       total: Steps of the whole run.
@@ -82,7 +83,10 @@ class Progress:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task(title, total=total, speed="")
+            # It moves to and fro until it is started, and does not count that time.
+            self._task = self._bar.add_task(
+                title, total=total, start=False, speed="compiling"
+            )
 
     def __enter__(self) -> "Progress":
         self.start()
@@ -109,7 +113,7 @@ class Progress:
         if not self._columns:
             self._columns = choose_columns(row)
             if self._title:
-                self._print(self._title)
+                self.say(self._title)
             self._print_cells([heading(key) for key in self._columns])
         self._print_cells([cell(key, row.get(key)) for key in self._columns])
 
@@ -117,13 +121,17 @@ class Progress:
         """Draws the bar for the last time and releases the terminal."""
         if self._bar is not None:
             self._draw(time.monotonic())
+            self._bar.update(self._task, visible=self._bar.finished)
             self._bar.stop()
 
     def _draw(self, now: float) -> None:
+        task = self._bar.tasks[0]
+        if self._waiting and not task.started:
+            self._bar.start_task(self._task)
+            self._bar.update(self._task, speed="")
         self._bar.advance(self._task, self._waiting)
-        speed = self._bar.tasks[0].speed
-        if speed:
-            self._bar.update(self._task, speed=f"{speed:.3g} steps/s")
+        if task.speed:
+            self._bar.update(self._task, speed=f"{task.speed:.3g} steps/s")
         self._waiting = 0
         self._drawn_at = now
 
@@ -131,9 +139,10 @@ class Progress:
         # Nine characters hold any number as `cell` writes it.
         widths = [max(9, len(heading(key))) for key in self._columns]
         pairs = zip(cells, widths, strict=True)
-        self._print("  ".join(f"{cell:>{width}}" for cell, width in pairs))
+        self.say("  ".join(f"{cell:>{width}}" for cell, width in pairs))
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(line, markup=False, soft_wrap=True)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_guard._checks import check_iterable
+from optax_guard._checks import brief, check_iterable
 from optax_guard._records.readers import NOT_FINITE, Renamer, Row
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -21,9 +21,13 @@ class Completer:
     are shares of all ``num_updates`` so far; they become shares of the updates since
     the row before, as `fit` records them. What float32 cannot hold is infinite. A
     complete row stays as it is.
+
+    Attributes:
+      num_new: Updates between the last two rows by their ``num_updates``; 0 if unknown.
     """
 
     def __init__(self):
+        self.num_new = 0.0
         self._index = 0
         self._rename = Renamer()
         self._counts: dict[str, float] = {}
@@ -43,6 +47,7 @@ class Completer:
         }
         full = {"step": self._index, **self._rename(full)}
         self._index += 1
+        self.num_new = 0.0
         if "num_updates" in full:
             self._set_rates_since_last_row(full)
         norm, limit = full.get("grad_norm"), full.get("clip_threshold")
@@ -63,6 +68,7 @@ class Completer:
                 counts[name] = row[name] * counts["num_updates"]
         before, self._counts = self._counts, counts
         num_new = counts["num_updates"] - before.get("num_updates", 0)
+        self.num_new = num_new
         if before and num_new > 0:
             for name in counts.keys() & before.keys() - {"num_updates"}:
                 # Rates are rounded to float32, so that counts are not quite whole.
@@ -98,7 +104,9 @@ def number_of(name: str, value: Any) -> float:
     if isinstance(number, bool):
         return int(number)
     if not isinstance(number, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+        is_row = name == "step" and isinstance(value, Mapping)
+        order = " The order is `append(step, row)`." if is_row else ""
+        raise TypeError(f"`{name}` must be a number, got {brief(value)}.{order}")
     if isinstance(number, int) and abs(number) > sys.float_info.max:
         raise ValueError(
             f"`{name}` must fit into a float, got {number.bit_length()} bits."

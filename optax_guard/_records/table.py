@@ -68,7 +68,9 @@ def thinned(
     before = 0.0
     for i, row in enumerate(rows):
         skipped = row.get("num_skipped", before)
-        if skipped > before or row.get("skip_rate", 0) > 0:
+        # Beside a count the rate may be that of all steps so far.
+        rate = 0 if "num_skipped" in row else row.get("skip_rate", 0)
+        if skipped > before or rate > 0:
             kept.add(i)
         before = skipped
     return [rows[i] for i in sorted(kept)]

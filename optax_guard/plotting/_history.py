@@ -75,7 +75,8 @@ def plot_history(
         five: a dict of them by name, without ``findings``, ``skipped_steps``, ``stop``.
       findings: The findings of `optax_guard.analysis.diagnose`.
       skipped_steps: The steps that `optax_guard.skipped_steps` returned.
-      stop: The state of early stopping, updated once a row. It marks the stop and the
+      stop: The state of early stopping, updated once an evaluation: once a row that has
+        ``val_loss`` or ``value``, or once a row if none has. It marks the stop and the
         best evaluation. Without it the lowest evaluation is the best.
       loss_label: Label of the axis of losses, with its unit.
       max_loss: Upper end of that axis. A run that explodes then does not flatten the
@@ -154,7 +155,10 @@ def _draw_run(
         if curves.keys() & _SHARES.keys():
             panel.set_ylim(-0.03, 1.03)
     if run.stop is not None:
-        marks.mark_stop(axes, losses, run.rows, run.stop)
+        # A loop may write a row a step, and evaluate now and then.
+        key = marks.value_key(run.rows)
+        evaluated = [row for row in run.rows if key in row]
+        marks.mark_stop(axes, losses, evaluated or run.rows, run.stop)
     _mark_findings(axes, run.findings)
     marks.finish(*axes)
     return figure
@@ -213,9 +217,23 @@ def _draw_curves(
 def _draw_norm_axis(panel: marks.Axes, run: _Run) -> None:
     """Crosses of the skipped steps, and the scale that leaves room for the others."""
     top = _top_of_norms(run.rows, run.skipped) if run.skipped else None
+    steps = [row["step"] for row in run.rows if "step" in row]
+    told: dict[str, float] = {}
+    # Words are about as wide.
+    width = 0.04 * (max(steps, default=0) - min(steps, default=0))
     for i, step in enumerate(run.skipped):
+        # Of neighbours with the same words the first has them.
+        words = f"{step.grad_norm:.0e}"
+        has_words = step.update - told.get(words, -math.inf) > width
+        if has_words:
+            told[words] = step.update
         (mark,) = marks.cross(
-            panel, step.update + 1, step.grad_norm, marks.VERMILLION, top=top
+            panel,
+            step.update + 1,
+            step.grad_norm,
+            marks.VERMILLION,
+            top=top,
+            of=None if has_words else "",
         )
         if i == 0:
             plural = "s" * (len(run.skipped) > 1)
