@@ -279,7 +279,7 @@ def test_page_escapes_title_note_finding_and_alternative_text():
     # Title, heading, note, summary, caption; of the finding name, value, advice.
     assert page.text.count(EVIL) == 8
     assert ("alt", EVIL) in page.attributes
-    html = _report_html.page(EVIL, [part, part], drawn)
+    html = _report_html.page(EVIL, [part, part._replace(name=f"{EVIL} 2")], drawn)
     page = Page(html)
     assert is_harmless(page)
     # Title, heading, caption; of each run two in the comparison, its name, those above.
