@@ -120,7 +120,11 @@ def test_norm_of_a_row_that_counts_a_skip_does_not_flatten_the_others():
     assert "2e+06" in words(above)
     assert [20, 1] in crosses(above)
     assert legend(above).count("row of a skipped step") == 1
-    # Without a skip it is the run that explodes.
+    # Without a new skip it is the run that explodes, whatever the rate of all steps.
+    counted = [row | {"num_skipped": 1, "skip_rate": 0.1} for row in rows()]
+    counted[0] |= {"num_skipped": 0, "skip_rate": 0.0}
+    counted = [counted[0], counted[4] | {"step": 15}, *counted[1:]]
+    assert plot_history(counted).axes[0].get_ylim()[1] > 2e6
     assert plot_history(rows()).axes[0].get_ylim()[1] > 2e6
 
 

@@ -302,7 +302,9 @@ def test_folders_and_files_of_a_folder_are_runs(several, tmp_path, capsys):
         make_reports(tmp_path, run="b")
     for name in ("x.jsonl", "y.jsonl"):
         record(tmp_path / name, [1.0] * 3, [3.0, 2.0, 1.0])
-    assert [one.name for one in make_reports(tmp_path)] == ["x.jsonl", "y.jsonl"]
+    (tmp_path / "z.csv").write_text("no\n")
+    with pytest.warns(UserWarning, match=r"left out: .*z\.csv: no log was recognised"):
+        assert [one.name for one in make_reports(tmp_path)] == ["x.jsonl", "y.jsonl"]
 
 
 def test_runs_of_one_row_have_a_line_and_no_figure(tmp_path, capsys):

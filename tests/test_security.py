@@ -16,6 +16,7 @@ import pytest
 
 from optax_guard.__main__ import main
 from optax_guard._cli import report_html as _report_html
+from optax_guard._cli.report_figures import Drawn
 from optax_guard._records import findings as _findings
 from optax_guard.analysis import History, diagnose, table
 from tests.public import PACKAGE
@@ -250,10 +251,13 @@ class Page(HTMLParser):
 
 def is_harmless(page: Page) -> bool:
     names = {name for name, _ in page.attributes}
+    # Links go to the runs of the page itself.
+    links = {value for name, value in page.attributes if name == "href"}
     sources = {value for name, value in page.attributes if name == "src"}
     return (
-        not page.tags & {"script", "iframe", "object", "a", "form", "svg", "base"}
-        and not any(name.startswith("on") or name == "href" for name in names)
+        not page.tags & {"script", "iframe", "object", "form", "svg", "base"}
+        and not any(name.startswith("on") for name in names)
+        and links <= {"#run0", "#run1"}
         and all(str(source).startswith("data:image/png;base64,") for source in sources)
     )
 
@@ -266,14 +270,20 @@ def test_page_escapes_title_note_finding_and_alternative_text():
         EVIL,
         3,
     )
-    html = _report_html.page(
-        EVIL, EVIL, [finding], [{"step": 1}], {EVIL: b"png"}, {EVIL: EVIL}
+    drawn = [Drawn(EVIL, b"png")]
+    part = _report_html.Part(
+        EVIL, EVIL, {"steps": EVIL}, [finding], [{"step": 1}], drawn
     )
+    page = Page(_report_html.page(EVIL, [part], []))
+    assert is_harmless(page)
+    # Title, heading, note, summary, caption; of the finding name, value, advice.
+    assert page.text.count(EVIL) == 8
+    assert ("alt", EVIL) in page.attributes
+    html = _report_html.page(EVIL, [part, part._replace(name=f"{EVIL} 2")], drawn)
     page = Page(html)
     assert is_harmless(page)
-    # Title, heading, note, summary twice, caption; of the finding name, value, advice.
-    assert page.text.count(EVIL) == 9
-    assert ("alt", EVIL) in page.attributes
+    # Title, heading, caption; of each run two in the comparison, its name, those above.
+    assert page.text.count(EVIL) == 3 + 2 * (2 + 1 + 6)
     assert not is_harmless(Page(html.replace("&lt;", "<").replace("&gt;", ">")))
 
 

@@ -38,16 +38,24 @@ def read_runs(
     pattern: str | None = None,
     max_norm: float | None = None,
 ) -> list[Run]:
-    """Reads all runs of a file or folder, or one; arguments as for `History.read`."""
+    """Reads all runs of a file or folder, or one; arguments as for `History.read`.
+
+    Of several files or folders, those that cannot be read are left out with a warning.
+    """
     if max_norm is not None:
         check_positive("max_norm", max_norm)
     sources = find_files(path)
     if run is not None and "" in sources:
         how = {"columns": columns, "pattern": pattern, "max_norm": max_norm}
         return [Run(run, sources[""], History.read(path, run=run, **how))]
-    known, found = [], []
+    known, found, trouble = [], [], []
     for folder, source in sources.items():
-        for name, log in read_logs(source, columns=columns, pattern=pattern).items():
+        try:
+            logs = read_logs(source, columns=columns, pattern=pattern)
+        except ValueError as error:
+            trouble.append(error)
+            continue
+        for name, log in logs.items():
             known.append("/".join(filter(None, (folder, name))) or run_name(source))
             if run not in (None, known[-1]):
                 continue
@@ -55,6 +63,10 @@ def read_runs(
             if notes:
                 warnings.warn(f"{source}: {'; '.join(notes)}.", stacklevel=2)
             found.append(Run(known[-1], source, history))
+    if not known:
+        raise trouble[0]
+    for error in trouble if run is None else ():
+        warnings.warn(f"left out: {error}", stacklevel=2)
     if not found:
         raise ValueError(f"`run` must be one of {known} in {path}, got {run!r}.")
     return found

@@ -257,7 +257,9 @@ def _cut_off_far_rows(panel: marks.Axes, rows: Sequence[Row]) -> None:
     far, others, before = [], [], 0.0
     for row in rows:
         count = row.get("num_skipped", before)
-        is_skip = count > before or row.get("skip_rate", 0) > 0
+        # Beside a count the rate may be that of all steps so far.
+        rate = 0 if "num_skipped" in row else row.get("skip_rate", 0)
+        is_skip = count > before or rate > 0
         is_finite = math.isfinite(row.get("grad_norm", math.nan))
         (far if is_skip and is_finite else others).append(row)
         before = count
