@@ -13,6 +13,7 @@ FULL: dict[str, set[str] | None] = {
     "test_generalization": None,
     "test_neutral": None,
     "test_neutral_measures": None,
+    "test_pictures": None,
     "test_scale_out": None,
     "test_stability": None,
     "test_step_cost": None,
