@@ -17,6 +17,7 @@ FULL: Tier = {
     "test_generalization": None,
     "test_neutral": None,
     "test_neutral_measures": None,
+    "test_pictures": None,
     "test_scale_out": None,
     "test_stability": None,
     "test_step_cost": None,

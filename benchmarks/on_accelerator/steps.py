@@ -29,8 +29,8 @@ import jax.numpy as jnp
 
 from benchmarks.on_accelerator import _kit
 from benchmarks.on_accelerator._trace import trace
+from benchmarks.pictures.step_cost import VARIANTS
 from benchmarks.step_cost import (
-    DRAWN,
     OPTIMIZERS,
     Case,
     Run,
@@ -42,9 +42,8 @@ from benchmarks.step_cost import (
 )
 
 BASE = "optax clip"
-COLORS = DRAWN | {
+COLORS = {name: (color, mark) for name, (_, color, mark) in VARIANTS.items()} | {
     "plain": ("#000000", "+"),
-    BASE: DRAWN["optax clip"],
     "guard, update": ("#CC79A7", "<"),
 }
 # In this order, since a run may be cut: what the goals are about comes first.
