@@ -42,7 +42,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def mean_of(trees):
-    return jax.tree.map(lambda *x: np.mean(np.float64(x), 0), *trees)
+    return jax.tree.map(lambda *x: np.mean(np.array(x, np.float64), 0), *trees)
 
 
 # NNX -------------------------------------------------------------------------------

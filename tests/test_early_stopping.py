@@ -507,7 +507,7 @@ def test_sharded_parameters_stay_sharded(mesh):
     assert best.sharding.is_equivalent_to(sharding, 1)
     same(best, params + 1)
     average = stopper.average(state, params)
-    for mean in (average, state.recent_params.older, state.recent_params.newer):
+    for mean in (average, *state.recent_params.block_means):
         assert mean.sharding.is_equivalent_to(sharding, 1)
     same(average, params + 0.5)
 
@@ -520,7 +520,7 @@ def test_explicitly_sharded_parameters_keep_their_type(explicit_mesh):
     for value in [2.0, 1.0, 3.0]:
         state = stopper.update(value, state, params)
     average = stopper.average(state, params)
-    for kept in (state.best_params, *state.recent_params[:2], average):
+    for kept in (state.best_params, *state.recent_params.block_means, average):
         assert jax.typeof(kept) == jax.typeof(params)
 
 

@@ -165,7 +165,7 @@ def check_like_kept(name: str, params: Any, state: EarlyStoppingState) -> None:
     kept, recent = state.best_params, state.recent_params
     if kept is None and isinstance(recent, RecentParamsState):
         # The best are on disk.
-        params, kept = as_recent(params), recent.older
+        params, kept = as_recent(params), recent.block_means[0]
     check_same_params(name, params, kept)
 
 

@@ -249,7 +249,9 @@ def average(state: EarlyStoppingState, default: Any) -> Any:
 
 @jax.jit
 def _take_average(recent: RecentParamsState, default: Any) -> Any:
-    check_same_params("`default` of `average`", as_recent(default), recent.older)
+    check_same_params(
+        "`default` of `average`", as_recent(default), recent.block_means[0]
+    )
     return average_of(recent, default)
 
 
