@@ -4,7 +4,8 @@ A small MLP on handwritten digits is trained to the same stop by a Python loop w
 Flax's `EarlyStopping`, which reads the loss at every evaluation, by `fit`, which never
 waits, and by `train_on_device`; then 16 and 256 members by the same Python loop, one
 after another, and by `train_population`. Optimizer, data and their order are the same
-for all. `fit` is also timed beside a loop that reads nothing, over the same steps.
+for all. `fit` is also timed beside a loop that reads nothing, over the same steps, and
+an update of the stopper with and without ``average_last`` beside one mean in place.
 
 Every contender takes a turn in every round and ratios are taken within a round;
 compilation is outside of them and stated apart. Run `python -m
@@ -12,6 +13,7 @@ benchmarks.early_stopping`.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -249,7 +251,7 @@ def in_turns(
         rows.append(
             {
                 "loop": name,
-                "seconds": round(statistics.median(seconds[name]), 4),
+                "seconds": round(statistics.median(seconds[name]), 6),
                 "times_faster": round(statistics.median(ratios), 2),
                 "least_and_most": [round(min(ratios), 2), round(max(ratios), 2)],
                 # What the first run took beyond a later one; nothing but noise where a
@@ -270,7 +272,7 @@ def report(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         low, high = row["least_and_most"]
         print(
-            f"{row['loop']:34}{row['seconds']:9.3f}{row['times_faster']:14.2f}"
+            f"{row['loop']:34}{row['seconds']:9.4f}{row['times_faster']:14.2f}"
             f"{f'{low} to {high}':>15}{row['compile_seconds']:11.1f}",
             flush=True,
         )
@@ -282,6 +284,30 @@ def report(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         row["share_with_the_same_stop"] = round(share, 3)
     print("share with the same stop:", *same)
     return {"question": title, "loops": rows}
+
+
+def updates(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Evaluations of parameters that are no better, each donating the state before."""
+    params = {f"w{i}": jnp.ones(size // 20) for i in range(20)}
+    moved = jax.jit(
+        lambda mean, params: optax.incremental_update(params, mean, 0.2),
+        donate_argnums=0,
+    )
+    carry: dict[str, Any] = {"one mean in place": jax.tree.map(jnp.copy, params)}
+    steps: dict[str, Any] = {"one mean in place": lambda mean: moved(mean, params)}
+    for name, k in (("update", None), ("update, average_last=5", 5)):
+        stopper = og.early_stopping(og.stop.patience(10**6), average_last=k)
+        update = jax.jit(stopper.update, donate_argnums=1)
+        first = stopper.update(1.0, stopper.init(params), params)
+        carry[name] = jax.tree.map(jnp.copy, first)
+        steps[name] = lambda state, update=update: update(2.0, state, params)
+
+    def repeated(name: str) -> int:
+        for _ in range(5):
+            carry[name] = jax.block_until_ready(steps[name](carry[name]))
+        return 5
+
+    return in_turns({name: functools.partial(repeated, name) for name in steps}, rounds)
 
 
 def main() -> None:
@@ -321,6 +347,9 @@ def main() -> None:
             ),
         )
     )
+    for size in (10_000, 5_000_000):
+        title = f"Five updates of the stopper, {size:,} parameters"
+        tables.append(report(title, updates(size, 2 * args.rounds)))
     for n in args.members:
         members = make_members(n)
         # A round of 256 takes minutes.

@@ -87,7 +87,7 @@ def nnx_value(state):
     return jnp.mean((state.model(DATA[0]) - 1) ** 2)
 
 
-def pure(node, kind=...):
+def pure(node, kind: Any = ...):
     return nnx.to_pure_dict(nnx.state(node, kind))
 
 

@@ -470,9 +470,9 @@ def test_conditions_may_hold_an_update():
     assert int(state.num_evals) == 1
 
 
-def test_keeping_the_best_takes_no_memory_in_a_loop():
-    """The carry is aliased; the only copy is that of the branch that takes."""
-    stopper = early_stopping(stop.patience(3))
+def test_best_and_average_take_no_memory_in_a_loop():
+    """The carry is aliased; the only copy is that of the branch that takes the best."""
+    stopper = early_stopping(stop.patience(3), average_last=2)
     size = 1 << 16
 
     def loop(params, state):
