@@ -132,3 +132,17 @@ def test_states_and_parameters_that_do_not_fit_are_refused():
     assert averaging.update(1.0, state, params).best_params is None
     # Without parameters it stops as ever, as `analysis.replay` plays it.
     assert averaging.update(1.0, averaging.init()).recent_params == ()
+
+
+def test_a_state_without_an_average_is_saved_as_before_there_were_any():
+    pytest.importorskip("orbax.checkpoint")
+    from optax_guard.loops._orbax import savable
+
+    fields = "should_stop is_best is_significant stop_counts stop_values best_params"
+    fields = [*fields.split(), "rule_state", "smooth_state"]
+    plain = early_stopping(stop.patience(2)).init(jnp.ones(2))
+    assert list(savable([plain])[0]._fields) == fields
+    assert list(savable([AVERAGING.init(jnp.ones(2))])[0]._fields) == [
+        *fields,
+        "recent_params",
+    ]

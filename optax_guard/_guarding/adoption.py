@@ -232,6 +232,8 @@ def _names(fields: str) -> dict[str, str]:
     return {old: now or old for old, _, now in pairs}
 
 
+# Fields that came later, and are empty in states from before.
+_LATER: Any = {GuardState: "bound_state", EarlyStoppingState: "recent_params"}
 _TODAY = {cls: _names(fields) for cls, fields in _OLD_FIELDS.items()}
 
 
@@ -239,8 +241,7 @@ def in_old_layout(tree: Any) -> Any:
     """The state as version 0.1.0 kept it: each number in an array of its own."""
 
     def old(x: Any) -> Any:
-        is_new = getattr(x, "recent_params", ()) != ()  # There were no averages.
-        if not _has_rows(x) or is_new:
+        if not _has_rows(x) or getattr(x, "recent_params", ()):
             return x
         names = _TODAY[type(x)]
         values = [in_old_layout(getattr(x, name)) for name in names.values()]
@@ -276,10 +277,8 @@ def in_new_layout(saved: Any) -> Any:
         zero = jnp.zeros_like(next(iter(known.values())), jnp.int32)
         numbers: dict[str, Any] = dict.fromkeys(entries_of(cls), zero)
         fields |= rows_of(cls, numbers | known)
-        if cls is GuardState:  # It came later, and was not there.
-            fields["bound_state"] = {} if isinstance(x, dict) else ()
-        if cls is EarlyStoppingState:
-            fields["recent_params"] = {} if isinstance(x, dict) else ()
+        if cls in _LATER:
+            fields[_LATER[cls]] = {} if isinstance(x, dict) else ()
         return fields if isinstance(x, dict) else cls(**fields)
 
     def is_old(x: Any) -> bool:

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from optax_guard._checks import check_kind
 from optax_guard._guarding.adoption import in_new_layout, in_old_layout
 from optax_guard._trees import leaf_types
 from optax_guard.loops._intact import METADATA
+from optax_guard.stop._state import EarlyStoppingState
 
 # The items of a checkpoint are two trees of arrays and a dict of JSON. `load_best`
 # reads the first alone.
@@ -121,6 +123,7 @@ def restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
             saved = _saved_tree(manager, step, name)
         if leaf_types(saved).keys() == leaf_types(in_old_layout(tree)).keys():
             tree = in_old_layout(tree)
+        tree = _as_on_disk(tree)
         _check_same_tree(saved, tree, f"{manager.directory}, step {step}")
         arguments[name] = ocp.args.PyTreeRestore(
             item=tree, restore_args=jax.tree.map(restore_args, tree)
@@ -128,7 +131,7 @@ def restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
     with _readable(manager, step):
         found = manager.restore(step, args=ocp.args.Composite(**arguments))
     return {
-        name: jax.tree.map(_placed, target, in_new_layout(found[name]))
+        name: jax.tree.map(_placed, target, in_new_layout(_as_in_memory(found[name])))
         for name, target in targets.items()
     }
 
@@ -146,7 +149,32 @@ def savable(tree: Any) -> Any:
         is_own = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
         return np.asarray(leaf) if is_own and jax.process_count() > 1 else leaf
 
-    return jax.tree.map(as_saved, tree)
+    return jax.tree.map(as_saved, _as_on_disk(tree))
+
+
+# A stopper's state as it was before it could average.
+_Unaveraged = namedtuple("_Unaveraged", EarlyStoppingState._fields[:-1])
+
+
+def _as_on_disk(tree: Any) -> Any:
+    """The tree without averages that are not there, as in older checkpoints."""
+
+    def plain(x: EarlyStoppingState) -> Any:
+        return x if x.recent_params else _Unaveraged(*x[:-1])
+
+    return _map_states(plain, tree, EarlyStoppingState)
+
+
+def _as_in_memory(tree: Any) -> Any:
+    return _map_states(lambda x: EarlyStoppingState(*x), tree, _Unaveraged)
+
+
+def _map_states(function: Callable[[Any], Any], tree: Any, cls: type[Any]) -> Any:
+    return jax.tree.map(
+        lambda x: function(x) if isinstance(x, cls) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, cls),
+    )
 
 
 def like(leaf: Any) -> jax.ShapeDtypeStruct:
