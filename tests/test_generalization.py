@@ -245,6 +245,9 @@ def test_averages_are_those_of_the_parameters_of_the_last_evaluations():
                 expected = np.mean(seen[-number:], 0)
                 found = state.average(number, 2)["w"]
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # Of 13 evaluations, two blocks of five were full.
+    found = state.average(generalization.BUILT_IN, 2)["w"]
+    np.testing.assert_allclose(found, np.mean(seen[-8:], 0), rtol=1e-5, atol=1e-6)
     scores = made["evaluate"](state)
     logits = parts["test"].inputs @ np.mean(seen[-5:], 0)
     wrong = np.mean(logits.argmax(1) != parts["test"].targets)
@@ -254,7 +257,7 @@ def test_averages_are_those_of_the_parameters_of_the_last_evaluations():
 def test_average_wins_if_it_gains_with_both_patiences_on_all_tasks():
     test = np.array([[3.0, 2.0, 2.0], [3.0, 2.2, 2.1], [3.0, 2.1, 2.0]])
     curves = {"test_loss": test}
-    for number in generalization.AVERAGED:
+    for number in generalization.CONTENDERS:
         # By 10 % better, but at the stop, where one is and the others are not.
         curves[f"test_loss_{number}"] = 0.9 * test
         curves[f"test_loss_{number}"][:, 2] = [1.0, 9.0, 9.0]
@@ -268,5 +271,5 @@ def test_average_wins_if_it_gains_with_both_patiences_on_all_tasks():
     stops["patience", 10, "raw"] = late
     rows = generalization.measure_averages(curves, stops, "test_loss")
     assert generalization.winners({"a": rows}) == [
-        (n, "at the best") for n in (3, 5, 10)
+        (n, "at the best") for n in (3, 5, 10, "5 to 9")
     ]
