@@ -65,7 +65,7 @@ def judge(
     )
     old = state._replace(best_params=None, recent_params=())
     new = optax.tree.where(runs, new, old)
-    has_gone_bad = should_stop & jnp.isin(reason, jnp.asarray(GONE_BAD))
+    has_gone_bad = should_stop & jnp.isin(reason, jnp.array(GONE_BAD, jnp.int32))
     return new._replace(
         is_best=runs & new.is_best,
         is_significant=runs & new.is_significant,
