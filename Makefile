@@ -223,7 +223,7 @@ OUT ?= build/notebooks
 .PHONY: notebooks
 notebooks: .venv/installed-notebooks  ## execute every notebook, check its numbers
 	printf '%s\n' notebooks/*.ipynb | xargs -n 1 -P $(WORKERS) $(PY) -m nbconvert \
-	  --to notebook --execute --output-dir $(OUT) --log-level=WARN --coalesce-streams \
+	  --to notebook --execute --output-dir $(OUT) --log-level=WARN \
 	  --ExecutePreprocessor.timeout=300 --ExecutePreprocessor.record_timing=False \
 	  --ClearMetadataPreprocessor.enabled=True \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec

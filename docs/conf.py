@@ -36,6 +36,8 @@ html_show_sphinx = False
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 nb_execution_mode = "off"
+# A loop prints line by line; its lines are one output.
+nb_merge_streams = True
 # Notebooks print figures as text, too.
 nb_mime_priority_overrides = [("html", "image/png", 0)]
 suppress_warnings = ["config.cache"]

@@ -97,7 +97,8 @@ def test_skipped_neighbours_share_their_words():
         skipped_step(i, math.nan, og.SkipReason.NONFINITE) for i in (20, 21, 40)
     ]
     above = plot_history(rows(), skipped_steps=row_of_nan).axes[0]
-    said = [text.xy[0] for text in above.texts if text.get_text() == "NaN"]
+    texts: Any = above.texts
+    said = [text.xy[0] for text in texts if text.get_text() == "NaN"]
     assert said == [21, 41]
     assert {21, 22, 41} <= {step for step, _ in crosses(above)}
 
