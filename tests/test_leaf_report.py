@@ -10,7 +10,7 @@ import pytest
 
 import optax_guard as og
 from optax_guard._guarding.leaf_report import as_text, model_order
-from tests.strategies import f32
+from tests.strategies import f32, same_bits
 
 DEPTH = 12
 
@@ -105,8 +105,8 @@ def test_text_joins_what_stands_in_a_row():
 def one_step(tx: Any, params: Any, grads: Any, value: Any, apply: bool) -> Any:
     state = tx.init(params)
     if apply:
-        return og.apply_gradients(tx, params, state, grads=grads, value=value)[1]
-    return tx.update(grads, state, params, value=value)[1]
+        return og.apply_gradients(tx, params, state, grads=grads, value=value)
+    return tx.update(grads, state, params, value=value)
 
 
 GOOD = {"a": f32([1.0, 2.0]), "b": f32([3.0])}
@@ -124,8 +124,13 @@ def test_reason_tells_whose_fault_it_was(apply, size, use_cond):
     step = jax.jit(one_step, static_argnums=(0, 4))
 
     def reason(params: Any, grads: Any, value: float = 0.5, tx: Any = tx) -> str:
-        state = step(tx, params | more, grads | more, value, apply)
-        return og.SkipReason(int(state.skip_reason)).name
+        params, grads = params | more, grads | more
+        new, state = step(tx, params, grads, value, apply)
+        found = og.SkipReason(int(state.skip_reason)).name
+        if found not in ("NONE", "NONFINITE_UPDATE"):
+            kept = params if apply else jax.tree.map(jnp.zeros_like, params)
+            assert same_bits(new, jax.tree.map(jnp.asarray, kept))
+        return found
 
     assert reason(GOOD, GOOD) == "NONE"
     assert reason(GOOD, BAD) == "NONFINITE"
@@ -141,13 +146,13 @@ def test_reason_tells_whose_fault_it_was(apply, size, use_cond):
 def test_parameter_that_does_not_count_is_not_blamed():
     tx = og.guard(optax.sgd(0.1), mask={"a": False, "b": True})
     grads = {"a": GOOD["a"], "b": f32([math.nan])}
-    state = one_step(tx, BAD, grads, 0.5, True)
+    state = one_step(tx, BAD, grads, 0.5, True)[1]
     assert state.skip_reason == og.SkipReason.NONFINITE
 
 
 def test_exhaustion_names_the_bad_parameters():
     tx = og.guard(optax.sgd(0.1), max_consecutive_skips=1)
-    state = one_step(tx, BAD, BAD, 0.5, True)
+    state = one_step(tx, BAD, BAD, 0.5, True)[1]
     message = r"NONFINITE_PARAMS. The parameters were not finite before"
     with pytest.raises(og.GuardExhaustedError, match=message) as error:
         og.raise_if_exhausted(og.metrics(state), state, BAD)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_guard as og
-from optax_guard._guarding.judging import checked_loss
+from optax_guard._guarding.judging import checked_loss, with_one_loss
 from tests.strategies import same_bits, types_of
 
 eqx = pytest.importorskip("equinox")
@@ -256,6 +256,19 @@ def test_a_loss_by_both_names_is_one_object():
     for other in (tx, og.accumulate(og.guard(optax.sgd(1.0)), 2)):
         with pytest.raises(ValueError, match=r"`value` and `loss` of .* one object"):
             other.update(jnp.ones(2), other.init(jnp.ones(2)), value=loss, loss=1.0)
+
+
+def test_one_object_goes_on_by_the_names_that_were_given():
+    x, y = object(), object()
+    for given, loss, wanted in (
+        ({"key": 1}, None, {"key": 1}),
+        ({"value": x, "key": 1}, None, {"value": x, "key": 1}),
+        ({"value": x, "loss": len}, None, {"value": x, "loss": len}),
+        ({"value": x, "loss": y, "key": 1}, None, {"value": x, "loss": x, "key": 1}),
+        ({"value": x, "loss": x, "key": 1}, y, {"value": y, "loss": y, "key": 1}),
+        ({"value": None, "loss": x, "key": 1}, y, {"value": None, "loss": y, "key": 1}),
+    ):
+        assert with_one_loss(given, loss) == wanted
 
 
 def test_the_mean_loss_of_a_group_has_the_name_of_the_losses():
