@@ -111,6 +111,7 @@ def one_step(tx: Any, params: Any, grads: Any, value: Any, apply: bool) -> Any:
 
 GOOD = {"a": f32([1.0, 2.0]), "b": f32([3.0])}
 BAD = {"a": f32([1.0, math.nan]), "b": f32([3.0])}
+NONE_LEFT = jax.tree.map(lambda x: x * f32(math.nan), GOOD)
 LARGE = jnp.ones((400, 400))  # Then the step is not by a mask on CPU.
 
 
@@ -141,6 +142,7 @@ def test_reason_tells_whose_fault_it_was(apply, size, use_cond):
     assert reason(BAD, GOOD, math.nan) == "NONFINITE_PARAMS"
     # Other entries than the bad one take the step.
     assert reason(BAD, GOOD) == "NONE"
+    assert reason(NONE_LEFT, GOOD) == "NONFINITE_PARAMS"
 
 
 def test_parameter_that_does_not_count_is_not_blamed():

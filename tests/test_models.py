@@ -227,6 +227,8 @@ def test_the_loss_is_one_number_of_any_kind(name):
     for x in (jnp.ones(2), np.ones((1, 1)), 1j):
         with pytest.raises(ValueError, match=f"`{name}` must be one real number"):
             checked_loss({name: x})
+    with pytest.raises(TypeError, match=f"`{name}` must be a number"):
+        checked_loss({name: [2.0]})
     # An optimizer may take a function by that name.
     assert checked_loss({"loss": jnp.sum}) is None
     assert checked_loss({}) is None
