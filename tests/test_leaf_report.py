@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -128,13 +129,15 @@ def test_reason_tells_whose_fault_it_was(apply, size, use_cond):
         params, grads = params | more, grads | more
         new, state = step(tx, params, grads, value, apply)
         found = og.SkipReason(int(state.skip_reason)).name
-        if found not in ("NONE", "NONFINITE_UPDATE"):
+        judged = value, *jax.tree.leaves(grads)
+        if not all(np.all(np.isfinite(x)) for x in judged):
             kept = params if apply else jax.tree.map(jnp.zeros_like, params)
             assert same_bits(new, jax.tree.map(jnp.asarray, kept))
+            assert state.num_partial == 0
         return found
 
     assert reason(GOOD, GOOD) == "NONE"
-    assert reason(GOOD, BAD) == "NONFINITE"
+    assert reason(GOOD, BAD) == reason(GOOD, NONE_LEFT) == "NONFINITE"
     assert reason(GOOD, GOOD, math.inf) == "NONFINITE_VALUE"
     ten = jax.tree.map(lambda x: 10 * x, GOOD)
     assert reason(GOOD, ten, tx=overflowing) == "NONFINITE_UPDATE"
