@@ -566,6 +566,29 @@ def test_many_gradients_are_kept_as_few_are(inner, dtype, call, monkeypatch):
     assert np.all(np.asarray(many[1][0]["w"]) < 1)
 
 
+@pytest.mark.parametrize(
+    ("size", "is_by_hand", "times"),
+    [
+        # By a mask. More than the documented number, on CPU: to look, in the branch of
+        # some entries and in that of all; on others by a mask. By hand: in one branch.
+        (131072, False, 1),
+        (131073, False, 3 + 1),
+        (131073, True, 1 + 1),
+    ],
+)
+def test_step_is_computed_as_often_as_stated(size, is_by_hand, times, mesh):
+    inner = optax.stateless(lambda grads, params: jax.tree.map(jnp.tanh, grads))
+    tx: Any = og.guard(inner)
+
+    def step(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    if is_by_hand:
+        step = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())
+    program = str(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((size,), jnp.float32)))
+    assert program.count("= tanh ") == times
+
+
 # Many devices ------------------------------------------------------------------
 
 
