@@ -380,6 +380,12 @@ def test_state_before_and_after_swapped_arguments_is_refused():
         tx.update(tx.init(PARAMS), GRADS, PARAMS)
 
 
+def test_state_of_other_skip_rules_is_refused():
+    state = og.guard(SGD, skip=og.skip.norm_above(1.0)).init(PARAMS)
+    with pytest.raises(ValueError, match=r"its skip rules.* before the rules were"):
+        og.guard(SGD, skip=og.skip.spike()).update(GRADS, state, PARAMS)
+
+
 def test_inner_that_needs_params_says_so():
     tx = og.guard(optax.adamw(0.1))
     with pytest.raises(ValueError, match="params"):

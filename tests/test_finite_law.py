@@ -489,20 +489,22 @@ def test_schedule_goes_on_after_a_step_that_it_spoilt(injected):
 
 def test_norm_whose_square_overflows_is_skipped_unless_it_is_clipped():
     params = jnp.ones(2)
-    for size, clip, reason in (
-        (1e19, None, REASON.NONE),
-        (1.5e19, None, REASON.OVERFLOW),
-        (1.5e19, 1.0, REASON.NONE),
-        (1e38, None, REASON.OVERFLOW),
-        (1e38, 1.0, REASON.NONE),
+    guards = {clip: og.guard(optax.adam(0.1), clip=clip) for clip in (None, 1.0)}
+    for size, clip, loss, reason in (
+        (1e19, None, 1.0, REASON.NONE),
+        (1.5e19, None, 1.0, REASON.OVERFLOW),
+        (1.5e19, 1.0, 1.0, REASON.NONE),
+        (1e38, None, 1.0, REASON.OVERFLOW),
+        (1e38, 1.0, 1.0, REASON.NONE),
+        (1e38, None, math.nan, REASON.NONFINITE_VALUE),
     ):
-        tx: Any = og.guard(optax.adam(0.1), clip=clip)
-        grads = jnp.full(2, size)
-        new: Any = og.apply_gradients(tx, params, tx.init(params), grads=grads)
+        tx, grads = guards[clip], jnp.full(2, size)
+        state = tx.init(params)
+        new: Any = og.apply_gradients(tx, params, state, grads=grads, value=loss)
         after, state = new
         assert state.skip_reason == reason
         assert np.all(np.isfinite(after))
-        assert np.all((after == params) == (reason == REASON.OVERFLOW))
+        assert np.all((after == params) == (reason != REASON.NONE))
 
 
 @pytest.mark.parametrize("size", [3, (1 << 17) + 1])
@@ -564,6 +566,29 @@ def test_many_gradients_are_kept_as_few_are(inner, dtype, call, monkeypatch):
     assert np.all(np.asarray(many[1][0]["w"]) < 1)
 
 
+@pytest.mark.parametrize(
+    ("size", "is_by_hand", "times"),
+    [
+        # By a mask. More than the documented number, on CPU: to look, in the branch of
+        # some entries and in that of all; on others by a mask. By hand: in one branch.
+        (131072, False, 1),
+        (131073, False, 3 + 1),
+        (131073, True, 1 + 1),
+    ],
+)
+def test_step_is_computed_as_often_as_stated(size, is_by_hand, times, mesh):
+    inner = optax.stateless(lambda grads, params: jax.tree.map(jnp.tanh, grads))
+    tx: Any = og.guard(inner)
+
+    def step(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    if is_by_hand:
+        step = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())
+    program = str(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((size,), jnp.float32)))
+    assert program.count("= tanh ") == times
+
+
 # Many devices ------------------------------------------------------------------
 
 
@@ -623,6 +648,20 @@ def test_device_that_makes_a_nan_keeps_its_entries_and_all_count_it(
     assert reasons == [REASON.NONFINITE_UPDATE] * 8
 
 
+def test_devices_count_the_same_without_parameters_too(mesh):
+    clip = og.clip_by_global_norm(1e9, axis_name="data")
+    tx: Any = og.guard(optax.sgd(0.1), clip=clip)
+    count = jax.shard_map(
+        lambda state, grads: tx.update(grads, state)[1].num_partial,
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    # Refused if by its type it varied.
+    found = jax.eval_shape(lambda grads: count(tx.init(grads), grads), jnp.ones(16))
+    assert found.shape == ()
+
+
 # Derivatives -------------------------------------------------------------------
 
 
@@ -642,6 +681,25 @@ def test_derivatives_of_good_steps_are_those_without_a_guard(size):
     assert np.isfinite(guarded)
     assert guarded != 0
     np.testing.assert_allclose(guarded, plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("clip", "most"), [(None, 2), (1.0, 0)])
+def test_derivatives_of_bad_steps_by_mask_are_zero(clip, most, monkeypatch):
+    """Few gradients are hidden if they are bad, and many if there is a clip."""
+
+    def by_mask(*operands, default, **platforms):
+        return default(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", by_mask)
+    monkeypatch.setattr(step_module, "_SMALL", most)
+
+    def end(rate):
+        tx: Any = og.guard(optax.sgd(rate), clip=clip)
+        params, bad = jnp.ones(2), jnp.array([1.0, jnp.nan])
+        new: Any = og.apply_gradients(tx, params, tx.init(params), grads=bad)
+        return jnp.sum(new[0])
+
+    assert jax.jit(jax.grad(end))(0.1) == 0
 
 
 def test_complex_entries_are_kept_for_either_part():

@@ -328,6 +328,22 @@ def test_exhaustion_is_flagged_after_the_stated_number_in_a_row():
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
 
 
+def test_counts_stay_at_the_largest():
+    largest = 2**31 - 1
+    # Of the first gradients one entry counts as vanished, and one is 0 / 0.
+    tx: Any = og.guard(optax.rmsprop(0.5, eps=0.0), clip=1e-3)
+    params = jnp.ones(2, jnp.bfloat16)
+    state = tx.init(params)
+    full = state._replace(skip_counts=jnp.full_like(state.skip_counts, largest))
+    for grads, names in (
+        ([1.0, 0.0], ("num_vanished", "num_partial")),
+        ([math.nan, 1.0], ("num_skipped", "skip_streak")),
+    ):
+        for before, expected in ((state, 1), (full, largest)):
+            _, after = tx.update(jnp.array(grads, jnp.bfloat16), before, params)
+            assert [getattr(after, name) for name in names] == [expected] * 2
+
+
 def test_non_finite_steps_are_never_applied_however_many():
     tx: Any = og.guard(optax.adam(0.1), max_consecutive_skips=1)
 
@@ -948,6 +964,19 @@ def test_replicated_parameters_under_shard_map(check_vma, mesh):
     kept, state = run(after, state, jnp.ones(8).at[3].set(jnp.inf))
     assert same_bits(jax.tree.map(np.asarray, kept), jax.tree.map(np.asarray, after))
     assert state.num_skipped == 1
+
+
+def test_loss_that_differs_between_devices_is_refused(mesh):
+    tx = shared(adam)
+
+    def step(params, batch):
+        state = tx.init(params)
+        return og.apply_gradients(tx, params, state, grads=GOOD[0], value=batch[0])
+
+    run = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    message = r"`value` must be the same .* axes \('data',\): .* `jax.lax.pmean"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, params_of_two(), jnp.ones(8))
 
 
 def test_devices_of_pmap_agree():

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import optax_guard as og
 from optax_guard._guarding.leaf_report import as_text, model_order
-from tests.strategies import f32
+from tests.strategies import f32, same_bits
 
 DEPTH = 12
 
@@ -105,12 +106,13 @@ def test_text_joins_what_stands_in_a_row():
 def one_step(tx: Any, params: Any, grads: Any, value: Any, apply: bool) -> Any:
     state = tx.init(params)
     if apply:
-        return og.apply_gradients(tx, params, state, grads=grads, value=value)[1]
-    return tx.update(grads, state, params, value=value)[1]
+        return og.apply_gradients(tx, params, state, grads=grads, value=value)
+    return tx.update(grads, state, params, value=value)
 
 
 GOOD = {"a": f32([1.0, 2.0]), "b": f32([3.0])}
 BAD = {"a": f32([1.0, math.nan]), "b": f32([3.0])}
+NONE_LEFT = jax.tree.map(lambda x: x * f32(math.nan), GOOD)
 LARGE = jnp.ones((400, 400))  # Then the step is not by a mask on CPU.
 
 
@@ -124,11 +126,18 @@ def test_reason_tells_whose_fault_it_was(apply, size, use_cond):
     step = jax.jit(one_step, static_argnums=(0, 4))
 
     def reason(params: Any, grads: Any, value: float = 0.5, tx: Any = tx) -> str:
-        state = step(tx, params | more, grads | more, value, apply)
-        return og.SkipReason(int(state.skip_reason)).name
+        params, grads = params | more, grads | more
+        new, state = step(tx, params, grads, value, apply)
+        found = og.SkipReason(int(state.skip_reason)).name
+        judged = value, *jax.tree.leaves(grads)
+        if not all(np.all(np.isfinite(x)) for x in judged):
+            kept = params if apply else jax.tree.map(jnp.zeros_like, params)
+            assert same_bits(new, jax.tree.map(jnp.asarray, kept))
+            assert state.num_partial == 0
+        return found
 
     assert reason(GOOD, GOOD) == "NONE"
-    assert reason(GOOD, BAD) == "NONFINITE"
+    assert reason(GOOD, BAD) == reason(GOOD, NONE_LEFT) == "NONFINITE"
     assert reason(GOOD, GOOD, math.inf) == "NONFINITE_VALUE"
     ten = jax.tree.map(lambda x: 10 * x, GOOD)
     assert reason(GOOD, ten, tx=overflowing) == "NONFINITE_UPDATE"
@@ -136,12 +145,13 @@ def test_reason_tells_whose_fault_it_was(apply, size, use_cond):
     assert reason(BAD, GOOD, math.nan) == "NONFINITE_PARAMS"
     # Other entries than the bad one take the step.
     assert reason(BAD, GOOD) == "NONE"
+    assert reason(NONE_LEFT, GOOD) == "NONFINITE_PARAMS"
 
 
 def test_parameter_that_does_not_count_is_not_blamed():
     tx = og.guard(optax.sgd(0.1), mask={"a": False, "b": True})
     grads = {"a": GOOD["a"], "b": f32([math.nan])}
-    state = one_step(tx, BAD, grads, 0.5, True)
+    state = one_step(tx, BAD, grads, 0.5, True)[1]
     assert state.skip_reason == og.SkipReason.NONFINITE
 
 
@@ -156,7 +166,7 @@ def test_parameter_that_does_not_count_is_not_blamed():
 )
 def test_exhaustion_names_the_bad_parameters(wrap, reason):
     tx = wrap(og.guard(optax.sgd(0.1), max_consecutive_skips=1))
-    state = one_step(tx, BAD, BAD, 0.5, True)
+    state = one_step(tx, BAD, BAD, 0.5, True)[1]
     with pytest.raises(og.GuardExhaustedError, match=reason) as error:
         og.raise_if_exhausted(og.metrics(state), state, BAD)
     assert "These parameters are not finite: a. No step" in str(error.value)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_guard as og
-from optax_guard._guarding.judging import checked_loss
+from optax_guard._guarding.judging import checked_loss, with_one_loss
 from tests.strategies import same_bits, types_of
 
 eqx = pytest.importorskip("equinox")
@@ -236,6 +236,8 @@ def test_the_loss_is_one_number_of_any_kind(name):
     for x in (jnp.ones(2), np.ones((1, 1)), 1j):
         with pytest.raises(ValueError, match=f"`{name}` must be one real number"):
             checked_loss({name: x})
+    with pytest.raises(TypeError, match=f"`{name}` must be a number"):
+        checked_loss({name: [2.0]})
     # An optimizer may take a function by that name.
     assert checked_loss({"loss": jnp.sum}) is None
     assert checked_loss({}) is None
@@ -265,6 +267,19 @@ def test_a_loss_by_both_names_is_one_object():
     for other in (tx, og.accumulate(og.guard(optax.sgd(1.0)), 2)):
         with pytest.raises(ValueError, match=r"`value` and `loss` of .* one object"):
             other.update(jnp.ones(2), other.init(jnp.ones(2)), value=loss, loss=1.0)
+
+
+def test_one_object_goes_on_by_the_names_that_were_given():
+    x, y = object(), object()
+    for given, loss, wanted in (
+        ({"key": 1}, None, {"key": 1}),
+        ({"value": x, "key": 1}, None, {"value": x, "key": 1}),
+        ({"value": x, "loss": len}, None, {"value": x, "loss": len}),
+        ({"value": x, "loss": y, "key": 1}, None, {"value": x, "loss": x, "key": 1}),
+        ({"value": x, "loss": x, "key": 1}, y, {"value": y, "loss": y, "key": 1}),
+        ({"value": None, "loss": x, "key": 1}, y, {"value": None, "loss": y, "key": 1}),
+    ):
+        assert with_one_loss(given, loss) == wanted
 
 
 def test_the_mean_loss_of_a_group_has_the_name_of_the_losses():

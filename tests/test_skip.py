@@ -257,6 +257,7 @@ def as_by_default(losses):
     return skips
 
 
+BY_DEFAULT = og.guard(optax.sgd(0.1), skip=og.skip.spike())
 LOSSES = 2 * np.exp(0.05 * np.random.default_rng(1).normal(size=320))
 
 
@@ -268,6 +269,7 @@ LOSSES = 2 * np.exp(0.05 * np.random.default_rng(1).normal(size=320))
         ("the 17th", slice(16, 17), 2.0, 1),
         ("a row as long as the bound", slice(100, 164), 2.0, 64),
         ("a longer row", slice(100, 165), 2.0, 64),
+        ("a row, and soon another", np.r_[100:164, 170:174], 2.0, 68),
         ("a rise for good", slice(100, None), 5.0, 64),
         ("NaN", slice(100, 120), math.nan, 20),
     ],
@@ -277,7 +279,7 @@ def test_by_default_a_long_row_of_high_losses_is_skipped_and_a_lasting_one_ends(
     _, where, factor, expected = fault
     losses = LOSSES.astype(np.float32)
     losses[where] *= factor
-    reasons, state = play(og.skip.spike(), np.ones_like(losses), losses)
+    state, reasons = player(BY_DEFAULT, True)(np.ones_like(losses), losses)
     assert np.flatnonzero(reasons).tolist() == as_by_default(losses)
     assert np.count_nonzero(reasons) == expected
     assert not state.guard_exhausted
@@ -287,14 +289,13 @@ def test_row_of_skips_is_no_alarm_and_nan_in_it_is():
     losses = LOSSES.astype(np.float32)
     losses[100:140] *= 5
     losses[120:138:2] = math.nan  # Nine, and the tenth comes last.
-    tx = og.guard(optax.sgd(0.1), skip=og.skip.spike())
-    _, reasons = player(tx, True)(np.ones_like(losses), losses)
+    _, reasons = player(BY_DEFAULT, True)(np.ones_like(losses), losses)
     assert np.flatnonzero(reasons).tolist() == list(range(100, 140))
     for end, is_exhausted in {120: False, 137: False, 138: True, 141: False}.items():
         short = losses[:end].copy()
         if end == 138:
             short[-1] = math.nan
-        state, _ = player(tx, True)(np.ones_like(short), short)
+        state, _ = player(BY_DEFAULT, True)(np.ones_like(short), short)
         counted = state.skip_streak - state.rule_streak
         assert counted == int(np.isnan(short).sum()) * (end < 140)
         assert bool(state.guard_exhausted) == is_exhausted

@@ -79,7 +79,7 @@ def kept_entries(params: Any, state: Any, old_state: Any) -> Kept:
 
 
 def with_old_entries(
-    new: Any, old: Any, kept: Sequence[jax.Array | None], is_taken: Any = True
+    new: Any, old: Any, kept: Sequence[jax.Array | None], is_taken: Any
 ) -> Any:
     """The new tree, with old entries where they are kept or the step is not taken."""
     news, treedef = jax.tree.flatten(new)
@@ -206,7 +206,7 @@ def _owners(params: Any, state: Any) -> list[int | None]:
         found = None
         for length in range(min(longest, len(names)), -1, -1):
             i, shape = by_path.get(names[len(names) - length :], (None, None))
-            if i is not None and shape == jnp.shape(leaf):
+            if shape == jnp.shape(leaf):
                 found = i
                 break
         owners.append(found)
