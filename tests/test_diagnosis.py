@@ -312,6 +312,9 @@ def test_loss_before_training_tells_of_a_rate_that_is_too_high():
     assert codes(history) == set()
     for name in ("initial_value", "baseline"):
         assert codes([{**history[0], name: 2.5}, *history[1:]]) == {"RATE_TOO_HIGH"}
+        # Steps this small do not do that.
+        small = [{**row, name: 2.5, "update_ratio": 4e-4} for row in history]
+        assert codes(small) == set()
     # Of an accuracy it tells nothing.
     gains = rows(train_loss=2.4, value=[0.6] * 8, grad_norm=0.3)
     assert codes([{**gains[0], "initial_value": 0.1}, *gains[1:]]) == set()

@@ -205,7 +205,7 @@ def diagnose(
                                     loss above the last 5; or the last 3 validation
                                     losses are above that before training
                                     (``baseline``, else ``initial_value`` beside
-                                    ``val_loss``).
+                                    ``val_loss``), unless no ratio was above 0.03.
     NONFINITE_BATCH                 A gradient or loss is not finite, was not
                                     skipped, and norms had not risen.
     NONFINITE_PARAMETERS            Losses and norms of 3 successive rows are not

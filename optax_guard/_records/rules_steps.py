@@ -20,6 +20,7 @@ class Unstable:
         self._largest = math.nan
         self._first_val = math.nan
         self._past_ratios: deque[float] = deque(maxlen=8)
+        self._largest_ratio = math.nan
         self._vals: deque[float] = deque(maxlen=3)
         self._burst: tuple[Evidence, float] | None = None
 
@@ -61,6 +62,7 @@ class Unstable:
         before = median(self._past_ratios or [math.nan])
         if math.isfinite(f.update_ratio):
             self._past_ratios.append(f.update_ratio)
+            self._largest_ratio = max(f.update_ratio, self._largest_ratio)
         if f.is_loss_nonfinite:
             return None
         if math.isfinite(f.val):
@@ -90,6 +92,9 @@ class Unstable:
         )
         if is_lasting or (is_large and (is_first or is_jump)):
             return evidence
+        # Where no step was large, noise or skipped steps raise the loss.
+        if self._largest_ratio <= 0.03:
+            return None
         if len(self._vals) == 3 and min(self._vals) > start:
             return {"val_loss": f.val, "start_loss": start}
         return None

@@ -51,7 +51,9 @@ def train_on_device(
     steps that take less time than Python needs to dispatch them. There are four
     differences: `fit` alone records the value before the first step, for which
     ``evaluate`` would be compiled twice; all functions are traced, the run ends exactly
-    at the evaluation that stops it, and nothing is logged before the end.
+    at the evaluation that stops it, and nothing is logged before the end. For
+    ``update_ratio`` the parameters before the last step of an interval are copied: they
+    are held once more, and a step costs nothing.
 
     The program is compiled once for the same functions, ``stopper``, ``num_steps``,
     ``eval_every`` and shapes: another seed or another first state does not compile it
