@@ -27,6 +27,7 @@ from benchmarks._small_runs import (
 from optax_guard._cli.demo_text import load_text
 from optax_guard.flax import TrainState
 from optax_guard.loops import train_population
+from optax_guard.loops._last_step import last_step_facts
 
 Row = dict[str, float]
 
@@ -160,6 +161,12 @@ HELD_OUT = ("convolution", "fine-tuning", "policy")
 ODD = {name for t in TREATMENTS.values() for name in t.only}
 
 
+class Recorded(TrainState):
+    """With the parameters before the last step."""
+
+    before: Any = None
+
+
 def build(
     subject: Subject, kind: str, num_steps: int, few: int, data: Any, member: Any
 ) -> dict[str, Any]:
@@ -208,20 +215,32 @@ def build(
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         new = state.apply_gradients(grads=grads, value=loss)
+        new = new.replace(before=state.params)
         return new, loss + jnp.where(is_bad, fault.loss_offset, 0.0)
 
     def evaluate(state: Any) -> dict[str, jax.Array]:
+        last = last_step_facts(state.before, state.params, state.opt_state)
         if subject.failures is not None:
-            return {"failures": subject.failures(state.params, data["val"])}
+            return {
+                **last,
+                "failures": subject.failures(state.params, data["val"]),
+            }
         some = subject.draw(data["val"], for_few, state.step, few)
         return {
+            **last,
             "val_loss": subject.loss(state.params, data["val"], 1.0, False),
             "val_few": subject.loss(state.params, some, 1.0, False),
         }
 
     params = subject.init(first)
+    state = Recorded.create(
+        apply_fn=subject.loss,
+        params=params,
+        tx=tx,
+        before=params,
+    )
     return {
-        "state": TrainState.create(apply_fn=subject.loss, params=params, tx=tx),
+        "state": state,
         "train_step": train_step,
         "batches": batches,
         "evaluate": evaluate,

@@ -384,6 +384,21 @@ def test_run_that_was_lost_is_not_told_to_train_on():
     assert "SHORT_PATIENCE" not in codes(history)
 
 
+def test_norms_that_were_calm_again_do_not_make_a_later_nan_an_explosion():
+    """One huge batch, then a row of calm norms in which most steps were not finite."""
+    norms = dict(grad_norm=[2.5, 2.4, 2.4e5, 2.4], clipped_norm=[1.0, 1.0, 1.0, 1.0])
+    losses = dict(train_loss=[3.6, 3.4, 3.3, 3.2], val_loss=[3.5, 3.4, 3.3, NAN])
+    history = rows(**norms, **losses, nonfinite_rate=[0, 0, 0, 0.7])
+    assert "EXPLODING" not in codes(history)
+    assert "NONFINITE_BATCH" in codes(history)
+
+
+def test_loss_that_rises_since_the_best_is_not_told_to_have_patience():
+    losses = [3.18, 2.97, 2.86, 2.73, 2.77, 2.89, 2.81, 2.94, 2.94, 3.02]
+    train = [3.0 - 0.2 * i for i in range(10)]
+    assert "SHORT_PATIENCE" not in codes(rows(val_loss=losses, train_loss=train))
+
+
 def test_leaf_is_named_if_the_skipped_steps_are_known():
     skipped = og.SkippedStep(3, NAN, NAN, og.SkipReason.NONFINITE, "['head']['w']")
     history = CASES["NONFINITE_LOSS_DESPITE_CLIPPING"][0]

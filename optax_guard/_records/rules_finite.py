@@ -23,7 +23,9 @@ class NonfiniteBatch:
         self._was_lost = is_lost(f)
         is_risen = have_risen(f)
         self._was_calm = not is_risen
-        if not self._was_lost or was_lost or is_risen or not was_calm:
+        # Finite norms of this row tell more than those of the row before.
+        is_calm = not is_risen and (was_calm or are_calm(f))
+        if not self._was_lost or was_lost or not is_calm:
             return None
         # In the first row nothing tells what norms were before.
         if f.num_norms == 0 and not f.past_losses:
@@ -138,6 +140,11 @@ def is_lost(facts: Facts) -> bool:
     """Whether a gradient or a loss of this row is not finite, and was not skipped."""
     f = facts
     return (f.nonfinite_share > 0 and not f.skip_share > 0) or f.is_loss_nonfinite
+
+
+def are_calm(facts: Facts) -> bool:
+    """Whether the largest finite norm of the row is about the typical one, or less."""
+    return 0 < facts.norm <= 3 * facts.typical_norm
 
 
 def have_risen(facts: Facts) -> bool:

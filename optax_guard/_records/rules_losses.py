@@ -173,6 +173,9 @@ class Endings:
         val = line_through(vals)
         knows_train = all(map(math.isfinite, trains))
         train = line_through(trains) if knows_train else None
+        # Since the best it may lie above the line, but not rise.
+        if line_through(vals[-self._since_best - 1 :]).t > 3:
+            return False
         if train is None:
             return val.fall > 0.02 and val.t < -6
         if train.fall > 0.02 and train.t < -3 and val.fall > 0.015 and val.t < -0.9:

@@ -6,7 +6,7 @@ from statistics import median
 
 from optax_guard._records.facts import Facts
 from optax_guard._records.findings import Evidence, FindingCode
-from optax_guard._records.rules_finite import have_risen, is_lost
+from optax_guard._records.rules_finite import are_calm, have_risen, is_lost
 
 Ruling = tuple[FindingCode, Evidence]
 
@@ -31,8 +31,12 @@ class Unstable:
             self._first_val = f.val
         is_risen = f.num_norms >= 3 and have_risen(f)
         self._large_in_a_row = self._large_in_a_row + 1 if is_risen else 0
-        # Norms that rose in the last rows tell of this one, too.
-        self._risen_rows = 10 if have_risen(f) else self._risen_rows - 1
+        # Norms that rose in the last rows tell of this one, too, unless they were calm
+        # since: then a single batch was huge.
+        if have_risen(f):
+            self._risen_rows = 10
+        else:
+            self._risen_rows = 0 if are_calm(f) else self._risen_rows - 1
         evidence: Evidence | None = self._from_norms(f) or self._from_losses(f)
         if evidence is None:
             return None

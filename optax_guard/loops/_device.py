@@ -49,11 +49,9 @@ def train_on_device(
     The arguments, the rows of the history and the order of judgment are those of
     `optax_guard.loops.fit`. The host dispatches once and reads once, so this is for
     steps that take less time than Python needs to dispatch them. There are four
-    differences: `fit` alone records the value before the first step, for which
-    ``evaluate`` would be compiled twice; all functions are traced, the run ends exactly
-    at the evaluation that stops it, and nothing is logged before the end. For
-    ``update_ratio`` the parameters before the last step of an interval are copied: they
-    are held once more, and a step costs nothing.
+    differences: `fit` alone records the size of the last step and the value before the
+    first; all functions are traced, the run ends exactly at the evaluation that
+    stops it, and nothing is logged before the end.
 
     The program is compiled once for the same functions, ``stopper``, ``num_steps``,
     ``eval_every`` and shapes: another seed or another first state does not compile it

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_guard.loops._carrier import evaluated, trained_params
+from optax_guard.loops._carrier import evaluated
 from optax_guard.loops._evaluation import (
     Evaluation,
     Facts,
@@ -21,7 +21,7 @@ from optax_guard.loops._interval import Interval, add_step, first_interval
 from optax_guard.loops._learning_rate import with_plateau
 from optax_guard.stop._state import EarlyStoppingState
 
-Evaluate = Callable[["Lane", Any, jax.Array], tuple["Lane", dict[str, Any]]]
+Evaluate = Callable[["Lane", jax.Array], tuple["Lane", dict[str, Any]]]
 
 
 class Lane(NamedTuple):
@@ -68,7 +68,7 @@ def first_lane(
         num_rows=jnp.zeros((), jnp.int32),
         is_over=jnp.zeros((), bool),
     )
-    _, row = jax.eval_shape(evaluate, lane, trained_params(state), step)
+    _, row = jax.eval_shape(evaluate, lane, step)
     size = -(-num_steps // eval_every)
 
     def column(cell: jax.ShapeDtypeStruct) -> jax.Array:
@@ -79,25 +79,19 @@ def first_lane(
 
 
 def evaluation_of(functions: Functions) -> Evaluate:
-    """Evaluates a lane without rows: ``(lane, before, step) -> (lane, row)``.
-
-    ``before`` are the parameters before the last step. It is traced once.
-    """
+    """Evaluates a lane without rows: ``(lane, step) -> (lane, row)``, traced once."""
     update, needs = None, frozenset()
     if functions.stopper is not None:
         update, needs = functions.stopper.update, functions.stopper.needs
     evaluation = Evaluation(functools.partial(judge, update, needs))
 
     @functools.partial(jax.jit, inline=True)
-    def evaluate(
-        lane: Lane, before: Any, step: jax.Array
-    ) -> tuple[Lane, dict[str, Any]]:
+    def evaluate(lane: Lane, step: jax.Array) -> tuple[Lane, dict[str, Any]]:
         found = {}
         if functions.evaluate is not None:
             found = functions.evaluate(evaluated(lane.state))
         point = Point(lane.state, lane.interval, lane.stop)
-        facts = Facts(step, last_step=(before, trained_params(lane.state)))
-        point, row, flags = evaluate_point(evaluation, point, found, facts)
+        point, row, flags = evaluate_point(evaluation, point, found, Facts(step))
         is_over = lane.is_over
         for name, flag in flags.items():
             if name.startswith(("should_stop", "guard_exhausted")):
@@ -119,19 +113,13 @@ def advance(
     def take_step(i: jax.Array, carry: tuple[Any, Interval]) -> tuple[Any, Interval]:
         return add_step(functions.train_step, *carry, functions.batches(i))
 
-    def take_part(i: jax.Array, carry: tuple[Any, Interval, Any]) -> Any:
-        state, interval, _ = carry
-        # All steps but the last, then that one: the step is compiled once.
-        begin, end = jnp.where(i == 0, step, until - 1), until - 1 + i
-        before = trained_params(state)
-        # The number of steps is traced. So one program serves the first interval of a
-        # resumed run, the last of any, which may be short, and those between.
-        return *jax.lax.fori_loop(begin, end, take_step, (state, interval)), before
-
-    carry = lane.state, lane.interval, trained_params(lane.state)
-    state, interval, before = jax.lax.fori_loop(0, 2, take_part, carry)
+    # The number of steps is traced. So one program serves the first interval of a
+    # resumed run, the last of any, which may be short, and those between.
+    state, interval = jax.lax.fori_loop(
+        step, until, take_step, (lane.state, lane.interval)
+    )
     lane = lane._replace(state=state, interval=interval)
-    new, row = evaluate(lane._replace(rows={}), before, until)
+    new, row = evaluate(lane._replace(rows={}), until)
     # The row of a member that is over gets a place that does not exist.
     place = jnp.where(lane.is_over, len(lane.rows["step"]), lane.num_rows)
     rows = {
