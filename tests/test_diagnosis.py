@@ -386,8 +386,8 @@ def test_run_that_was_lost_is_not_told_to_train_on():
 
 def test_norms_that_were_calm_again_do_not_make_a_later_nan_an_explosion():
     """One huge batch, then a row of calm norms in which most steps were not finite."""
-    norms = dict(grad_norm=[2.5, 2.4, 2.4e5, 2.4], clipped_norm=[1.0, 1.0, 1.0, 1.0])
-    losses = dict(train_loss=[3.6, 3.4, 3.3, 3.2], val_loss=[3.5, 3.4, 3.3, NAN])
+    norms = {"grad_norm": [2.5, 2.4, 2.4e5, 2.4], "clipped_norm": [1.0, 1.0, 1.0, 1.0]}
+    losses = {"train_loss": [3.6, 3.4, 3.3, 3.2], "val_loss": [3.5, 3.4, 3.3, NAN]}
     history = rows(**norms, **losses, nonfinite_rate=[0, 0, 0, 0.7])
     assert "EXPLODING" not in codes(history)
     assert "NONFINITE_BATCH" in codes(history)
