@@ -81,6 +81,8 @@ def test_old_entries_are_chosen_where_they_are_kept(is_taken):
     assert as_lists(found.values()) == (
         [5, [0, -1, 2]] if is_taken else [2, [0, -1, -2]]
     )
+    # Without a choice there is no operation.
+    assert (found["n"] is new["n"]) == (is_taken is True)
 
 
 def test_any_entry_is_found_in_any_leaf():
