@@ -347,7 +347,8 @@ class TestManyLeaves:
         """One test, so that the step is compiled once: that takes most of a minute."""
         if platform == "h100":
             cost("adamw", Case(platform))  # The compiler's own start.
-        case = Case(platform, leaves=400)
+        # The recorded row of Optax's clip, which takes a minute to compile, has 400.
+        case = Case(platform, leaves=400 if platform == "v5e" else 200)
         measured = cost(GUARDED, case)
         # Plain AdamW makes 7.02 and Optax's clip 8.04 on v5e: small arrays are padded.
         assert measured.passes <= 8.10
@@ -357,13 +358,12 @@ class TestManyLeaves:
         assert measured.host_transfers == 0
         assert is_donated(measured, case)
         if platform == "v5e":
-            # Optax's clip takes a minute to compile.
             most = recorded()[OPTAX_CLIP, case].temp_bytes + 2e6
             assert measured.temp_bytes <= most
             return
         plain = cost("adamw", case)
         assert measured.fusions <= 2 * plain.fusions
-        # Optax's clip, which takes more than that, takes a minute to compile.
+        # Optax's clip takes more than that.
         assert measured.temp_bytes <= plain.temp_bytes + 2e6
         # To choose between old and new state already takes twice AdamW's time, and to
         # choose for each entry twice that.
