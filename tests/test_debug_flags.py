@@ -201,9 +201,7 @@ def stopped(rules: list[Any], smooth: Any, evaluations: int) -> Any:
     return state
 
 
-@pytest.mark.parametrize(
-    "smooth", ["ema", pytest.param("median", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("smooth", ["ema", "median"])
 def test_no_flag_finds_a_fault_in_a_stopper(smooth):
     run = functools.partial(
         stopped, [rule() for rule in RULES.values()], SMOOTHERS[smooth]()
@@ -224,9 +222,7 @@ def train_step(state: Any, x: Any) -> Any:
     return state.apply_gradients(grads=grads, value=loss), {"loss": loss}
 
 
-@pytest.mark.parametrize(
-    "loop", [fit, pytest.param(train_on_device, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("loop", [fit, train_on_device])
 def test_no_flag_finds_a_fault_in_a_run(loop):
     tx = og.guard(optax.sgd(0.1), clip=og.clip_by_value(1.0))
     state = TrainState.create(apply_fn=str, params=jnp.ones(2), tx=tx)

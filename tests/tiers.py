@@ -23,14 +23,20 @@ FULL: Tier = {
     "test_step_cost": None,
     "test_suggestion": None,
     # Whole programs: each one trains, compiles for an accelerator or starts processes.
+    "test_carriers": None,
     "test_contract": None,
+    "test_debug": None,
     "test_debug_faults": None,
+    "test_debug_flags": None,
     "test_demo": None,
     "test_docs": None,
     "test_faults": None,
+    "test_loops_of_others": None,
     "test_notebooks": None,
     "test_packaging": None,
+    "test_parallelism": None,
     "test_readme": None,
+    "test_sharding": None,
     "test_soak": None,
     "test_resume": {
         "test_best_loads_in_a_fresh_process_without_the_optimizer",
@@ -42,10 +48,6 @@ FULL: Tier = {
     "test_loops": {
         "test_member_alone_is_the_member_among_others_and_none_touches_another"
     },
-    "test_parallelism": {
-        "test_guarded_step_adds_at_most_one_all_reduce_for_each_set_of_axes",
-    },
-    "test_sharding": {"test_compiler_gives_what_one_device_does"},
     "test_sketch": {
         f"test_quantiles_are_exact_to_the_stated_relative_error[{name}-{error}]"
         for name in ("lognormal", "heavy", "whole range")
