@@ -18,6 +18,15 @@ from jax.core import Tracer
 _MOST = np.iinfo(np.int32).max
 
 
+def uncalled(value: Any) -> str:
+    """A hint for the end of an error, if ``value`` is a function of this library."""
+    module = getattr(value, "__module__", None) or ""
+    name = getattr(value, "__name__", "")
+    if isinstance(value, type) or not module.startswith("optax_guard") or not name:
+        return ""
+    return f" Call the function: `{name}(...)`."
+
+
 # Numbers ---------------------------------------------------------------------------
 
 
@@ -255,8 +264,9 @@ def check_state(factory: str, state: object, cls: type) -> None:
         raise TypeError(
             f"`state` of `{factory}` must be a `{cls.__name__}`, got a "
             f"`{type(state).__name__}`. Pass the result of this transformation's own "
-            "`init` or last `update`; a state made before the optimizer was changed "
-            "does not fit."
+            "`init` or last `update`. The order is `update(grads, state, params)`, and "
+            "`apply_gradients(tx, params, opt_state, grads=grads)`. `wrap_state` takes "
+            "over the state of an optimizer that had no guard."
         )
 
 

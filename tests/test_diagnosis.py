@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import optax_guard as og
+from optax_guard._records.rows import as_rows
 from optax_guard.analysis import Diagnosis, FindingCode, History, Severity, diagnose
 
 NAN, INF = math.nan, math.inf
@@ -376,6 +377,24 @@ def test_huge_batches_under_a_clip_are_no_explosion_and_no_tight_threshold():
     assert "EXPLODING" in codes(rising)
     # Of a first loss that is infinite nothing can be worse.
     assert "EXPLODING" in codes([{**rising[0], "val_loss": math.inf}, *rising[1:]])
+
+
+def test_huge_norm_between_two_rows_of_a_loop_of_ones_own_is_not_lost():
+    """A row has the norm of its last step, and `norm_max` that of all steps."""
+    history = rows(
+        step=[20, 40, 60, 80, 100, 120],
+        num_updates=[20, 40, 60, 80, 100, 120],
+        grad_norm=[0.9, 0.5, 0.4, 0.35, 0.36, 0.33],
+        norm_max=[2.0, 2.0, 2.25e4, 2.25e4, 2.25e4, 2.25e4],
+        clip_threshold=1.0,
+        clip_rate=[0.5, 0.25, 0.2, 0.15, 0.12, 0.1],
+        train_loss=[4.0, 3.0, 2.5, 2.2, 2.0, 1.9],
+    )
+    full = as_rows(history)
+    assert [row["grad_norm"] for row in full] == [0.9, 0.5, 2.25e4, 0.35, 0.36, 0.33]
+    assert [row["clipped_norm"] for row in full][2] == 1.0
+    (works,) = [f for f in diagnose(history) if f.code == "CLIPPING_WORKS"]
+    assert works.evidence["largest_norm"] == 2.25e4
 
 
 def test_run_that_was_lost_is_not_told_to_train_on():

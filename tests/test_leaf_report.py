@@ -59,7 +59,7 @@ def test_exhaustion_tells_the_leaves_if_it_is_given_the_state(step):
     params, state = step(9)
     with pytest.raises(og.GuardExhaustedError) as error:
         og.raise_if_exhausted(og.metrics(state), state, params)
-    assert "layers_0/w to layers_8/w (9 in a row)" in str(error.value)
+    assert "layers_0/w to layers_8/w (9 leaves)" in str(error.value)
     assert "finite beside it: layers_9/w" in str(error.value)
     assert "These parameters" not in str(error.value)
 
@@ -96,7 +96,7 @@ def test_order_is_that_of_the_model_where_it_can_be_known():
 def test_text_joins_what_stands_in_a_row():
     verdicts = [("a", "finite"), ("b", "NaN"), ("c", "NaN"), ("d", "Inf")]
     assert as_text(verdicts) == "NaN in b, c; Inf in d; finite beside it: a"
-    assert as_text([(i, "NaN") for i in range(4)]) == "NaN in 0 to 3 (4 in a row)"
+    assert as_text([(i, "NaN") for i in range(4)]) == "NaN in 0 to 3 (4 leaves)"
     assert as_text([]) == ""
 
 

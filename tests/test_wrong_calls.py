@@ -98,6 +98,27 @@ def test_the_answer_says_what_to_write(name):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: og.guard(SGD, clip=og.threshold.zscore), "zscore"),
+        (lambda: og.guard(SGD, skip=og.skip.spike), "spike"),
+        (lambda: og.early_stopping(stop.patience), "patience"),
+        (lambda: og.clip_by_leaf_norm(og.threshold.quantile), "quantile"),
+    ],
+)
+def test_a_function_that_was_not_called_is_told_from_a_schedule(call, hint):
+    with pytest.raises(TypeError, match=rf"Call the function: `{hint}\(\.\.\.\)`\.$"):
+        call()
+    og.guard(SGD, clip=optax.linear_schedule(1.0, 0.5, 10))
+
+
+def test_parameters_in_the_place_of_the_state_are_told_the_order():
+    tx = og.guard(SGD)
+    with pytest.raises(TypeError, match=r"order is `update\(grads, state, params\)`"):
+        tx.update({"w": PARAMS}, {"w": PARAMS}, tx.init({"w": PARAMS}))
+
+
 def test_other_names_get_the_nearest_and_the_list():
     text = r"argument 'clipp'.* Did you mean .clip.\? The arguments are `inner`, `clip`"
     with pytest.raises(TypeError, match=text):

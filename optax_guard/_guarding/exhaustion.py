@@ -64,7 +64,8 @@ def raise_if_exhausted(
     if not isinstance(metrics, Mapping):
         raise TypeError(
             "`metrics` must be the dict that `optax_guard.metrics` returns for a "
-            f"state, got a `{type(metrics).__name__}`."
+            f"state, got a `{type(metrics).__name__}`. Write "
+            "`raise_if_exhausted(metrics(opt_state), opt_state, params)`."
         )
     flags = {k: v for k, v in metrics.items() if k.startswith("guard_exhausted")}
     if not flags:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_guard._checks import check_number, check_part, check_state, is_number
+from optax_guard._checks import (
+    check_number,
+    check_part,
+    check_state,
+    is_number,
+    uncalled,
+)
 from optax_guard._clipping.parts import Measurement
 from optax_guard._guarding.entries import Told
 from optax_guard._guarding.masking import hide
@@ -33,7 +39,7 @@ def as_rules(skip: Any) -> tuple[SkipRule, ...]:
     ):
         raise TypeError(
             "`skip` must be one or several rules of `optax_guard.skip`, got "
-            f"{skip!r} of type {type(skip).__name__}."
+            f"{skip!r} of type {type(skip).__name__}.{uncalled(skip)}"
         )
     return tuple(rules)
 

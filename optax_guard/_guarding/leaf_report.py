@@ -99,7 +99,7 @@ def as_text(verdicts: Iterable[Verdict]) -> str:
 
 def _names(block: list[Verdict]) -> str:
     if len(block) > 2:
-        return f"{block[0][0]} to {block[-1][0]} ({len(block)} in a row)"
+        return f"{block[0][0]} to {block[-1][0]} ({len(block)} leaves)"
     # A tree that is one array has no names.
     return ", ".join("the only leaf" if name == "" else str(name) for name, _ in block)
 

@@ -19,8 +19,9 @@ class Completer:
     Names become those of `COLUMN_NAMES`. ``clipped_norm`` and ``clip_rate`` are
     computed from norm and threshold if they are missing. Rates of `optax_guard.metrics`
     are shares of all ``num_updates`` so far; they become shares of the updates since
-    the row before, as `fit` records them. What float32 cannot hold is infinite. A
-    complete row stays as it is.
+    the row before, as `fit` records them. Where ``norm_max`` has risen since then, it
+    is the norm of the row. What float32 cannot hold is infinite. A complete row stays
+    as it is.
 
     Attributes:
       num_new: Updates between the last two rows by their ``num_updates``; 0 if unknown.
@@ -31,6 +32,7 @@ class Completer:
         self._index = 0
         self._rename = Renamer()
         self._counts: dict[str, float] = {}
+        self._norm_max = math.inf
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
         """Completes a row."""
@@ -50,6 +52,7 @@ class Completer:
         self.num_new = 0.0
         if "num_updates" in full:
             self._set_rates_since_last_row(full)
+            self._set_largest_norm(full)
         norm, limit = full.get("grad_norm"), full.get("clip_threshold")
         if norm is None or not math.isfinite(norm):
             return full
@@ -74,6 +77,18 @@ class Completer:
                 # Rates are rounded to float32, so that counts are not quite whole.
                 share = (counts[name] - before[name]) / num_new
                 row[name] = min(1.0, max(0.0, round(share, 6)))
+
+    def _set_largest_norm(self, row: Row) -> None:
+        """A huge norm between two rows is not lost: the row has that of one update."""
+        before, self._norm_max = self._norm_max, row.get("norm_max", math.inf)
+        if not row.get("grad_norm", math.inf) < self._norm_max > before:
+            return
+        row["grad_norm"] = self._norm_max
+        if "clipped_norm" in row:
+            limit = row.get("clip_threshold", math.nan)
+            row["clipped_norm"] = min(self._norm_max, limit)
+            if math.isnan(limit):
+                del row["clipped_norm"]
 
 
 def as_rows(history: Iterable[Mapping[str, Any]]) -> list[Row]:

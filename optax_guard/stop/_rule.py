@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_choice
+from optax_guard._checks import check_choice, uncalled
 
 
 class StopReason(enum.IntEnum):
@@ -200,7 +200,7 @@ def check_rule(rule: object, where: str) -> None:
     if not isinstance(rule, StopRule):
         raise TypeError(
             f"`rule` of `{where}` must be a stop rule such as `stop.patience(5)`, got "
-            f"{rule!r} of type {type(rule).__name__}."
+            f"{rule!r} of type {type(rule).__name__}.{uncalled(rule)}"
         )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_guard._checks import check_number, check_positive, is_number
+from optax_guard._checks import check_number, check_positive, is_number, uncalled
 from optax_guard._trees import as_float, increment
 from optax_guard.threshold._base import Limits, Threshold
 from optax_guard.threshold._mean import relative_to_mean
@@ -63,12 +63,13 @@ def as_threshold(name: str, value: Any) -> Threshold:
         return _constant(value)
     if isinstance(value, Mapping):
         return _from_table(name, value)
-    if callable(value) and not isinstance(value, type):
+    hint = uncalled(value)
+    if callable(value) and not isinstance(value, type) and not hint:
         return _scheduled(value)
     raise TypeError(
         f"`{name}` must be a positive number, a schedule, one of "
         '`optax_guard.threshold` or a table such as {"kind": "zscore"}, got '
-        f"{value!r} of type {type(value).__name__}."
+        f"{value!r} of type {type(value).__name__}.{hint}"
     )
 
 
