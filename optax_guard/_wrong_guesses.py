@@ -185,7 +185,7 @@ WRONG_GUESSES: dict[str, dict[str, str]] = {
     "fit": {
         "epochs num_epochs max_steps steps total_steps": "Write `num_steps=...`, in "
         "training steps.",
-        "callbacks logger": "Write `loggers=[...]`; early stopping goes in by "
+        "callbacks logger history": "Write `loggers=[...]`; early stopping goes in by "
         "`stopper=`.",
         "early_stopping early_stop": "Write `stopper=...`.",
         "eval_fn evaluate_fn validation_data eval_step": "Write `evaluate=...`.",

@@ -480,3 +480,22 @@ def test_a_writer_that_can_be_called_is_called():
 
     log_function(Both())(3, {"grad_norm": 1.0})
     assert rows == [(3, {"grad_norm": 1.0})]
+
+
+def test_rows_of_an_earlier_run_in_the_same_file_are_told(tmp_path):
+    path = tmp_path / "history.jsonl"
+
+    def log(*steps):
+        history = History(path)
+        for step in steps:
+            history.append(step, train_loss=1.0 / step)
+
+    log(1, 2, 3)
+    # A run that is resumed goes back, too, but not to its first row.
+    log(2, 3, 4, 5)
+    assert len(History.read(path)) == 5
+    log(1, 2, 3)
+    with pytest.warns(
+        UserWarning, match="5 rows, perhaps of an earlier run, were left"
+    ):
+        assert len(History.read(path)) == 3

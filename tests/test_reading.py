@@ -136,7 +136,8 @@ def test_late_evaluation_belongs_to_its_step_and_a_repeated_loss_goes_back(tmp_p
     assert [row["train_loss"] for row in found] == [1.0, 7.0]
     # What was dropped does not make a later evaluation early.
     dropped = {"step": 3, "val_loss": 8.0}
-    found = steps(*train, dropped, *train, late, tmp_path=tmp_path)
+    with pytest.warns(UserWarning, match="3 rows, perhaps of an earlier run"):
+        found = steps(*train, dropped, *train, late, tmp_path=tmp_path)
     assert [row.get("val_loss") for row in found] == [None, 9.0, None]
 
 

@@ -147,7 +147,15 @@ class History(Sequence[Row]):
             if max_norm is not None and "grad_norm" in row:
                 row.setdefault("clip_threshold", max_norm)
             history._timeline.add(row)
-        return history, log.notes + _note_of_replaced(history._timeline.num_replaced)
+        timeline = history._timeline
+        notes = _note_of_replaced(timeline.num_replaced)
+        if timeline.num_dropped > 1:
+            first = timeline.rows[0]["step"]
+            notes.append(
+                f"{timeline.num_dropped} rows, perhaps of an earlier run, were left "
+                f"out: after them steps begin again at {first:.16g}"
+            )
+        return history, log.notes + notes
 
     def append(self, step: Any, row: Mapping[str, Any] | None = None, **scalars: Any):
         """Adds scalars of a step.

@@ -22,11 +22,13 @@ class Timeline:
       rows: The rows.
       num_replaced: For each step how many rows replaced a loss or norm by another,
         without going back.
+      num_dropped: Rows that were dropped because the run began again.
     """
 
     def __init__(self):
         self.rows: list[Row] = []
         self.num_replaced: Counter[float] = Counter()
+        self.num_dropped = 0
         self._last: dict[str, float] = {}
 
     def add(self, row: Row) -> None:
@@ -34,6 +36,8 @@ class Timeline:
         rows, step = self.rows, row["step"]
         has_gone_back = rows and rows[-1]["step"] > step and self._goes_back(row)
         if has_gone_back:
+            if rows[0]["step"] >= step:
+                self.num_dropped += len(rows)
             while rows and rows[-1]["step"] > step:
                 rows.pop()
             self._last = {k: min(x, step) for k, x in self._last.items()}

@@ -31,7 +31,8 @@ def check_arguments(state: Any, evaluate: Any, stopper: Any, loggers: Any = ()) 
         if not hasattr(state, name):
             raise TypeError(
                 f"`state` must have `{name}`, as a Flax `TrainState` has, got a "
-                f"`{type(state).__name__}`."
+                f"`{type(state).__name__}`. A NamedTuple of `step`, `params` and "
+                "`opt_state` does, too; with NNX give `(model, optimizer)`."
             )
     warn_if_nested(state)
     if evaluate is not None and not callable(evaluate):
