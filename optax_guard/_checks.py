@@ -214,7 +214,7 @@ def check_kind(
 
 
 def brief(value: object) -> str:
-    """What a message says of a value; a tree of arrays would hide the rest of it."""
+    """A value as a message shows it, short: a tree of arrays would hide the rest."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -9,7 +9,7 @@ from optax_guard._records.findings import Finding
 from optax_guard._records.rows import as_rows
 from optax_guard.stop._rule import StopReason
 
-# What a run is judged by, and its words. Whether a `value` is a loss is not recorded.
+# The columns that judge a run, and their words. Whether a `value` is a loss is not recorded.
 _JUDGED = {
     "val_loss": "best val loss",
     "value": "lowest value",

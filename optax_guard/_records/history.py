@@ -104,7 +104,8 @@ class History(Sequence[Row]):
 
         One warning tells what was not understood: columns that look like a loss, a norm
         or an evaluation and were not used; that there is no step; rows of one step that
-        replaced each other; an unfinished last line, as a killed run leaves it.
+        replaced each other; rows that were left out, because steps begin again after
+        them; an unfinished last line, as a killed run leaves it.
 
         Args:
           path: File or folder.

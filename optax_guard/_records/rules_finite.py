@@ -3,7 +3,7 @@
 import math
 from collections import deque
 
-from optax_guard._records.facts import Facts
+from optax_guard._records.facts import Facts, is_calm
 from optax_guard._records.findings import Evidence, FindingCode
 
 
@@ -24,8 +24,8 @@ class NonfiniteBatch:
         is_risen = have_risen(f)
         self._was_calm = not is_risen
         # Finite norms of this row tell more than those of the row before.
-        is_calm = not is_risen and (was_calm or are_calm(f))
-        if not self._was_lost or was_lost or not is_calm:
+        comes_from_calm = not is_risen and (was_calm or is_calm(f))
+        if not self._was_lost or was_lost or not comes_from_calm:
             return None
         # In the first row nothing tells what norms were before.
         if f.num_norms == 0 and not f.past_losses:
@@ -140,11 +140,6 @@ def is_lost(facts: Facts) -> bool:
     """Whether a gradient or a loss of this row is not finite, and was not skipped."""
     f = facts
     return (f.nonfinite_share > 0 and not f.skip_share > 0) or f.is_loss_nonfinite
-
-
-def are_calm(facts: Facts) -> bool:
-    """Whether the largest finite norm of the row is about the typical one, or less."""
-    return 0 < facts.norm <= 3 * facts.typical_norm
 
 
 def have_risen(facts: Facts) -> bool:

@@ -4,9 +4,9 @@ import math
 from collections import deque
 from statistics import median
 
-from optax_guard._records.facts import Facts
+from optax_guard._records.facts import Facts, is_calm
 from optax_guard._records.findings import Evidence, FindingCode
-from optax_guard._records.rules_finite import are_calm, have_risen, is_lost
+from optax_guard._records.rules_finite import have_risen, is_lost
 
 Ruling = tuple[FindingCode, Evidence]
 
@@ -36,7 +36,7 @@ class Unstable:
         if have_risen(f):
             self._risen_rows = 10
         else:
-            self._risen_rows = 0 if are_calm(f) else self._risen_rows - 1
+            self._risen_rows = 0 if is_calm(f) else self._risen_rows - 1
         evidence: Evidence | None = self._from_norms(f) or self._from_losses(f)
         if evidence is None:
             return None

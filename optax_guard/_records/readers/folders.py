@@ -45,7 +45,7 @@ def find_file(path: Path) -> Path:
 
 
 def find_files(path: Path) -> dict[str, Path]:
-    """What `find_file` finds, by an empty name, or all runs of a folder by name.
+    """The file of `find_file`, by an empty name, or all runs of a folder by name.
 
     A run is then a file, or, in a folder without any, what a folder in it holds.
     """
