@@ -9,7 +9,7 @@ from optax_guard._records.findings import Finding
 from optax_guard._records.rows import as_rows
 from optax_guard.stop._rule import StopReason
 
-# The columns that judge a run, and their words. Whether a `value` is a loss is not recorded.
+# The columns that judge a run, and their words. No log says whether `value` is a loss.
 _JUDGED = {
     "val_loss": "best val loss",
     "value": "lowest value",
